@@ -1,0 +1,29 @@
+# `make demo` and `make test` set themselves up on a fresh machine; both reuse .venv afterwards.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/installed
+DEMO ?= runs/demo
+
+.PHONY: install test lint demo clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("distvsd needs Python 3.11 or newer, but $(PYTHON) is %d.%d; run make PYTHON=python3.11" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $(STAMP)
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+demo: install
+	@PATH="$(CURDIR)/$(BIN):$$PATH" sh launch/demo.sh $(DEMO)
+
+clean:
+	rm -rf .venv build dist *.egg-info

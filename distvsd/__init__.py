@@ -1,0 +1,35 @@
+"""distvsd: Variational Score Distillation at scale. Every rank owns a shard of the particles; one LoRA learns from all."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["Config", "Particle", "Prior", "Run", "Score", "load_config", "train"]
+
+if TYPE_CHECKING:
+    from distvsd.build import Run
+    from distvsd.config import Config, load_config
+    from distvsd.particles.base import Particle
+    from distvsd.prior.base import Prior
+    from distvsd.score.base import Score
+    from distvsd.train import train
+
+_HOMES = {
+    "Config": "distvsd.config",
+    "load_config": "distvsd.config",
+    "Particle": "distvsd.particles.base",
+    "Prior": "distvsd.prior.base",
+    "Score": "distvsd.score.base",
+    "Run": "distvsd.build",
+    "train": "distvsd.train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported when first used, so that `import distvsd` takes no torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'distvsd' has no attribute {name!r}; it has {', '.join(__all__)}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

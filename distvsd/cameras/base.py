@@ -1,0 +1,94 @@
+"""The camera type: poses, and the rays that leave them.
+
+World: right-handed, z up. Camera: OpenGL, looks along its own -z with +y up (the convention of NeRF and nvdiffrast).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Cameras:
+    """A batch of pinhole cameras; every field shares the leading shape `[...]`, floating point, one device.
+
+    extrinsics: `[..., 4, 4]` camera-to-world. fovy: `[...]` vertical field of view, radians.
+    elevation, azimuth: `[...]` radians, of the camera as seen from the origin; azimuth 0 is the +x axis ("front").
+    """
+
+    extrinsics: Tensor
+    fovy: Tensor
+    elevation: Tensor
+    azimuth: Tensor
+
+    def __getitem__(self, index: object) -> Cameras:
+        return Cameras(self.extrinsics[index], self.fovy[index], self.elevation[index], self.azimuth[index])  # type: ignore[index]
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.fovy.shape
+
+    def flatten(self) -> Cameras:
+        """The same cameras with one leading dimension."""
+        return Cameras(
+            self.extrinsics.reshape(-1, 4, 4),
+            self.fovy.reshape(-1),
+            self.elevation.reshape(-1),
+            self.azimuth.reshape(-1),
+        )
+
+    def unflatten(self, *shape: int) -> Cameras:
+        """Inverse of `flatten`."""
+        return Cameras(
+            self.extrinsics.reshape(*shape, 4, 4),
+            self.fovy.reshape(shape),
+            self.elevation.reshape(shape),
+            self.azimuth.reshape(shape),
+        )
+
+    def to(self, device: torch.device | str) -> Cameras:
+        return Cameras(
+            self.extrinsics.to(device), self.fovy.to(device), self.elevation.to(device), self.azimuth.to(device)
+        )
+
+
+def orbit(elevation: Tensor, azimuth: Tensor, distance: Tensor, fovy: Tensor) -> Cameras:
+    """Cameras on spheres around the origin that look at it; all arguments `[...]`, angles in radians, distance in world units.
+
+    Elevation must stay inside (-pi/2, pi/2): at the poles the up direction is undefined.
+    """
+    ones = torch.ones_like(azimuth)
+    backward = torch.stack(
+        (
+            elevation.cos() * azimuth.cos(),
+            elevation.cos() * azimuth.sin(),
+            elevation.sin(),
+        ),
+        dim=-1,
+    )
+    right = torch.stack((-azimuth.sin(), azimuth.cos(), 0 * ones), dim=-1)
+    up = torch.linalg.cross(backward, right)
+    position = backward * distance[..., None]
+    top = torch.stack((right, up, backward, position), dim=-1)
+    bottom = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=top.dtype, device=top.device).expand(*top.shape[:-2], 1, 4)
+    return Cameras(torch.cat((top, bottom), dim=-2), fovy * ones, elevation * ones, azimuth * ones)
+
+
+def rays(cameras: Cameras, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Rays through the pixel centres: origins `[..., 3]` and unit directions `[..., height, width, 3]`, world frame.
+
+    Row 0 is the top of the image. Pixels are square; `fovy` spans the height.
+    """
+    dtype, device = cameras.fovy.dtype, cameras.fovy.device
+    half = torch.tan(cameras.fovy / 2)[..., None, None]
+    y = 1 - (torch.arange(height, dtype=dtype, device=device) + 0.5) * 2 / height
+    x = ((torch.arange(width, dtype=dtype, device=device) + 0.5) * 2 / width - 1) * (width / height)
+    grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
+    in_camera = torch.stack((grid_x * half, grid_y * half, -torch.ones_like(grid_x * half)), dim=-1)
+    directions = torch.einsum("...ij,...hwj->...hwi", cameras.extrinsics[..., :3, :3], in_camera)
+    return cameras.extrinsics[..., :3, 3], directions / directions.norm(dim=-1, keepdim=True)
+
+

@@ -1,0 +1,94 @@
+"""The algorithm. One round: render, ask the prior and the score, move the particles, train the score on all renders.
+
+It knows no package of the field and no process group: what communicates is handed in as callables.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from distvsd.particles.ensemble import Ensemble, Update, Views
+from distvsd.score.training import Fit, ScoreTraining
+from distvsd.vsd.objectives import Objective
+from distvsd.vsd.samples import Samples
+
+
+class Pending(Protocol):
+    """An exchange under way; `wait` gives the samples of all ranks, sorted by particle."""
+
+    def wait(self) -> Samples: ...
+
+
+@dataclass(frozen=True)
+class Round:
+    """What happened: step (from 0), this rank's update, the score's fit, lag or None, and this rank's seconds by phase."""
+
+    step: int
+    update: Update
+    fit: Fit | None
+    lag: float | None
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The parts of a run on one rank. encode and exchange are callables; `watch` looks at each finished round.
+
+    encode(views): this rank's renders as samples, with the graph to the particles. exchange(samples): starts the gather
+    of all ranks' samples (communicates). training is None where no score network is learnt (SDS). watch(round): returns
+    True to stop; every rank must return the same.
+    """
+
+    ensemble: Ensemble
+    encode: Callable[[list[Views]], Samples]
+    objective: Objective
+    exchange: Callable[[Samples], Pending]
+    training: ScoreTraining | None
+    resolution: Callable[[int], int]
+    watch: Callable[[Round], bool]
+    lag_due: Callable[[int], bool]
+
+    def run(self, first: int, last: int) -> None:
+        """Rounds first to last - 1; every rank calls it."""
+        for step in range(first, last):
+            if self.watch(self.round(step)):
+                return
+
+    def round(self, step: int) -> Round:
+        clock = _Clock()
+        views = self.ensemble.render(step, self.resolution(step))  # local: each rank, its own particles
+        clock.lap("render")
+        samples = self.encode(views)  # local: latents with the graph to the particles
+        clock.lap("encode")
+        exchanged = self.exchange(samples.detached()) if self.training else None  # communicates: starts the gather
+        clock.lap("exchange")
+        gradient: Tensor = self.objective(samples, step)  # local: w(t) (eps_prior - eps_score), Eq. 9
+        clock.lap("objective")
+        update = self.ensemble.update(views, samples.latents, gradient, step)  # local: one Adam step a particle
+        clock.lap("update")
+        if self.training is None or exchanged is None:
+            return Round(step, update, None, None, clock.seconds)
+        union = exchanged.wait()  # communicates: the samples of all ranks
+        clock.lap("exchange")
+        lag = self.training.lag(union, step) if self.lag_due(step) else None  # local: the same on every rank
+        fit = self.training.round(union, step)  # communicates: K flat reductions
+        clock.lap("score")
+        return Round(step, update, fit, lag, clock.seconds)
+
+
+class _Clock:
+    """Seconds of each phase on this rank; a phase that comes twice adds up. Does not wait for a GPU's queue."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now

@@ -1,0 +1,47 @@
+"""Particles that are images: the paper's two-dimensional experiment (g(theta, c) = theta), in pixels or in latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distvsd.cameras import Cameras
+from distvsd.particles.base import Keys, Parameters, Rendered
+from distvsd.vsd.rng import Purpose, normal
+
+
+@dataclass(frozen=True)
+class ImageParticle:
+    """Images of a fixed size: `shape` is (3, H, W) for pixels, (C, h, w) of the prior's latents otherwise.
+
+    Pixels start grey with normal noise of `init_scale`; latents start as normal noise of `init_scale`.
+    """
+
+    shape: tuple[int, int, int]
+    is_latent: bool
+    init_scale: float
+    learning_rate: Callable[[int], float]
+    deterministic: bool = True
+
+    def init(self, seed: int, ids: Tensor) -> Parameters:
+        start = 0.0 if self.is_latent else 0.5
+        return {"image": start + self.init_scale * normal(seed, Purpose.INIT, ids, 0, self.shape)}
+
+    def learning_rates(self, step: int) -> dict[str, float]:
+        return {"image": self.learning_rate(step)}
+
+    def render(self, parameters: Parameters, cameras: Cameras, resolution: int, keys: Keys) -> Rendered:
+        return self.view(parameters, cameras, resolution, 0.0)
+
+    def view(self, parameters: Parameters, cameras: Cameras, resolution: int, background: float) -> Rendered:
+        """Every camera sees the same image; resized to `resolution` where pixels are asked for at another size."""
+        image = parameters["image"]
+        if not self.is_latent and resolution != image.shape[-1]:
+            image = torch.nn.functional.interpolate(
+                image, (resolution, resolution), mode="bilinear", antialias=True, align_corners=False
+            )
+        images = image[:, None].expand(-1, cameras.shape[1], -1, -1, -1)
+        return Rendered(images, torch.ones_like(images[:, :, :1]), torch.zeros_like(image[:, 0, 0, 0]))

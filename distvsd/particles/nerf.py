@@ -1,0 +1,162 @@
+"""Radiance-field particles: a hash grid, one linear layer, a learned background; the paper's stage 1.
+
+Shape legend: P particles, V views, H x W pixels, S samples a ray, R = V H W rays of a particle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distvsd.cameras import Cameras, rays
+from distvsd.particles.base import Keys, Parameters, Rendered
+from distvsd.render import HashGrid, composite, sample_intervals
+from distvsd.render.volume import VolumeBackend
+from distvsd.vsd.rng import Purpose, normal, uniform
+
+_DIRECTION_BANDS = 4
+_BACKGROUND_WIDTH = 16
+
+
+@dataclass(frozen=True)
+class NerfParticle:
+    """A radiance field in the cube [-bound, bound]^3, batched over particles; colour does not depend on the view.
+
+    blob_density, blob_radius: lambda and r of sigma(x) = lambda (1 - |x| / r) added before the softplus. init_scale:
+    range of the initial features. density_noise: standard deviation of the training noise before the softplus.
+    entropy, sparsity: weights of the regularisers. learned_background: a small network of the ray's direction;
+    without it the background is black. random_background: share of the training views on a random plain colour, of
+    which `random_grey` makes a grey.
+    """
+
+    grid: HashGrid
+    samples_per_ray: int
+    bound: float
+    blob_density: float
+    blob_radius: float
+    init_scale: float
+    density_noise: float
+    entropy: float
+    sparsity: float
+    learned_background: bool
+    random_background: float
+    random_grey: bool
+    backend: VolumeBackend
+    grid_learning_rate: Callable[[int], float]
+    network_learning_rate: Callable[[int], float]
+    deterministic: bool
+    is_latent: bool = False
+
+    def init(self, seed: int, ids: Tensor) -> Parameters:
+        width = self.grid.levels * self.grid.features
+        parameters = self.grid.init(seed, ids, self.init_scale)
+        parameters["decoder_weight"] = _linear_init(seed, ids, 4, width, lane=100)
+        parameters["decoder_bias"] = torch.zeros(len(ids), 4, device=ids.device)
+        if self.learned_background:
+            parameters["background_weight0"] = _linear_init(
+                seed, ids, _BACKGROUND_WIDTH, 3 * 2 * _DIRECTION_BANDS, lane=101
+            )
+            parameters["background_bias0"] = torch.zeros(len(ids), _BACKGROUND_WIDTH, device=ids.device)
+            parameters["background_weight1"] = _linear_init(seed, ids, 3, _BACKGROUND_WIDTH, lane=102)
+            parameters["background_bias1"] = torch.zeros(len(ids), 3, device=ids.device)
+        return parameters
+
+    def learning_rates(self, step: int) -> dict[str, float]:
+        grid, network = self.grid_learning_rate(step), self.network_learning_rate(step)
+        names = [f"grid{level}" for level in range(self.grid.levels)]
+        networks = ["decoder_weight", "decoder_bias"]
+        if self.learned_background:
+            networks += [f"background_{part}{layer}" for layer in (0, 1) for part in ("weight", "bias")]
+        return dict.fromkeys(names, grid) | dict.fromkeys(networks, network)
+
+    def render(self, parameters: Parameters, cameras: Cameras, resolution: int, keys: Keys) -> Rendered:
+        views = cameras.shape[1]
+        jitter = uniform(keys.seed, Purpose.RAY_JITTER, keys.ids, keys.step, (views, resolution, resolution))
+        draws = uniform(keys.seed, Purpose.BACKGROUND, keys.ids, keys.step, (views, 4))
+        colour = draws[..., 1:2].expand(-1, -1, 3) if self.random_grey else draws[..., 1:]
+        plain = draws[..., 0] < self.random_background
+        return self._draw(parameters, cameras, resolution, jitter, colour, plain, keys)
+
+    def view(self, parameters: Parameters, cameras: Cameras, resolution: int, background: float) -> Rendered:
+        like = cameras.fovy
+        jitter = torch.full((*cameras.shape, resolution, resolution), 0.5, device=like.device)
+        colour = torch.full((*cameras.shape, 3), background, device=like.device)
+        plain = torch.ones(cameras.shape, dtype=torch.bool, device=like.device)
+        return self._draw(parameters, cameras, resolution, jitter, colour, plain, None)
+
+    def field(self, parameters: Parameters, points_PN3: Tensor, noise_PN: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Density `[P, N]` (per world unit) and colour `[P, N, 3]` at world points; differentiable."""
+        features_PFN = self.grid.encode(parameters, points_PN3 / (2 * self.bound) + 0.5)
+        raw_P4N = torch.baddbmm(parameters["decoder_bias"][..., None], parameters["decoder_weight"], features_PFN)
+        # Initialisation of the paper's appendix: a soft ball (or, with a negative density, a hollow around the camera).
+        raw_density = raw_P4N[:, 0] + self.blob_density * (1 - points_PN3.norm(dim=-1) / self.blob_radius)
+        if noise_PN is not None:
+            raw_density = raw_density + noise_PN
+        return torch.nn.functional.softplus(raw_density), torch.sigmoid(raw_P4N[:, 1:]).transpose(1, 2)
+
+    def _draw(
+        self,
+        parameters: Parameters,
+        cameras: Cameras,
+        resolution: int,
+        jitter_PVHW: Tensor,
+        plain_colour_PV3: Tensor,
+        is_plain_PV: Tensor,
+        keys: Keys | None,
+    ) -> Rendered:
+        particles, views = cameras.shape
+        origins, directions = rays(cameras, resolution, resolution)
+        origins = origins[:, :, None, None].expand_as(directions)
+        starts, ends = sample_intervals(origins, directions, self.bound, self.samples_per_ray, jitter_PVHW)
+        points = origins[..., None, :] + directions[..., None, :] * ((starts + ends) / 2)[..., None]
+        shape = points.shape[:-1]
+        noise = None
+        if keys is not None and self.density_noise > 0:
+            count = (points[0].numel() // 3,)
+            noise = self.density_noise * normal(keys.seed, Purpose.DENSITY_NOISE, keys.ids, keys.step, count)
+        density, colour = self.field(parameters, points.reshape(particles, -1, 3), noise)
+        out = composite(starts, ends, density.reshape(shape), colour.reshape(*shape, 3), self.backend)
+        background = plain_colour_PV3[:, :, None, None].expand_as(directions)
+        if self.learned_background:
+            learned = self._background(parameters, directions.reshape(particles, -1, 3)).reshape(directions.shape)
+            background = torch.where(is_plain_PV[..., None, None, None], background, learned)
+        images = out.color + (1 - out.opacity) * background
+        return Rendered(
+            images.permute(0, 1, 4, 2, 3), out.opacity.permute(0, 1, 4, 2, 3), self._penalty(out.opacity, particles)
+        )
+
+    def _background(self, parameters: Parameters, directions_PR3: Tensor) -> Tensor:
+        """Colours `[P, R, 3]` of the learned background along unit directions."""
+        bands = 2.0 ** torch.arange(_DIRECTION_BANDS, device=directions_PR3.device)
+        angles = (directions_PR3[..., None] * bands).flatten(2)
+        encoded = torch.cat((angles.sin(), angles.cos()), dim=-1)
+        hidden = torch.relu(
+            torch.baddbmm(
+                parameters["background_bias0"][:, None], encoded, parameters["background_weight0"].transpose(1, 2)
+            )
+        )
+        return torch.sigmoid(
+            torch.baddbmm(
+                parameters["background_bias1"][:, None], hidden, parameters["background_weight1"].transpose(1, 2)
+            )
+        )
+
+    def _penalty(self, opacity_PVHW1: Tensor, particles: int) -> Tensor:
+        """Binary entropy of the opacity (clear or solid, not fog) and its mean (no clutter), averaged over pixels."""
+        opacity = opacity_PVHW1.reshape(particles, -1)
+        penalty = torch.zeros(particles, device=opacity.device)
+        if self.entropy > 0:
+            safe = opacity.clamp(1e-5, 1 - 1e-5)
+            penalty = penalty - self.entropy * (safe * safe.log() + (1 - safe) * (1 - safe).log()).mean(1)
+        if self.sparsity > 0:
+            penalty = penalty + self.sparsity * (opacity.square() + 0.01).sqrt().mean(1)
+        return penalty
+
+
+def _linear_init(seed: int, ids: Tensor, rows: int, columns: int, lane: int) -> Tensor:
+    """Weights `[P, rows, columns]`, uniform in +-sqrt(3 / columns): unit gain for inputs of unit variance."""
+    values = uniform(seed, Purpose.INIT, ids, 0, (rows, columns), lane=lane)
+    return (values * 2 - 1) * (3 / columns) ** 0.5

@@ -1,0 +1,273 @@
+"""Trains the embedded prior from nothing: images of the world, a text encoder, a UNet; written as a diffusers pipeline.
+
+One command (`distvsd prior build`), resumable, deterministic by seed on one machine with one number of threads.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from distvsd.cameras import Cameras
+from distvsd.prior.codec import PatchCodec
+from distvsd.prior.shapes import world
+from distvsd.prior.shapes.captions import MAX_TOKENS, draw_captions, save_tokenizer, tokenize
+from distvsd.vsd.rng import Purpose, generator, seeded
+
+PATCH = 4
+LATENT_SCALE = 1.6  # brings the world's latents to about unit variance
+NOISE_SHIFT = 3.0  # sigma/alpha is that many times the cosine schedule's: images are smooth, so noise must be stronger
+NUM_TIMESTEPS = 1000
+EMA = 0.999
+WARMUP = 300
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """What a build depends on. num_images: size of the drawn data set. steps, batch_size, learning_rate: of the training."""
+
+    seed: int = 0
+    num_images: int = 30_000
+    steps: int = 8_000
+    batch_size: int = 32
+    learning_rate: float = 8e-4
+    channels: tuple[int, ...] = (80, 128, 160)
+    text_width: int = 128
+    text_layers: int = 2
+
+
+def build(folder: Path, config: BuildConfig, device: str, report: Callable[[str], None], save_every: int = 500) -> None:
+    """Trains and writes the pipeline to `folder`; `folder/build-state` holds what resuming needs and can be deleted after.
+
+    Call it again with the same arguments to continue. Raises ValueError if the folder holds another configuration's state.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state = folder / "build-state"
+    state.mkdir(exist_ok=True)
+    _check_same(state / "config.json", config)
+    images, labels, cameras = dataset(state / "images.safetensors", config, report)
+    save_tokenizer(folder / "tokenizer")
+    _scheduler().save_pretrained(folder / "scheduler")
+    PatchCodec(PATCH, LATENT_SCALE).save_pretrained(folder / "vae")
+    modules = _models(config, folder / "tokenizer").to(device)
+    trainer = _Trainer(modules, config)
+    trainer.load(state / "training.safetensors")
+    train(trainer, images, labels, cameras, folder, config, report, save_every)
+    trainer.write(folder)
+    report(f"written {folder}")
+
+
+def dataset(path: Path, config: BuildConfig, report: Callable[[str], None]) -> tuple[Tensor, world.Labels, Cameras]:
+    """The drawn world: images uint8 `[N, 3, 64, 64]`, their labels and cameras; cached in `path`."""
+    draw = generator(config.seed, Purpose.BUILD, 0)
+    labels = world.sample_labels(config.num_images, draw)
+    cameras = world.sample_cameras(labels, draw)
+    background = torch.rand(config.num_images, generator=draw)
+    if not path.exists():
+        chunks, start = [], time.monotonic()
+        for first in range(0, config.num_images, 250):
+            part = slice(first, first + 250)
+            drawn = world.draw(labels[part], cameras[part], background[part], samples=2)
+            chunks.append((drawn * 255).round().byte().contiguous())
+            if first % 5000 == 0:
+                report(f"drawn {first} of {config.num_images} images, {time.monotonic() - start:.0f} s")
+        _save_atomically({"images": torch.cat(chunks)}, path)
+    with safe_open(path, "pt") as file:
+        return file.get_tensor("images"), labels, cameras
+
+
+def alphas_cumprod() -> Tensor:
+    """The cosine schedule with its noise-to-signal ratio times NOISE_SHIFT, ending in pure noise; float64 `[T]`."""
+    u = (torch.arange(NUM_TIMESTEPS, dtype=torch.float64) + 1) / NUM_TIMESTEPS
+    values = 1 / (1 + (NOISE_SHIFT * torch.tan(u * math.pi / 2)) ** 2)
+    values[-1] = 0.0
+    return values
+
+
+def train(
+    trainer: _Trainer,
+    images: Tensor,
+    labels: world.Labels,
+    cameras: Cameras,
+    folder: Path,
+    config: BuildConfig,
+    report: Callable[[str], None],
+    save_every: int,
+) -> None:
+    """The v-prediction loss over the data set until `config.steps`; every random draw is keyed by (seed, step)."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    codec = PatchCodec(PATCH, LATENT_SCALE)
+    abar = alphas_cumprod().float()
+    losses: list[float] = []
+    start, first_step = time.monotonic(), trainer.step
+    while trainer.step < config.steps:
+        draw = generator(config.seed, Purpose.BUILD, 1, trainer.step)
+        pick = torch.randint(config.num_images, (config.batch_size,), generator=draw)
+        texts = draw_captions(labels[pick], cameras[pick], draw)
+        latents = codec.encode(images[pick].float() / 255)
+        # Stratified timesteps: one in each of batch_size equal parts, which lowers the variance of the loss.
+        strata = (torch.arange(config.batch_size) + torch.rand(config.batch_size, generator=draw)) / config.batch_size
+        timesteps = (strata * NUM_TIMESTEPS).long()
+        noise = torch.randn(latents.shape, generator=draw)
+        alpha, sigma = abar[timesteps].sqrt()[:, None, None, None], (1 - abar[timesteps]).sqrt()[:, None, None, None]
+        noisy, velocity = alpha * latents + sigma * noise, alpha * noise - sigma * latents
+        losses.append(trainer.update(noisy, timesteps, tokenize(tokenizer, texts), velocity))
+        if trainer.step % 100 == 0 or trainer.step == config.steps:
+            rate = (trainer.step - first_step) / (time.monotonic() - start)
+            report(
+                f"step {trainer.step}/{config.steps}  loss {sum(losses) / len(losses):.4f}  {rate:.2f} steps/s"
+                f"  left {(config.steps - trainer.step) / rate / 60:.0f} min"
+            )
+            losses.clear()
+        if trainer.step % save_every == 0:
+            trainer.save(folder / "build-state" / "training.safetensors")
+            trainer.write(folder)
+
+
+class _Trainer:
+    """The models, their moving average and the optimiser, as one resumable thing."""
+
+    def __init__(self, modules: torch.nn.ModuleDict, config: BuildConfig) -> None:
+        self.modules = modules
+        self.config = config
+        self.device = next(modules.parameters()).device
+        self.average = {name: value.detach().clone() for name, value in modules.named_parameters()}
+        self.optimizer = torch.optim.AdamW(
+            modules.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2
+        )
+        self.step = 0
+
+    def update(self, noisy: Tensor, timesteps: Tensor, tokens: Tensor, target: Tensor) -> float:
+        progress = self.step / self.config.steps
+        decay = 0.5 * (1 + math.cos(math.pi * progress))
+        self.optimizer.param_groups[0]["lr"] = self.config.learning_rate * min(1.0, (self.step + 1) / WARMUP) * decay
+        text = self.modules["text_encoder"](tokens.to(self.device))[0]
+        predicted = self.modules["unet"](noisy.to(self.device), timesteps.to(self.device), text).sample
+        loss = torch.nn.functional.mse_loss(predicted, target.to(self.device))
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        # The average follows faster at first, so that it forgets the random start.
+        weight = 1 - min(EMA, (self.step + 1) / (self.step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.average.values()), list(self.modules.parameters()), weight)
+        return float(loss.detach())
+
+    def save(self, path: Path) -> None:
+        tensors = {f"model/{name}": value.detach() for name, value in self.modules.named_parameters()}
+        tensors |= {f"average/{name}": value for name, value in self.average.items()}
+        for (name, _), moments in zip(self.modules.named_parameters(), self.optimizer.state.values(), strict=True):
+            tensors |= {f"{key}/{name}": moments[key] for key in ("exp_avg", "exp_avg_sq")}
+        _save_atomically({"step": torch.tensor(self.step)} | {k: v.contiguous() for k, v in tensors.items()}, path)
+
+    def load(self, path: Path) -> None:
+        if not path.exists():
+            return
+        with safe_open(path, "pt") as file:
+            self.step = int(file.get_tensor("step"))
+            for name, value in self.modules.named_parameters():
+                value.data.copy_(file.get_tensor(f"model/{name}"))
+                self.average[name].copy_(file.get_tensor(f"average/{name}"))
+                self.optimizer.state[value] = {
+                    "step": torch.tensor(float(self.step)),
+                    "exp_avg": file.get_tensor(f"exp_avg/{name}").to(self.device),
+                    "exp_avg_sq": file.get_tensor(f"exp_avg_sq/{name}").to(self.device),
+                }
+
+    def write(self, folder: Path) -> None:
+        """The moving average, in half precision, in the layout of a diffusers pipeline."""
+        live = {name: value.detach().clone() for name, value in self.modules.named_parameters()}
+        for name, value in self.modules.named_parameters():
+            value.data.copy_(self.average[name])
+        for part in ("unet", "text_encoder"):
+            module = self.modules[part]
+            # Saved in half precision from a copy of the weights, so that training goes on in single precision.
+            module.half().save_pretrained(folder / part, safe_serialization=True)
+            module.float()
+        for name, value in self.modules.named_parameters():
+            value.data.copy_(live[name])
+        index = {
+            "_class_name": "StableDiffusionPipeline",
+            "scheduler": ["diffusers", "DDIMScheduler"],
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["distvsd.prior.codec", "PatchCodec"],
+        }
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _models(config: BuildConfig, tokenizer_folder: Path) -> torch.nn.ModuleDict:
+    from diffusers import UNet2DConditionModel
+    from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    with seeded(config.seed, Purpose.BUILD, 2):
+        unet = UNet2DConditionModel(
+            sample_size=world.RESOLUTION // PATCH,
+            in_channels=3 * PATCH**2,
+            out_channels=3 * PATCH**2,
+            block_out_channels=config.channels,
+            down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * (len(config.channels) - 1),
+            up_block_types=("CrossAttnUpBlock2D",) * (len(config.channels) - 1) + ("UpBlock2D",),
+            layers_per_block=1,
+            cross_attention_dim=config.text_width,
+            attention_head_dim=4,
+            norm_num_groups=16,
+        )
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=config.text_width,
+                intermediate_size=4 * config.text_width,
+                num_hidden_layers=config.text_layers,
+                num_attention_heads=4,
+                max_position_embeddings=MAX_TOKENS,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+    return torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
+
+
+def _scheduler() -> object:
+    from diffusers import DDIMScheduler
+
+    values = alphas_cumprod()
+    betas = 1 - values / torch.cat((torch.ones(1, dtype=torch.float64), values[:-1]))
+    return DDIMScheduler(
+        num_train_timesteps=NUM_TIMESTEPS,
+        trained_betas=betas.tolist(),
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+    )
+
+
+def _check_same(path: Path, config: BuildConfig) -> None:
+    current = json.loads(json.dumps(asdict(config)))
+    if path.exists() and json.loads(path.read_text()) != current:
+        raise ValueError(f"{path} was begun with another configuration; give the same one or another folder")
+    path.write_text(json.dumps(current, indent=2) + "\n")
+
+
+def _save_atomically(tensors: dict[str, Tensor], path: Path) -> None:
+    staged = path.with_suffix(".staged")
+    save_file(tensors, staged)
+    os.replace(staged, path)

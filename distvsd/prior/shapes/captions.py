@@ -1,0 +1,105 @@
+"""Captions of the shapes world, at several levels of detail, and the tokenizer that knows their words."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from distvsd.cameras import Cameras
+from distvsd.prior.prompts import view_suffix
+from distvsd.prior.shapes.world import COLORS, SHAPES, Labels
+
+MAX_TOKENS = 16
+LEVELS = ("full", "shape", "color", "object", "empty")
+LEVEL_WEIGHTS = torch.tensor([0.44, 0.12, 0.12, 0.22, 0.10])
+SUFFIX_SHARE = 0.4  # of the captions name the view
+
+
+def article(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
+def caption(shape: int, color: int, face: int, wall: int, floor: int, level: str) -> str:
+    """One caption; label meanings as in `Labels`, level one of LEVELS. Rooms know only full, object ("a room") and empty."""
+    if level == "empty":
+        return ""
+    if wall >= 0:
+        detail = f" with {COLORS[wall]} walls and {article(COLORS[floor])} floor" if level != "object" else ""
+        return f"inside a room{detail}"
+    subject = {
+        "full": f"{article(COLORS[color])} {SHAPES[shape]}",
+        "shape": article(SHAPES[shape]),
+        "color": f"something {COLORS[color]}",
+        "object": "an object",
+    }[level]
+    return subject + (" with a face" if face else "")
+
+
+def draw_captions(labels: Labels, cameras: Cameras, generator: torch.Generator) -> list[str]:
+    """A random caption for each image, with the view named in a share of those that show an object."""
+    count = labels.shape.shape[0]
+    levels = torch.multinomial(LEVEL_WEIGHTS, count, replacement=True, generator=generator).tolist()
+    suffixed = (torch.rand(count, generator=generator) < SUFFIX_SHARE).tolist()
+    rows = torch.stack((labels.shape, labels.color, labels.face, labels.wall, labels.floor), dim=1).tolist()
+    views = [
+        view_suffix(math.degrees(e), math.degrees(a))
+        for e, a in zip(cameras.elevation.tolist(), cameras.azimuth.tolist(), strict=True)
+    ]
+    texts = []
+    for row, level, named, view in zip(rows, levels, suffixed, views, strict=True):
+        text = caption(*row, level=LEVELS[level])
+        texts.append(f"{text}, {view}" if named and text and row[3] < 0 else text)
+    return texts
+
+
+def every_caption() -> list[str]:
+    """All captions the world can have; the tokenizer is trained on them."""
+    texts = set()
+    for level in LEVELS:
+        for color in range(len(COLORS)):
+            for other in range(len(SHAPES)):
+                for face in (0, 1):
+                    texts.add(caption(other, color, face, -1, -1, level))
+            for floor in range(len(COLORS)):
+                texts.add(caption(-1, -1, 0, color, floor, level))
+    views = ("front view", "side view", "back view", "overhead view")
+    return sorted(texts | {f"{text}, {view}" for text in texts if text and "room" not in text for view in views})
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Writes a tokenizer in the transformers format: lower-cased byte-pair words, begin and end marks, 16 tokens."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<|unk|>", end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["<|startoftext|>", "<|endoftext|>", "<|unk|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=special,
+        end_of_word_suffix="</w>",
+        initial_alphabet=[chr(c) for c in range(33, 127)],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(every_caption(), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{special[0]} $A {special[1]}", special_tokens=[(special[0], 0), (special[1], 1)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=special[0],
+        eos_token=special[1],
+        unk_token=special[2],
+        pad_token=special[1],
+        model_max_length=MAX_TOKENS,
+    ).save_pretrained(folder)
+
+
+def tokenize(tokenizer: object, texts: list[str]) -> Tensor:
+    """Token ids `[B, MAX_TOKENS]`, padded as a pipeline pads them."""
+    batch = tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")  # type: ignore[operator]
+    return batch.input_ids

@@ -1,0 +1,112 @@
+"""The multi-resolution hash grid of Instant-NGP (arXiv 2201.05989), batched over particles.
+
+A level whose vertices fit in the table is kept dense, as in Instant-NGP; dense levels are read through
+`grid_sample`, which is several times faster than gathering eight corners. `gather_level` is the plain reference for
+both, and the path for hashed levels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distvsd.vsd.rng import Purpose, uniform
+
+_PRIMES = (1, 2654435761, 805459861)  # Eq. 4 of arXiv 2201.05989
+
+
+@dataclass(frozen=True)
+class HashGrid:
+    """The shape of a grid; the features live in the particles' parameters.
+
+    levels, features: L and F. table_size: largest number of vertices of a level (T). base_resolution to
+    max_resolution: vertices along an axis, growing geometrically. smoothstep: interpolate with 3x^2 - 2x^3, so that
+    the gradient in space is continuous. gather: read dense levels by gathering too, whose backward is deterministic
+    on every device.
+    """
+
+    levels: int
+    features: int
+    table_size: int
+    base_resolution: int
+    max_resolution: int
+    smoothstep: bool
+    gather: bool = False
+
+    def resolutions(self) -> list[int]:
+        """Vertices along an axis, one per level."""
+        if self.levels == 1:
+            return [self.base_resolution]
+        growth = (self.max_resolution / self.base_resolution) ** (1 / (self.levels - 1))
+        return [int(self.base_resolution * growth**level + 1e-6) for level in range(self.levels)]
+
+    def is_dense(self, resolution: int) -> bool:
+        return resolution**3 <= self.table_size
+
+    def init(self, seed: int, ids: Tensor, scale: float) -> dict[str, Tensor]:
+        """Features uniform in [-scale, scale], each particle's from its own stream: `grid{l}` of `[P, F, R, R, R]` or `[P, F, T]`."""
+        parameters = {}
+        for level, resolution in enumerate(self.resolutions()):
+            shape = (resolution,) * 3 if self.is_dense(resolution) else (self.table_size,)
+            values = uniform(seed, Purpose.INIT, ids, 0, (self.features, *shape), lane=level)
+            parameters[f"grid{level}"] = (values * 2 - 1) * scale
+        return parameters
+
+    def encode(self, parameters: dict[str, Tensor], points: Tensor) -> Tensor:
+        """Features `[P, L F, N]` at points `[P, N, 3]` in the unit cube (x, y, z); differentiable in parameters and points.
+
+        Points outside are read at the nearest face.
+        """
+        return torch.cat(
+            [
+                self._read(parameters[f"grid{level}"], resolution, points)
+                for level, resolution in enumerate(self.resolutions())
+            ],
+            dim=1,
+        )
+
+    def _read(self, grid: Tensor, resolution: int, points: Tensor) -> Tensor:
+        position = points.clamp(0, 1) * (resolution - 1)
+        if grid.ndim == 3 or self.gather:
+            return gather_level(grid.flatten(2), resolution, position, self.smoothstep, hashed=grid.ndim == 3)
+        if self.smoothstep:
+            cell = position.floor()
+            position = cell + _smoothstep(position - cell)
+        unit = position * (2 / (resolution - 1)) - 1
+        # grid_sample takes the fastest axis first, which is the last of the grid: x runs along dimension 4.
+        return torch.nn.functional.grid_sample(
+            grid, unit[:, None, None], mode="bilinear", padding_mode="border", align_corners=True
+        )[:, :, 0, 0]
+
+
+def gather_level(table: Tensor, resolution: int, position: Tensor, smoothstep: bool, hashed: bool) -> Tensor:
+    """Trilinear features `[P, F, N]` of one level: table `[P, F, T]`, position `[P, N, 3]` in vertices.
+
+    The reference: eight gathers and a weighted sum, dense (x fastest) or through the spatial hash.
+    """
+    cell = position.detach().floor().clamp(max=resolution - 2)
+    fraction = position - cell
+    if smoothstep:
+        fraction = _smoothstep(fraction)
+    corner = cell.long()
+    total: Tensor | None = None
+    for offset in ((x, y, z) for z in (0, 1) for y in (0, 1) for x in (0, 1)):
+        step = torch.tensor(offset, device=position.device)
+        vertex = corner + step
+        if hashed:
+            prime = torch.tensor(_PRIMES, device=position.device)
+            mixed = vertex * prime
+            index = (mixed[..., 0] ^ mixed[..., 1] ^ mixed[..., 2]) % table.shape[2]
+        else:
+            index = (vertex[..., 2] * resolution + vertex[..., 1]) * resolution + vertex[..., 0]
+        share = torch.where(step == 1, fraction, 1 - fraction).prod(-1)
+        term = table.gather(2, index[:, None].expand(-1, table.shape[1], -1)) * share[:, None]
+        total = term if total is None else total + term
+    assert total is not None, "eight corners were summed"
+    return total
+
+
+def _smoothstep(x: Tensor) -> Tensor:
+    return x * x * (3 - 2 * x)

@@ -1,0 +1,43 @@
+"""The batch that travels: latents of renders with what the two networks must know about them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Samples:
+    """N rendered views in the prior's latent space; every field has N rows and lies on one device.
+
+    latents: `[N, C, h, w]` float32, with a graph to the particles until `detached`. cameras: `[N, 16]` float32, the
+    flattened camera-to-world matrices. ids: `[N]` int64 particle ids. views: `[N]` int64, which named view of the
+    prior's prompts the camera sees. weight: `[N]` float32, 1 where the sample is valid and 0 where it is masked.
+    """
+
+    latents: Tensor
+    cameras: Tensor
+    ids: Tensor
+    views: Tensor
+    weight: Tensor
+
+    def __len__(self) -> int:
+        return self.latents.shape[0]
+
+    def __getitem__(self, index: Tensor | slice) -> Samples:
+        return Samples(*(getattr(self, field.name)[index] for field in fields(self)))
+
+    def detached(self) -> Samples:
+        """The same samples without the graph: what may leave the rank."""
+        return Samples(*(getattr(self, field.name).detach() for field in fields(self)))
+
+    def to(self, device: torch.device | str) -> Samples:
+        return Samples(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+    @staticmethod
+    def cat(parts: Sequence[Samples]) -> Samples:
+        """Rows of all parts, in order; at least one part."""
+        return Samples(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Samples)))

@@ -1,0 +1,27 @@
+"""Image particles: g(theta, c) = theta."""
+
+import torch
+
+from distvsd.cameras import OrbitSampler
+from distvsd.particles import ImageParticle, Keys
+
+CAMERAS = OrbitSampler((0.0, 0.0), (0.0, 0.0), (1.0, 1.0), (50.0, 50.0)).ring(2, 3, 0.0)
+IDS = torch.tensor([0, 7])
+
+
+def test_every_view_of_an_image_is_the_image():
+    particle = ImageParticle((3, 8, 8), False, 0.1, lambda step: 0.1)
+    parameters = particle.init(0, IDS)
+    rendered = particle.render(parameters, CAMERAS, 8, Keys(0, IDS, 0))
+    assert rendered.images.shape == (2, 3, 3, 8, 8)
+    assert all(torch.equal(rendered.images[:, view], parameters["image"]) for view in range(3))
+    assert rendered.opacity.min() == 1
+
+
+def test_pixels_begin_grey_and_latents_around_zero_each_from_its_own_stream():
+    pixels = ImageParticle((3, 32, 32), False, 0.1, lambda step: 0.1).init(0, IDS)["image"]
+    latents = ImageParticle((4, 32, 32), True, 1.0, lambda step: 0.1).init(0, IDS)["image"]
+    # 3,072 and 4,096 numbers a particle: five standard errors.
+    assert abs(pixels[0].mean() - 0.5) < 0.01 and abs(pixels[0].std() - 0.1) < 0.01
+    assert abs(latents[1].mean()) < 0.08 and abs(latents[1].std() - 1) < 0.06
+    assert not torch.equal(pixels[0], pixels[1])

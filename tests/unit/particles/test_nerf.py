@@ -1,0 +1,143 @@
+"""Radiance-field particles: their start, their pictures, their gradients, and that they do not see each other."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from distvsd.cameras import Cameras, OrbitSampler
+from distvsd.particles import Keys, NerfParticle
+from distvsd.render import HashGrid
+
+NERF = NerfParticle(
+    grid=HashGrid(2, 2, 4096, 4, 8, smoothstep=False),
+    samples_per_ray=16,
+    bound=0.6,
+    blob_density=10.0,
+    blob_radius=0.5,
+    init_scale=0.1,
+    density_noise=0.0,
+    entropy=0.0,
+    sparsity=0.0,
+    learned_background=True,
+    random_background=0.5,
+    random_grey=False,
+    backend="torch",
+    grid_learning_rate=lambda step: 1e-2,
+    network_learning_rate=lambda step: 1e-3,
+    deterministic=True,
+)
+SAMPLER = OrbitSampler((0.0, 30.0), (-180.0, 180.0), (1.2, 1.5), (40.0, 50.0))
+IDS = torch.tensor([4, 9, 2])
+
+
+def scene(particle=NERF, ids=IDS, views=2, step=0):
+    return particle.init(0, ids), SAMPLER.sample(0, ids, step, views), Keys(0, ids, step)
+
+
+def double(cameras):
+    return Cameras(*(getattr(cameras, name).double() for name in ("extrinsics", "fovy", "elevation", "azimuth")))
+
+
+def test_the_object_begins_as_a_soft_ball_of_radius_one_half():
+    parameters = {name: value * 0 for name, value in NERF.init(0, IDS).items()}
+    radius = torch.tensor([0.0, 0.25, 0.5, 0.6])
+    points = torch.stack((radius, 0 * radius, 0 * radius), dim=-1).expand(3, 4, 3)
+    density, colour = NERF.field(parameters, points)
+    # softplus(10 (1 - r / 0.5)): 10.00005, 5.0067, 0.6931, 0.1269
+    torch.testing.assert_close(density[0], torch.tensor([10.00005, 5.00672, 0.69315, 0.12693]), rtol=1e-4, atol=0)
+    torch.testing.assert_close(colour, torch.full_like(colour, 0.5))
+
+
+def test_a_scene_begins_hollow_around_the_camera():
+    hollow = replace(NERF, blob_density=-10.0, blob_radius=2.5, bound=4.0)
+    parameters = {name: value * 0 for name, value in hollow.init(0, IDS).items()}
+    points = torch.tensor([[0.0, 0, 0], [3.5, 0, 0]]).expand(3, 2, 3)
+    density, _ = hollow.field(parameters, points)
+    # softplus(-10) = 4.5e-5 at the centre; softplus(-10 (1 - 1.4)) = softplus(4) = 4.018 outside.
+    torch.testing.assert_close(density[0], torch.tensor([4.54e-5, 4.01815]), rtol=1e-3, atol=0)
+
+
+def test_no_two_particles_begin_alike():
+    rendered = NERF.view(*scene(views=1)[:2], 16, 0.5).images
+    assert not torch.allclose(rendered[0], rendered[1], atol=1e-4)
+
+
+def test_one_call_renders_every_particle_from_every_view():
+    parameters, cameras, keys = scene()
+    rendered = NERF.render(parameters, cameras, 24, keys)
+    assert rendered.images.shape == (3, 2, 3, 24, 24)
+    assert rendered.opacity.shape == (3, 2, 1, 24, 24) and rendered.penalty.shape == (3,)
+    assert rendered.images.min() >= 0 and rendered.images.max() <= 1
+    # The ball fills the middle of the picture and not its corners.
+    assert rendered.opacity[..., 12, 12].min() > 0.9 and rendered.opacity[..., 0, 0].max() < 0.5
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_a_particles_render_does_not_depend_on_its_neighbours(noise):
+    particle = replace(NERF, density_noise=noise)
+    parameters, cameras, keys = scene(particle)
+    together = particle.render(parameters, cameras, 16, keys).images
+    alone = particle.render(
+        {name: value[1:2] for name, value in parameters.items()}, cameras[1:2], 16, Keys(0, IDS[1:2], 0)
+    ).images
+    torch.testing.assert_close(together[1], alone[0], rtol=0, atol=1e-6)
+
+
+def test_gradients_agree_with_finite_differences():
+    small = replace(NERF, grid=HashGrid(1, 2, 4096, 3, 3, smoothstep=True), samples_per_ray=6, entropy=1.0, sparsity=1.0)
+    parameters, cameras, keys = scene(small, torch.tensor([4]), views=1)
+    leaves = {name: value.double().requires_grad_() for name, value in parameters.items()}
+    names, cameras = list(leaves), double(cameras)
+
+    def draw(*values):
+        out = small.render(dict(zip(names, values, strict=True)), cameras, 4, keys)
+        return out.images, out.penalty
+
+    assert torch.autograd.gradcheck(draw, tuple(leaves.values()), eps=1e-6, atol=1e-6)
+
+
+def test_gradients_of_the_batch_are_those_of_each_particle():
+    parameters, cameras, keys = scene()
+    upstream = torch.randn(3, 2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    leaves = {name: value.clone().requires_grad_() for name, value in parameters.items()}
+    (NERF.render(leaves, cameras, 16, keys).images * upstream).sum().backward()
+    for row in range(3):
+        mine = {name: value[row : row + 1].clone().requires_grad_() for name, value in parameters.items()}
+        one = NERF.render(mine, cameras[row : row + 1], 16, Keys(0, IDS[row : row + 1], 0))
+        (one.images * upstream[row : row + 1]).sum().backward()
+        for name, value in mine.items():
+            torch.testing.assert_close(leaves[name].grad[row], value.grad[0], rtol=1e-4, atol=1e-5)
+
+
+def test_backgrounds_are_plain_in_the_asked_share_and_learned_otherwise():
+    ids = torch.arange(200)
+    empty = replace(NERF, blob_density=-1000.0, blob_radius=10.0, grid=HashGrid(1, 1, 64, 2, 2, smoothstep=False), samples_per_ray=2)
+    parameters, cameras, keys = scene(empty, ids, views=1)
+    images = empty.render(parameters, cameras, 8, keys).images[:, 0]
+    is_plain = (images.flatten(2).std(-1) < 1e-6).all(1)
+    # 200 draws at one half: within five standard deviations (35).
+    assert 65 <= is_plain.sum() <= 135
+    grey = replace(empty, random_background=1.0, random_grey=True).render(parameters, cameras, 8, keys).images
+    assert (grey.std(2) < 1e-6).all() and grey[:, 0, 0, 0, 0].std() > 0.2
+
+
+def test_penalties_prefer_clear_or_solid_pixels():
+    entropy = replace(NERF, entropy=1.0)
+    opacity = torch.tensor([[0.5], [0.0], [1.0]]).reshape(3, 1, 1, 1, 1).expand(3, 1, 4, 4, 1)
+    penalty = entropy._penalty(opacity, 3)
+    assert penalty[0].item() == pytest.approx(math.log(2), abs=1e-5)
+    assert penalty[1:].max() < 2e-4
+    sparse = replace(NERF, sparsity=2.0)._penalty(opacity, 3)
+    # 2 sqrt(0.25 + 0.01) = 1.0198
+    assert sparse[0].item() == pytest.approx(1.0198, abs=1e-4)
+
+
+def test_the_view_for_evaluation_draws_nothing_random():
+    parameters, cameras, _ = scene()
+    first, second = (NERF.view(parameters, cameras, 16, 0.3).images for _ in range(2))
+    assert torch.equal(first, second)
+    corner = first[..., 0, 0]
+    opacity = NERF.view(parameters, cameras, 16, 0.3).opacity[..., 0, 0]
+    assert ((corner - 0.3).abs() <= opacity + 1e-6).all()

@@ -1,0 +1,108 @@
+"""The distillation gradients, against a computation in float64 written out here."""
+
+import math
+
+import pytest
+import torch
+
+from distvsd.vsd.objectives import Objective, draw_timesteps
+from distvsd.vsd.rng import Purpose, normal, uniform
+from distvsd.vsd.samples import Samples
+
+SEED, STEP, VIEWS = 11, 5, 2
+ABAR = torch.linspace(0.999, 0.001, 50)
+
+
+def samples(num_particles=3):
+    generator = torch.Generator().manual_seed(1)
+    rows = num_particles * VIEWS
+    return Samples(
+        latents=torch.randn(rows, 4, 3, 3, generator=generator),
+        cameras=torch.randn(rows, 16, generator=generator),
+        ids=torch.arange(num_particles).repeat_interleave(VIEWS) + 20,
+        views=torch.arange(rows) % 4,
+        weight=torch.ones(rows),
+    )
+
+
+def prior_eps(noisy, timesteps, ids, views):
+    return torch.sin(noisy) + timesteps.reshape(-1, 1, 1, 1) * 0.01 + views.reshape(-1, 1, 1, 1)
+
+
+def score_eps(noisy, timesteps, ids, cameras):
+    shift = 0.0 if cameras is None else cameras.sum(1).reshape(-1, 1, 1, 1)
+    return torch.cos(noisy) + shift
+
+
+def objective(kind, **options):
+    return Objective(kind, SEED, VIEWS, ABAR, prior_eps, score_eps, lambda step: 0.02, lambda step: 0.98, **options)
+
+
+def by_hand(kind, batch, esd_lambda=0.5):
+    """Row by row in float64, with Python's own square roots; only the random numbers are shared."""
+    rows = []
+    particles = batch.ids[::VIEWS]
+    u = uniform(SEED, Purpose.TIMESTEP, particles, STEP, (VIEWS,)).flatten()
+    noise = normal(SEED, Purpose.NOISE, particles, STEP, (VIEWS, 4, 3, 3)).flatten(0, 1).double()
+    for row in range(len(batch)):
+        low, high = round(0.02 * 49), round(0.98 * 49)
+        t = min(low + int(u[row].double().item() * (high - low + 1)), high)
+        abar = float(ABAR[t].double())
+        x0, eps = batch.latents[row].double(), noise[row]
+        noisy = math.sqrt(abar) * x0 + math.sqrt(1 - abar) * eps
+        teacher = torch.sin(noisy) + t * 0.01 + float(batch.views[row])
+        camera = float(batch.cameras[row].double().sum())
+        other = {
+            "sds": eps,
+            "vsd": torch.cos(noisy) + camera,
+            "esd": (1 - esd_lambda) * (torch.cos(noisy) + camera) + esd_lambda * torch.cos(noisy),
+        }[kind]
+        rows.append((1 - abar) * (teacher - other) / VIEWS)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("kind", ["vsd", "sds", "esd"])
+def test_gradient_equals_the_formula_in_float64(kind):
+    batch = samples()
+    gradient = objective(kind, esd_lambda=0.3)(batch, STEP).double()
+    expected = by_hand(kind, batch, esd_lambda=0.3)
+    assert (gradient - expected).abs().max() / expected.abs().max() < 1e-6
+
+
+def test_vsd_is_zero_where_the_score_is_the_prior():
+    same = Objective(
+        "vsd", SEED, VIEWS, ABAR, lambda n, t, i, v: n * 2, lambda n, t, i, c: n * 2, lambda s: 0.1, lambda s: 0.9
+    )
+    assert same(samples(), STEP).abs().max() == 0
+
+
+def test_a_masked_sample_has_no_gradient_and_its_nan_reaches_nobody():
+    batch, clean = samples(), samples()
+    batch.latents[3] = math.nan
+    batch.weight[3] = 0
+    gradient, expected = objective("vsd")(batch, STEP), objective("vsd")(clean, STEP)
+    assert gradient[3].abs().max() == 0
+    keep = [0, 1, 2, 4, 5]
+    assert torch.equal(gradient[keep], expected[keep])
+
+
+def test_a_particles_draws_do_not_depend_on_its_neighbours():
+    everyone = samples()
+    alone = everyone[slice(2, 4)]
+    torch.testing.assert_close(objective("sds")(everyone, STEP)[2:4], objective("sds")(alone, STEP), rtol=0, atol=0)
+
+
+def test_no_samples_give_no_gradient_and_call_no_network():
+    nobody = samples()[slice(0, 0)]
+    silent = Objective("vsd", SEED, VIEWS, ABAR, None, None, lambda s: 0.0, lambda s: 1.0)
+    assert silent(nobody, STEP).shape == (0, 4, 3, 3)
+
+
+def test_timesteps_fill_their_range_evenly_and_never_leave_it():
+    u = (torch.arange(10_000) + 0.5) / 10_000
+    t = draw_timesteps(u, 0.02, 0.5, 1000)
+    # 0.02 * 999 = 19.98 and 0.5 * 999 = 499.5, which Python rounds to even.
+    assert (t.min().item(), t.max().item()) == (20, 500)
+    counts = torch.bincount(t)[20:]
+    assert counts.min() >= 20 and counts.max() <= 22  # 10,000 / 481 = 20.8 each
+    assert draw_timesteps(torch.tensor([0.0, 1 - 2**-24]), 0.0, 1.0, 1000).tolist() == [0, 999]
