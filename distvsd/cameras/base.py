@@ -90,5 +90,3 @@ def rays(cameras: Cameras, height: int, width: int) -> tuple[Tensor, Tensor]:
     in_camera = torch.stack((grid_x * half, grid_y * half, -torch.ones_like(grid_x * half)), dim=-1)
     directions = torch.einsum("...ij,...hwj->...hwi", cameras.extrinsics[..., :3, :3], in_camera)
     return cameras.extrinsics[..., :3, 3], directions / directions.norm(dim=-1, keepdim=True)
-
-

@@ -76,9 +76,7 @@ class Ensemble:
         for group in self.groups:
             cameras = self.sampler.sample(self.seed, group.ids, step, self.num_views)
             keys = Keys(self.seed, group.ids, step)
-            views.append(
-                Views(group.ids, cameras, self.particle.render(group.parameters, cameras, resolution, keys))
-            )
+            views.append(Views(group.ids, cameras, self.particle.render(group.parameters, cameras, resolution, keys)))
         return views
 
     def update(self, views: list[Views], latents: Tensor, gradient: Tensor, step: int) -> Update:

@@ -87,7 +87,9 @@ class NerfParticle:
         plain = torch.ones(cameras.shape, dtype=torch.bool, device=like.device)
         return self._draw(parameters, cameras, resolution, jitter, colour, plain, None)
 
-    def field(self, parameters: Parameters, points_PN3: Tensor, noise_PN: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def field(
+        self, parameters: Parameters, points_PN3: Tensor, noise_PN: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Density `[P, N]` (per world unit) and colour `[P, N, 3]` at world points; differentiable."""
         features_PFN = self.grid.encode(parameters, points_PN3 / (2 * self.bound) + 0.5)
         raw_P4N = torch.baddbmm(parameters["decoder_bias"][..., None], parameters["decoder_weight"], features_PFN)

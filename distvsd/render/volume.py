@@ -27,7 +27,9 @@ class Composited:
     weights: Tensor
 
 
-def sample_intervals(origins: Tensor, directions: Tensor, bound: float, num_samples: int, jitter: Tensor) -> tuple[Tensor, Tensor]:
+def sample_intervals(
+    origins: Tensor, directions: Tensor, bound: float, num_samples: int, jitter: Tensor
+) -> tuple[Tensor, Tensor]:
     """Interval ends along rays clipped to the cube [-bound, bound]^3: `(starts, ends)`, each `[..., S]`, world units.
 
     origins, directions: `[..., 3]`. jitter: `[...]` in [0, 1), shifts the interval ends of a ray within a step (0.5 is
@@ -44,7 +46,9 @@ def sample_intervals(origins: Tensor, directions: Tensor, bound: float, num_samp
     return ends[..., :-1], ends[..., 1:]
 
 
-def composite(starts: Tensor, ends: Tensor, density: Tensor, color: Tensor, backend: VolumeBackend = "torch") -> Composited:
+def composite(
+    starts: Tensor, ends: Tensor, density: Tensor, color: Tensor, backend: VolumeBackend = "torch"
+) -> Composited:
     """Max's quadrature: weights T_i (1 - exp(-density_i delta_i)) with T_i the transmittance before sample i.
 
     starts, ends, density: `[..., S]`; color: `[..., S, 3]`. Differentiable in density and color.

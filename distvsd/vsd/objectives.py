@@ -73,9 +73,9 @@ class Objective:
         particles = samples.ids[:: self.num_views]
         u = uniform(self.seed, Purpose.TIMESTEP, particles, step, (self.num_views,)).flatten()
         timesteps = draw_timesteps(u, self.t_min(step), self.t_max(step), len(self.alphas_cumprod))
-        noise = normal(
-            self.seed, Purpose.NOISE, particles, step, (self.num_views, *samples.latents.shape[1:])
-        ).flatten(0, 1)
+        noise = normal(self.seed, Purpose.NOISE, particles, step, (self.num_views, *samples.latents.shape[1:])).flatten(
+            0, 1
+        )
         abar = self.alphas_cumprod[timesteps]
         valid = (samples.weight > 0).reshape(-1, 1, 1, 1)
         # A masked sample enters the networks as zeros: multiplying its result by zero would keep its NaN.
@@ -94,7 +94,5 @@ class Objective:
                 return self.score_eps(noisy, timesteps, samples.ids, samples.cameras)
             case "esd":
                 with_camera = self.score_eps(noisy, timesteps, samples.ids, samples.cameras)
-                return entropic_eps(
-                    with_camera, self.score_eps(noisy, timesteps, samples.ids, None), self.esd_lambda
-                )
+                return entropic_eps(with_camera, self.score_eps(noisy, timesteps, samples.ids, None), self.esd_lambda)
         raise ValueError(f"objective kind is {self.kind!r}; known are 'vsd', 'sds' and 'esd'")

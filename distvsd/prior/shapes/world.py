@@ -18,7 +18,14 @@ from distvsd.cameras import Cameras, orbit, rays
 SHAPES = ("sphere", "cube", "cylinder", "cone", "torus")
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange")
 RGB = torch.tensor(
-    [[0.85, 0.10, 0.10], [0.10, 0.65, 0.15], [0.12, 0.25, 0.90], [0.92, 0.85, 0.10], [0.55, 0.12, 0.70], [0.95, 0.50, 0.05]]
+    [
+        [0.85, 0.10, 0.10],
+        [0.10, 0.65, 0.15],
+        [0.12, 0.25, 0.90],
+        [0.92, 0.85, 0.10],
+        [0.55, 0.12, 0.70],
+        [0.95, 0.50, 0.05],
+    ]
 )
 RESOLUTION = 64
 ELEVATION_DEG = (-10.0, 60.0)
@@ -103,7 +110,9 @@ def sample_cameras(labels: Labels, generator: torch.Generator) -> Cameras:
     )
 
 
-def draw(labels: Labels, cameras: Cameras, background: Tensor, resolution: int = RESOLUTION, samples: int = 3) -> Tensor:
+def draw(
+    labels: Labels, cameras: Cameras, background: Tensor, resolution: int = RESOLUTION, samples: int = 3
+) -> Tensor:
     """Images `[B, 3, resolution, resolution]` in [0, 1], anti-aliased by `samples`^2 rays a pixel.
 
     background: `[B]` grey level in [0, 1] behind objects (rooms have none).
@@ -114,9 +123,7 @@ def draw(labels: Labels, cameras: Cameras, background: Tensor, resolution: int =
     for index in range(len(SHAPES)):
         chosen = (labels.shape == index).nonzero().squeeze(1)
         if len(chosen):
-            color[chosen] = _draw_objects(
-                index, labels[chosen], origins[chosen], directions[chosen], color[chosen]
-            )
+            color[chosen] = _draw_objects(index, labels[chosen], origins[chosen], directions[chosen], color[chosen])
     rooms = (labels.wall >= 0).nonzero().squeeze(1)
     if len(rooms):
         color[rooms] = _draw_rooms(labels[rooms], origins[rooms], directions[rooms])

@@ -86,7 +86,9 @@ def test_a_particles_render_does_not_depend_on_its_neighbours(noise):
 
 
 def test_gradients_agree_with_finite_differences():
-    small = replace(NERF, grid=HashGrid(1, 2, 4096, 3, 3, smoothstep=True), samples_per_ray=6, entropy=1.0, sparsity=1.0)
+    small = replace(
+        NERF, grid=HashGrid(1, 2, 4096, 3, 3, smoothstep=True), samples_per_ray=6, entropy=1.0, sparsity=1.0
+    )
     parameters, cameras, keys = scene(small, torch.tensor([4]), views=1)
     leaves = {name: value.double().requires_grad_() for name, value in parameters.items()}
     names, cameras = list(leaves), double(cameras)
@@ -113,7 +115,9 @@ def test_gradients_of_the_batch_are_those_of_each_particle():
 
 def test_backgrounds_are_plain_in_the_asked_share_and_learned_otherwise():
     ids = torch.arange(200)
-    empty = replace(NERF, blob_density=-1000.0, blob_radius=10.0, grid=HashGrid(1, 1, 64, 2, 2, smoothstep=False), samples_per_ray=2)
+    empty = replace(
+        NERF, blob_density=-1000.0, blob_radius=10.0, grid=HashGrid(1, 1, 64, 2, 2, smoothstep=False), samples_per_ray=2
+    )
     parameters, cameras, keys = scene(empty, ids, views=1)
     images = empty.render(parameters, cameras, 8, keys).images[:, 0]
     is_plain = (images.flatten(2).std(-1) < 1e-6).all(1)

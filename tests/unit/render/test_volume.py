@@ -40,9 +40,7 @@ def test_jitter_moves_the_ends_and_never_leaves_the_cube(jitter):
 
 @pytest.mark.parametrize("origin, direction", [((2.0, 2, 0), (-1.0, 0, 0)), ((2.0, 0, 0), (1.0, 0, 0))])
 def test_a_ray_that_misses_the_cube_sees_nothing(origin, direction):
-    starts, ends = sample_intervals(
-        torch.tensor([origin]), torch.tensor([direction]), 0.5, 4, torch.tensor([0.5])
-    )
+    starts, ends = sample_intervals(torch.tensor([origin]), torch.tensor([direction]), 0.5, 4, torch.tensor([0.5]))
     assert (ends - starts).abs().max() == 0
     assert composite(starts, ends, torch.ones(1, 4) * 100, torch.ones(1, 4, 3)).opacity.item() == 0
 

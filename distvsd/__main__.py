@@ -1,0 +1,10 @@
+"""`python -m distvsd` is the command line."""
+
+from __future__ import annotations
+
+import sys
+
+from distvsd.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

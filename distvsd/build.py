@@ -1,0 +1,269 @@
+"""From a configuration to the objects of a run: the only place that knows every concrete class."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from distvsd.cameras import Cameras, OrbitSampler
+from distvsd.checkpoint import reader
+from distvsd.config import Config, load_config
+from distvsd.errors import BackendError, CheckpointError, RunError
+from distvsd.loop import Loop, Round
+from distvsd.parallel.assign import owners
+from distvsd.parallel.exchange import Exchange, slice_for
+from distvsd.parallel.reduce import reduce_gradients
+from distvsd.parallel.world import World
+from distvsd.particles import Ensemble, ImageParticle, NerfParticle, Particle, Views
+from distvsd.prior.load import load_prior
+from distvsd.prior.pipeline import Pipeline
+from distvsd.prior.prompts import view_indices
+from distvsd.render import HashGrid
+from distvsd.render.volume import VolumeBackend
+from distvsd.runtime.paths import RunPaths
+from distvsd.score.lora import LoraScore
+from distvsd.score.training import ScoreTraining
+from distvsd.vsd.objectives import Objective
+from distvsd.vsd.samples import Samples
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of one rank of a run, wired together; `loop.run` is the algorithm."""
+
+    config: Config
+    world: World
+    prior: Pipeline
+    ensemble: Ensemble
+    score: LoraScore
+    loop: Loop
+
+
+def build_run(config: Config, world: World, watch: Callable[[Round], bool]) -> Run:
+    """Loads the prior and makes this rank's particles. Every rank calls it; it does not communicate.
+
+    Raises PriorError and BackendError where the configuration asks for what is not there.
+    """
+    exact = config.parallel.numerics == "exact"
+    views = config.particles.views
+    # One particle a call makes its arithmetic independent of who else is on the rank, to the last bit.
+    prior = load_prior(
+        config.prior.path,
+        config.prompts,
+        config.prior.negative_prompt,
+        config.prior.view_dependent,
+        config.prior.dtype,
+        world.device,
+        micro_batch=views if exact else 0,
+    )
+    assigned = owners(config.particles.count, world.size)
+    ensemble = make_ensemble(config, prior.latent_shape, assigned[world.rank], world.device)
+    score = LoraScore(
+        prior.unet,
+        prior.alphas_cumprod,
+        prior.prediction_type,
+        prior.texts.bare,
+        config.score,
+        config.run.seed,
+        world.device,
+        micro_batch=views if exact else 0,
+    )
+    objective = Objective(
+        config.objective.kind,
+        config.run.seed,
+        views,
+        prior.alphas_cumprod,
+        functools.partial(prior.eps, guidance_scale=config.prior.guidance_scale),
+        score.eps,
+        config.objective.t_min.at,
+        config.objective.t_max.at,
+        config.objective.esd_lambda,
+    )
+    length = sum(score.num_parameters)
+    training = ScoreTraining(
+        score,
+        lambda vectors, flags, sums: reduce_gradients(world, vectors, length, flags, config.parallel.numerics, sums),
+        functools.partial(slice_for, world),
+        config.score,
+        config.run.seed,
+        micro_batch=1 if exact else 0,
+    )
+    loop = Loop(
+        ensemble,
+        _encoder(prior, ensemble.particle, config),
+        objective,
+        Exchange(world, [len(ids) * views for ids in assigned]).start,
+        None if config.objective.kind == "sds" else training,
+        config.render.resolution_at,
+        watch,
+        lambda step: (step + 1) % config.log.every == 0,
+    )
+    return Run(config, world, prior, ensemble, score, loop)
+
+
+def make_ensemble(
+    config: Config, latent_shape: Callable[[int], tuple[int, int, int]], ids: Sequence[int], device: torch.device | str
+) -> Ensemble:
+    """Fresh particles `ids` of this configuration. latent_shape: the prior's latents for a resolution."""
+    particles = config.particles
+    micro_batch = 1 if config.parallel.numerics == "exact" else particles.micro_batch
+    return Ensemble(
+        _particle(config, latent_shape, torch.device(device)),
+        ids,
+        OrbitSampler(config.cameras.elevation, config.cameras.azimuth, config.cameras.distance, config.cameras.fovy),
+        particles.views,
+        config.run.seed,
+        particles.betas,
+        particles.eps,
+        micro_batch,
+        device,
+    )
+
+
+def _particle(config: Config, latent_shape: Callable[[int], tuple[int, int, int]], device: torch.device) -> Particle:
+    particles, exact = config.particles, config.parallel.numerics == "exact"
+    match particles.kind:
+        case "image":
+            size = config.render.resolution_at(config.schedule.rounds - 1)
+            is_latent = particles.image.space == "latent"
+            shape = latent_shape(size) if is_latent else (3, size, size)
+            return ImageParticle(shape, is_latent, particles.image.init_scale, particles.learning_rate.at)
+        case "nerf":
+            nerf = particles.nerf
+            # Reading a dense level on CUDA adds its gradients in no fixed order; gathering can be made deterministic.
+            gather = exact and device.type != "cpu"
+            grid = HashGrid(
+                nerf.levels,
+                nerf.features,
+                2**nerf.log2_table_size,
+                nerf.base_resolution,
+                nerf.max_resolution,
+                nerf.smoothstep,
+                gather,
+            )
+            return NerfParticle(
+                grid,
+                nerf.samples_per_ray,
+                nerf.bound,
+                nerf.blob_density,
+                nerf.blob_radius,
+                nerf.init_scale,
+                nerf.density_noise,
+                nerf.entropy,
+                nerf.sparsity,
+                nerf.background == "learned",
+                nerf.random_background,
+                nerf.random_background_kind == "grey",
+                _volume_backend(config, device),
+                particles.learning_rate.at,
+                particles.network_learning_rate.at,
+                deterministic=device.type == "cpu" or gather,
+            )
+    raise ValueError(f"particles.kind is {particles.kind!r}; known are 'nerf' and 'image'")
+
+
+def _volume_backend(config: Config, device: torch.device) -> VolumeBackend:
+    """The asked one; auto is plain torch where bits must not change or no GPU runs, nerfacc where it can be imported."""
+    asked = config.render.backend
+    exact = config.parallel.numerics == "exact"
+    if asked == "nerfacc" and exact and device.type == "cuda":
+        raise BackendError(
+            "parallel.numerics is exact, but render.backend nerfacc adds in no fixed order on CUDA; set render.backend=torch"
+        )
+    if asked != "auto":
+        return asked
+    if exact or device.type != "cuda":
+        return "torch"
+    from importlib.util import find_spec
+
+    return "nerfacc" if find_spec("nerfacc") else "torch"
+
+
+def _encoder(prior: Pipeline, particle: Particle, config: Config) -> Callable[[list[Views]], Samples]:
+    """Renders to samples: latents with the graph to the particles, camera matrices, ids, named views, validity."""
+    num_views = config.particles.views
+
+    def encode(views: list[Views]) -> Samples:
+        if not views:
+            return _no_samples(prior, config)
+        parts = []
+        for view in views:
+            images = view.rendered.images.flatten(0, 1)
+            latents = images if particle.is_latent else prior.encode(images)
+            cameras = view.cameras.flatten()
+            parts.append(
+                Samples(
+                    latents,
+                    cameras.extrinsics.flatten(1).float(),
+                    view.ids.repeat_interleave(num_views),
+                    view_indices(cameras.elevation, cameras.azimuth),
+                    latents.detach().flatten(1).isfinite().all(1).float(),
+                )
+            )
+        return parts[0] if len(parts) == 1 else Samples.cat(parts)
+
+    return encode
+
+
+def _no_samples(prior: Pipeline, config: Config) -> Samples:
+    """What a rank without particles gives to the exchange."""
+    shape = prior.latent_shape(config.render.resolution_at(0))
+    empty = torch.zeros(0, dtype=torch.int64, device=prior.device)
+    return Samples(
+        torch.zeros(0, *shape, device=prior.device),
+        torch.zeros(0, 16, device=prior.device),
+        empty,
+        empty,
+        torch.zeros(0, device=prior.device),
+    )
+
+
+@dataclass(frozen=True)
+class Restored:
+    """The particles of a run as its newest sound checkpoint holds them, on one device; needs no launcher."""
+
+    config: Config
+    ids: list[int]
+    step: int
+    ensemble: Ensemble
+    decode: Callable[[Tensor], Tensor] | None
+
+    @torch.no_grad()
+    def render(self, ids: list[int], cameras: Cameras, resolution: int, background: float) -> tuple[Tensor, Tensor]:
+        """Images `[P, V, 3, H, W]` and opacity `[P, V, 1, H, W]` of particles `ids` from cameras `[P, V]`.
+
+        Nothing random. background: grey level in [0, 1]. Image particles ignore cameras and are opaque; latents are
+        decoded. Images of a diverged particle are not finite.
+        """
+        rendered = self.ensemble.view(ids, cameras, resolution, background)
+        images, opacity = rendered.images, rendered.opacity
+        if self.decode is not None:
+            images = self.decode(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+            opacity = torch.ones_like(images[:, :, :1])
+        return images, opacity
+
+
+def load_particles(run_dir: Path, device: str = "cpu") -> Restored:
+    """Opens a finished, stopped or running run for looking. Reads only; takes no lock.
+
+    Raises RunError where the folder is no run, CheckpointError where it has no sound checkpoint yet.
+    """
+    paths = RunPaths(Path(run_dir))
+    if not paths.config.is_file():
+        raise RunError(f"{run_dir} is not a run: it has no config.yaml; give the run.dir of a training")
+    config = load_config(paths.config)
+    checkpoint = reader.newest(paths.checkpoints)
+    if checkpoint is None:
+        raise CheckpointError(f"{run_dir} has no checkpoint yet; train at least to the first one (checkpoint.every)")
+    is_latent = config.particles.kind == "image" and config.particles.image.space == "latent"
+    prior = load_prior(config.prior.path, [""], device=device) if is_latent else None
+    ids = [entry.id for entry in checkpoint.manifest.particles]
+    ensemble = make_ensemble(config, prior.latent_shape if prior else lambda size: (3, size, size), ids, device)
+    for entry in checkpoint.manifest.particles:
+        ensemble.load_state(entry.id, checkpoint.read(entry.file))
+    return Restored(config, ids, checkpoint.manifest.step, ensemble, prior.decode if prior else None)

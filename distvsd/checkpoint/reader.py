@@ -1,0 +1,210 @@
+"""Reading checkpoints: what is published, is it sound, what is in it. Changes nothing; one process, no ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from torch import Tensor
+
+from distvsd.checkpoint.format import (
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    Manifest,
+    NewerFormatError,
+    decode_manifest,
+    decode_tensors,
+    folder_name,
+    step_of,
+)
+from distvsd.errors import CheckpointError
+
+_log = logging.getLogger("distvsd")
+_CHANGED: Final = "does not match its SHA-256: it was damaged or changed after it was written"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A published checkpoint whose manifest is sound. Files are verified when they are read, or by `problems`."""
+
+    folder: Path
+    manifest: Manifest
+
+    def read(self, file: str) -> dict[str, Tensor]:
+        """The tensors of one file, on the CPU: exactly the bytes that were verified. Raises CheckpointError."""
+        return decode_tensors(self._bytes(file), str(self.folder / file))
+
+    def read_text(self, file: str) -> str:
+        """One JSON file of the checkpoint, verified. Raises CheckpointError."""
+        try:
+            return self._bytes(file).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(_advice(self.folder / file, f"is not UTF-8 ({error})")) from error
+
+    def layout_problems(self) -> list[str]:
+        """Files that are missing, extra, of another size or not regular files, one sentence each. Reads no content."""
+        found, problems = _walk(self.folder)
+        expected = self.manifest.files
+        problems += [_advice(self.folder / file, "is missing") for file in sorted(expected.keys() - found.keys())]
+        problems += [
+            f"{self.folder / file} is not named in the manifest: nothing reads it; delete it, or find out who wrote it"
+            for file in sorted(found.keys() - expected.keys() - {MANIFEST})
+        ]
+        problems += [
+            _advice(self.folder / file, f"has {found[file]} bytes instead of {expected[file].bytes}")
+            for file in sorted(expected.keys() & found.keys())
+            if found[file] != expected[file].bytes
+        ]
+        return problems
+
+    def content_problems(self, files: Iterable[str]) -> list[str]:
+        """Those of `files` that cannot be read or do not match their SHA-256, one sentence each."""
+        problems = []
+        for file in files:
+            try:
+                with _reading(self.folder, file) as stream:
+                    digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            except CheckpointError as error:
+                problems.append(str(error))
+                continue
+            if digest != self.manifest.files[file].sha256:
+                problems.append(_advice(self.folder / file, _CHANGED))
+        return problems
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with the files: empty for a sound checkpoint. Reads all of it."""
+        found, _ = _walk(self.folder)
+        readable = [file for file, entry in sorted(self.manifest.files.items()) if found.get(file) == entry.bytes]
+        return self.layout_problems() + self.content_problems(readable)
+
+    def _bytes(self, file: str) -> bytes:
+        entry = self.manifest.files.get(file)
+        if entry is None:
+            raise CheckpointError(f"{self.folder} holds no {file}; it holds {', '.join(sorted(self.manifest.files))}")
+        path = self.folder / file
+        with _reading(self.folder, file) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if size != entry.bytes:
+                raise CheckpointError(_advice(path, f"has {size} bytes instead of {entry.bytes}"))
+            data = stream.read(size)
+        if hashlib.sha256(data).hexdigest() != entry.sha256:
+            raise CheckpointError(_advice(path, _CHANGED))
+        return data
+
+
+def steps(checkpoints: Path) -> list[int]:
+    """The steps of the published checkpoints, newest first, sound or not. Only exact names count."""
+    if not checkpoints.is_dir():
+        return []
+    found = (step_of(path.name) for path in checkpoints.iterdir())
+    return sorted((step for step in found if step is not None), reverse=True)
+
+
+def open_checkpoint(checkpoints: Path, step: int) -> Checkpoint:
+    """The checkpoint after `step` rounds, its manifest verified and its files not. Raises CheckpointError."""
+    folder = checkpoints / folder_name(step)
+    path = folder / MANIFEST
+    if folder.is_symlink():
+        raise CheckpointError(f"{folder} is a symbolic link; put the checkpoint itself there")
+    with _reading(folder, MANIFEST) as stream:
+        if os.fstat(stream.fileno()).st_size > MAX_MANIFEST_BYTES:
+            raise CheckpointError(_advice(path, f"is larger than {MAX_MANIFEST_BYTES} bytes"))
+        data = stream.read()
+    manifest = decode_manifest(data, str(path))
+    if manifest.step != step:
+        raise CheckpointError(f"{path} is of step {manifest.step}: the folder was renamed; give it back its name")
+    return Checkpoint(folder, manifest)
+
+
+def newest(checkpoints: Path) -> Checkpoint | None:
+    """The newest sound checkpoint, every file verified; a warning in the log names each newer one that is not.
+
+    None when there is no checkpoint at all. Raises CheckpointError when there are some and none is sound, so that
+    nobody starts from nothing unawares, and when the newest was written by a newer program.
+    """
+    skipped: list[str] = []
+    for step in steps(checkpoints):
+        try:
+            checkpoint = open_checkpoint(checkpoints, step)
+            problems = checkpoint.problems()
+        except NewerFormatError:
+            raise
+        except CheckpointError as error:
+            problems = [str(error)]
+        if not problems:
+            return checkpoint
+        skipped.append(skipping(step, problems))
+        _log.warning(skipped[-1])
+    raise_if_none_is_sound(checkpoints, skipped)
+    return None
+
+
+def skipping(step: int, problems: list[str]) -> str:
+    """Why a checkpoint is passed over in favour of an older one."""
+    return f"checkpoint {folder_name(step)} is skipped: {'; '.join(problems)}"
+
+
+def raise_if_none_is_sound(checkpoints: Path, skipped: list[str]) -> None:
+    """Raises CheckpointError if checkpoints were found and every one was skipped."""
+    if skipped:
+        raise CheckpointError(
+            f"none of the {len(skipped)} checkpoints in {checkpoints} is sound: restore one from a copy, or delete "
+            f"them to start anew. {' '.join(skipped)}"
+        )
+
+
+@contextmanager
+def _reading(folder: Path, file: str) -> Iterator[io.BufferedReader]:
+    """Opens a regular file of a checkpoint and follows no link on the way; every failure is a CheckpointError."""
+    path = folder / file
+    try:
+        for part in [*reversed(path.relative_to(folder).parents)][1:]:
+            if (folder / part).is_symlink():
+                raise CheckpointError(_advice(folder / part, "is a symbolic link"))
+        # Non-blocking, because opening a named pipe that lies in a file's place would wait for ever.
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise CheckpointError(_advice(path, "is not a regular file"))
+        with os.fdopen(handle, "rb") as stream:
+            yield stream
+    except FileNotFoundError as error:
+        raise CheckpointError(_advice(path, "is missing")) from error
+    except OSError as error:
+        raise CheckpointError(_advice(path, f"cannot be read ({error.strerror})")) from error
+
+
+def _walk(folder: Path) -> tuple[dict[str, int], list[str]]:
+    """Sizes of the regular files below a folder by relative name, and a sentence for everything that is neither."""
+    found: dict[str, int] = {}
+    problems: list[str] = []
+    pending = [""]
+    while pending:
+        below = pending.pop()
+        try:
+            entries = sorted(os.scandir(folder / below), key=lambda entry: entry.name)
+            for entry in entries:
+                name = f"{below}{entry.name}"
+                mode = entry.stat(follow_symlinks=False).st_mode
+                if stat.S_ISDIR(mode):
+                    pending.append(f"{name}/")
+                elif stat.S_ISREG(mode):
+                    found[name] = entry.stat(follow_symlinks=False).st_size
+                else:
+                    kind = "a symbolic link" if stat.S_ISLNK(mode) else "a special file"
+                    problems.append(_advice(folder / name, f"is {kind} and not a file"))
+        except OSError as error:
+            problems.append(_advice(folder / below, f"cannot be listed ({error})"))
+    return found, problems
+
+
+def _advice(path: Path, what: str) -> str:
+    return f"{path} {what}; restore it from a copy, or delete the whole checkpoint to continue from an older one"

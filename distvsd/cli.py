@@ -1,0 +1,228 @@
+"""The command line. Every command imports the rooms it needs when it runs, so that help is fast.
+
+Exit codes: 0 done; 2 wrong usage or configuration; 3 preempted, resumable; 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from distvsd import commands
+from distvsd.commands import is_first_rank
+from distvsd.errors import ConfigError, DistvsdError, UsageError
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; argparse itself exits with 2 on wrong usage.
+
+    An error this program raises on purpose is one paragraph on standard error; any other keeps its traceback.
+    """
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest:
+        # argparse takes positionals only up to the first option; what follows it are overrides all the same.
+        if not hasattr(args, "overrides") or any(text.startswith("-") for text in rest):
+            args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        args.overrides = [*args.overrides, *rest]
+    command: Command = args.command
+    try:
+        return command(args)
+    except DistvsdError as error:
+        _report(error)
+        return error.exit_code
+
+
+def train_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `distvsd train`, for anything that starts training."""
+    _config_arguments(parser)
+    parser.add_argument(
+        "--resume",
+        choices=("auto", "must", "never"),
+        default="auto",
+        help="auto: go on where run.dir is, or begin; must: only go on, also with a changed configuration; "
+        "never: only begin (default: %(default)s)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration as YAML and stop")
+    parser.add_argument("--help-config", action=_HelpConfig, help="print every configuration field and stop")
+
+
+class _HelpConfig(argparse.Action):
+    """Like --help: acts without the positional arguments."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from distvsd.config.reference import print_reference
+
+        sys.stdout.write(print_reference())
+        parser.exit(0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="distvsd",
+        description="Variational Score Distillation with many particles on many ranks.",
+        epilog="exit codes: 0 done, 2 wrong usage or configuration, 3 preempted and resumable, 1 anything else\n"
+        "example: distvsd train configs/quickstart.yaml particles.count=4",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    kinds = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    train = _command(
+        kinds,
+        "train",
+        "train the particles of a configuration",
+        "configs/quickstart.yaml run.dir=runs/a",
+        commands.run_train,
+    )
+    train_arguments(train)
+
+    plan = _command(
+        kinds,
+        "plan",
+        "say what a run needs, without a GPU: who owns what, memory, bytes, UNet calls, schedules",
+        "configs/prolificdreamer.yaml particles.count=64 --nodes 4 --gpus-per-node 8",
+        commands.run_plan,
+    )
+    _config_arguments(plan)
+    plan.add_argument(
+        "--nodes", type=_positive, default=1, metavar="N", help="number of machines (default: %(default)s)"
+    )
+    plan.add_argument(
+        "--gpus-per-node", type=_positive, default=1, metavar="G", help="ranks a machine (default: %(default)s)"
+    )
+    _json_argument(plan)
+
+    evaluate = _command(
+        kinds, "evaluate", "measure what the particles of a run are worth", "runs/a --json", commands.run_evaluate
+    )
+    _run_argument(evaluate)
+    _json_argument(evaluate)
+
+    render = _command(kinds, "render", "write turntables and contact sheets of a run", "runs/a", commands.run_render)
+    _run_argument(render)
+
+    verify = _command(
+        kinds, "verify", "check every checkpoint file against its manifest", "runs/a --digest", commands.run_verify
+    )
+    _run_argument(verify)
+    verify.add_argument(
+        "--digest", action="store_true", help="print one SHA-256 a component, the whole last, and no path"
+    )
+
+    _prior_commands(kinds)
+    _command(
+        kinds, "doctor", "list versions, devices and what is missing, each with what to do", "", commands.run_doctor
+    )
+    return parser
+
+
+def _prior_commands(parents: Any) -> None:
+    prior = parents.add_parser(
+        "prior", help="describe a prior, draw from it, or train the embedded one", allow_abbrev=False
+    )
+    kinds = prior.add_subparsers(metavar="COMMAND", required=True)
+
+    info = _command(
+        kinds, "info", "describe a prior's folder", "shapes --measure", commands.run_prior_info, parent="prior "
+    )
+    info.add_argument(
+        "path", nargs="?", default="shapes", metavar="PATH", help="a diffusers folder (default: %(default)s)"
+    )
+    info.add_argument(
+        "--measure", action="store_true", help="draw samples and measure how right they are; takes minutes"
+    )
+    _json_argument(info)
+
+    sample = _command(
+        kinds,
+        "sample",
+        "draw ancestral samples into one image",
+        "'a red cube' --out cubes.png",
+        commands.run_prior_sample,
+        parent="prior ",
+    )
+    sample.add_argument("prompt", metavar="PROMPT", help="any text, also an empty one")
+    sample.add_argument("--path", default="shapes", help="a diffusers folder (default: %(default)s)")
+    sample.add_argument("--count", type=_positive, default=16, help="number of samples (default: %(default)s)")
+    sample.add_argument(
+        "--guidance-scale", type=float, default=3.0, help="classifier-free guidance (default: %(default)s)"
+    )
+    sample.add_argument("--steps", type=_positive, default=50, help="denoising steps (default: %(default)s)")
+    sample.add_argument("--seed", type=_count, default=0, help="of the initial noise (default: %(default)s)")
+    sample.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="where the image goes")
+
+    build = _command(
+        kinds,
+        "build",
+        "train the embedded prior from nothing; call again to go on",
+        "runs/shapes",
+        commands.run_prior_build,
+        parent="prior ",
+    )
+    build.add_argument("folder", type=Path, metavar="FOLDER", help="where the pipeline is written")
+    build.add_argument("--seed", type=_count, default=0, help="of the data and the training (default: %(default)s)")
+    build.add_argument(
+        "--num-images", type=_positive, default=30_000, help="size of the drawn data set (default: %(default)s)"
+    )
+    build.add_argument("--steps", type=_positive, default=8_000, help="training steps (default: %(default)s)")
+    build.add_argument("--batch-size", type=_positive, default=32, help="images a step (default: %(default)s)")
+    build.add_argument("--device", default="cpu", help="torch device to train on (default: %(default)s)")
+
+
+def _command(kinds: Any, name: str, does: str, example: str, run: Command, parent: str = "") -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = kinds.add_parser(
+        name,
+        help=does,
+        description=does[0].upper() + does[1:] + ".",
+        epilog=f"example: distvsd {parent}{name} {example}".rstrip(),
+        allow_abbrev=False,
+    )
+    parser.set_defaults(command=run, parser=parser)
+    return parser
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file; every field has a default")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="fields to set last, such as particles.count=4"
+    )
+
+
+def _run_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, as run.dir names it")
+
+
+def _json_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
+
+def _report(error: DistvsdError) -> None:
+    """A mistake in the configuration is the same on every rank, so the first one tells it; others name their rank."""
+    if isinstance(error, ConfigError | UsageError) and not is_first_rank():
+        return
+    rank = "" if is_first_rank() else f" on rank {os.environ['RANK']}"
+    print(f"distvsd: error{rank}: {error}", file=sys.stderr, flush=True)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 0")
+    return value

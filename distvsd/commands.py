@@ -1,0 +1,127 @@
+"""What each command of the command line does with its parsed arguments; the exit code is what is returned."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from distvsd.errors import UsageError
+
+
+def run_train(args: argparse.Namespace) -> int:
+    """Trains, or prints the resolved configuration. Under a launcher every rank calls it."""
+    from distvsd.config import load_config, to_yaml
+
+    config = load_config(args.config, args.overrides)
+    if args.dry_run:
+        if is_first_rank():
+            sys.stdout.write(to_yaml(config))
+        return 0
+    from distvsd.train import train
+
+    return train(config, args.resume)
+
+
+def run_plan(args: argparse.Namespace) -> int:
+    from distvsd.config import load_config
+    from distvsd.plan import make_plan
+    from distvsd.plan_text import draw
+
+    plan = make_plan(load_config(args.config, args.overrides), args.nodes, args.gpus_per_node)
+    print(json.dumps(plan) if args.json else draw(plan))
+    return 0
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    run = _run_directory(args)
+    with _only_json(args.json):
+        from distvsd.evaluate.run import evaluate_run
+
+        result = evaluate_run(run)
+    _print_result(result, args.json)
+    return 0
+
+
+def run_render(args: argparse.Namespace) -> int:
+    run = _run_directory(args)
+    from distvsd.render_run import render_run
+
+    for path in render_run(run):
+        print(path)
+    return 0
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    run = _run_directory(args)
+    from distvsd.checkpoint.verify import verify_run
+
+    for line in verify_run(run, args.digest):
+        print(line)
+    return 0
+
+
+def run_prior_info(args: argparse.Namespace) -> int:
+    with _only_json(args.json):
+        from distvsd.prior.info import describe
+
+        result = describe(args.path, args.measure, report=lambda line: print(line, file=sys.stderr, flush=True))
+    _print_result(result, args.json)
+    return 0
+
+
+def run_prior_sample(args: argparse.Namespace) -> int:
+    from distvsd.prior.info import sample
+
+    sample(args.path, args.prompt, args.count, args.guidance_scale, args.steps, args.seed, args.out)
+    print(args.out)
+    return 0
+
+
+def run_prior_build(args: argparse.Namespace) -> int:
+    from distvsd.prior.shapes.build import BuildConfig, build
+
+    config = BuildConfig(seed=args.seed, num_images=args.num_images, steps=args.steps, batch_size=args.batch_size)
+    build(args.folder, config, args.device, lambda line: print(line, flush=True))
+    return 0
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    from distvsd.doctor import examine
+
+    for line in examine():
+        print(line)
+    return 0
+
+
+def _run_directory(args: argparse.Namespace) -> Path:
+    run: Path = args.run
+    if not run.is_dir():
+        raise UsageError(
+            f"{run} is not a directory; give the run directory that training wrote (run.dir of its configuration)"
+        )
+    return run
+
+
+def _only_json(json_wanted: bool) -> contextlib.AbstractContextManager[object]:
+    """Keeps standard output free for the object: what rooms and libraries print meanwhile goes to standard error."""
+    return contextlib.redirect_stdout(sys.stderr) if json_wanted else contextlib.nullcontext()
+
+
+def _print_result(result: Mapping[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result))
+        return
+    for key, value in result.items():
+        if isinstance(value, list) and value and isinstance(value[0], Mapping):
+            continue  # one entry a particle: for programs, in the JSON
+        print(f"{key}: {json.dumps(value) if isinstance(value, list | Mapping) else value}")
+
+
+def is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,99 @@
+"""A configuration as plain data: YAML that reads back to the same, a digest, and the difference of two."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from typing import Any
+
+from distvsd.config.schema import Config, Schedule
+
+# What does not change the mathematics: where a run lies, what is kept and reported, how long ranks are waited for.
+_BOOKKEEPING = ("run.dir", "parallel.timeout_s", "checkpoint.", "log.")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Every field as plain data, in the order of the schema: what YAML and JSON can hold."""
+    plain = _plain(config)
+    assert isinstance(plain, dict), "a configuration is a mapping"
+    return plain
+
+
+def to_yaml(config: Config) -> str:
+    """Every field as YAML that `load_config` reads back to an equal Config; write it as UTF-8."""
+    lines = []
+    for section, value in to_dict(config).items():
+        lines.extend(_yaml_lines(section, value, ""))
+    return "".join(lines)
+
+
+def digest(config: Config) -> str:
+    """SHA-256 of the fields that change the mathematics; not where the run lies, nor what it keeps, logs, waits for."""
+    chosen = {key: value for key, value in _flat(to_dict(config)).items() if not key.startswith(_BOOKKEEPING)}
+    text = json.dumps(chosen, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def diff(a: Config, b: Config) -> list[tuple[str, Any, Any]]:
+    """Fields that differ: dotted key, plain value in `a`, plain value in `b`, in the order of the schema."""
+    first, second = _flat(to_dict(a)), _flat(to_dict(b))
+    return [(key, first[key], second[key]) for key in first if first[key] != second[key]]
+
+
+def _yaml_lines(key: str, value: Any, indent: str) -> list[str]:
+    """A section as an indented block, a value on its key's line, texts of a list one a line."""
+    if isinstance(value, dict) and not _is_schedule(value):
+        inner = [line for name, item in value.items() for line in _yaml_lines(name, item, indent + "  ")]
+        return [f"{indent}{key}:\n", *inner]
+    if isinstance(value, list) and isinstance(value[0], str):
+        return [f"{indent}{key}:\n", *(f"{indent}- {_yaml_value(text)}\n" for text in value)]
+    return [f"{indent}{key}: {_yaml_value(value)}\n"]
+
+
+def _yaml_value(value: Any) -> str:
+    """One line of YAML, whatever the text."""
+    text = _dumped(value, None)
+    # A text of several lines is quoted with escapes, so that it does not depend on indentation.
+    return _dumped(value, '"') if "\n" in text else text
+
+
+def _dumped(value: Any, style: str | None) -> str:
+    import yaml
+
+    text = yaml.safe_dump(value, default_flow_style=True, default_style=style, allow_unicode=True, width=math.inf)
+    return str(text.removesuffix("\n").removesuffix("\n..."))  # "..." ends a document that is one bare value
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Schedule):
+        if len(value.points) == 1:
+            return _number(value.points[0][1])
+        points = {round: _number(number) for round, number in value.points}
+        return points if value.kind == "step" else {value.kind: points}
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return _number(value) if isinstance(value, float) else value
+
+
+def _number(value: float) -> float:
+    """Whole numbers without their point: a resolution of 64 is written 64."""
+    return int(value) if value == int(value) and abs(value) < 2**53 else value
+
+
+def _flat(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of the schema's fields; a schedule, whose keys are rounds, stays one value."""
+    flat: dict[str, Any] = {}
+    for key, value in plain.items():
+        if isinstance(value, dict) and not _is_schedule(value):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _is_schedule(value: dict[Any, Any]) -> bool:
+    return set(value) == {"linear"} or all(isinstance(key, int) for key in value)

@@ -1,0 +1,78 @@
+"""What fields must fulfil together; each relation is checked only if its fields are right by themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from distvsd.config.schema import Config, Schedule
+
+
+@dataclass(frozen=True)
+class Relation:
+    """keys: the dotted fields involved, the first being the one to blame. broken: says what is wrong, or None."""
+
+    keys: tuple[str, ...]
+    broken: Callable[[Config], str | None]
+
+
+def _prompt_count(config: Config) -> str | None:
+    if isinstance(config.prompt, str) or len(config.prompt) == config.particles.count:
+        return None
+    count = config.particles.count
+    return f"has {len(config.prompt)} entries but particles.count is {count}; give one prompt or exactly {count}"
+
+
+def _time_range(config: Config) -> str | None:
+    low, high = config.objective.t_min, config.objective.t_max
+    for round in _corners(low, high):
+        least, most = low.at(round), high.at(round)
+        if least > most:
+            return f"is {least:g} at round {round} but objective.t_max is {most:g} there; allowed: at most t_max"
+    return None
+
+
+def _corners(*schedules: Schedule) -> Iterator[int]:
+    """Rounds at which a difference of piecewise linear or constant functions takes its extremes."""
+    starts = {point[0] for schedule in schedules for point in schedule.points}
+    return iter(sorted(starts | {start - 1 for start in starts if start}))
+
+
+def _grid_resolutions(config: Config) -> str | None:
+    nerf = config.particles.nerf
+    if nerf.base_resolution <= nerf.max_resolution:
+        return None
+    return (
+        f"is {nerf.base_resolution} but particles.nerf.max_resolution is {nerf.max_resolution}; allowed: at most that"
+    )
+
+
+def _replay(config: Config) -> str | None:
+    if config.score.replay_share == 0 or config.score.replay_rounds > 0:
+        return None
+    return (
+        f"is {config.score.replay_share:g} but score.replay_rounds is 0; keep at least 1 round, or set the share to 0"
+    )
+
+
+def _latent_size(config: Config) -> str | None:
+    is_latent = config.particles.kind == "image" and config.particles.image.space == "latent"
+    if not is_latent or len(config.render.resolution.points) == 1:
+        return None
+    return "changes with the round, but latent images have one size; give one number, or particles.image.space: pixel"
+
+
+def _exact_backend(config: Config) -> str | None:
+    if config.parallel.numerics != "exact" or config.render.backend != "nerfacc":
+        return None
+    return "is nerfacc, whose sums change from run to run, but parallel.numerics is exact; allowed: auto, torch"
+
+
+RELATIONS = (
+    Relation(("prompt", "particles.count"), _prompt_count),
+    Relation(("objective.t_min", "objective.t_max"), _time_range),
+    Relation(("particles.nerf.base_resolution", "particles.nerf.max_resolution"), _grid_resolutions),
+    Relation(("score.replay_share", "score.replay_rounds"), _replay),
+    Relation(("render.resolution", "particles.kind", "particles.image.space"), _latent_size),
+    Relation(("render.backend", "parallel.numerics"), _exact_backend),
+)

@@ -1,0 +1,297 @@
+"""What a run is made of: one frozen dataclass a section, with type, range, default and meaning beside each field.
+
+The loader, the reference of all fields and the round trip to YAML are driven by these annotations alone: a new field
+is one line here with its docstring below it. Nothing in this package imports torch.
+"""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from distvsd.config.ranges import Increasing, NotEmpty, Range
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A number that depends on the round: a step or a linear function of it.
+
+    YAML: `0.5`, `{0: 0.98, 5000: 0.5}` for steps, `{linear: {0: 64, 5000: 512}}`. points: (round, value),
+    rounds increasing from 0. A step holds until the next point; linear interpolates between points; both keep the last
+    value for ever.
+    """
+
+    points: tuple[tuple[int, float], ...]
+    kind: Literal["step", "linear"] = "step"
+
+    @staticmethod
+    def constant(value: float) -> Schedule:
+        return Schedule(((0, float(value)),))
+
+    def at(self, round: int) -> float:
+        """The value in this round; rounds count from 0."""
+        last = max(bisect.bisect_right(self.points, round, key=lambda point: point[0]) - 1, 0)
+        start, value = self.points[last]
+        if self.kind == "step" or last + 1 == len(self.points):
+            return value
+        end, target = self.points[last + 1]
+        return value + (target - value) * (round - start) / (end - start)
+
+
+Count = Annotated[int, Range(low=0)]
+Positive = Annotated[int, Range(low=1)]
+Share = Annotated[float, Range(0, 1)]
+Weight = Annotated[float, Range(low=0)]
+LearningRate = Annotated[float, Range(0, 10, above=True)]
+Angles = Annotated[tuple[float, float], Range(-360, 360), Increasing()]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where the run lives and what makes its random numbers."""
+
+    dir: Annotated[str, NotEmpty()] = "runs/default"
+    """The run directory itself, made if missing; relative to where the command is started."""
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
+    """Key of every random stream of the run."""
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    """The frozen text-to-image diffusion model that teaches."""
+
+    path: Annotated[str, NotEmpty()] = "shapes"
+    """A diffusers pipeline folder, or `shapes` for the embedded prior."""
+    guidance_scale: Annotated[float, Range(0, 1000)] = 7.5
+    """Classifier-free guidance of the prior; 1 is none and halves the UNet's work."""
+    view_dependent: bool = True
+    """Whether the prior's prompt names the view (front, side, back, overhead) the camera has."""
+    negative_prompt: str = ""
+    """Prompt of the unconditional half of the guidance."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Number format of the frozen networks."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """The gradient the particles follow."""
+
+    kind: Literal["vsd", "sds", "esd"] = "vsd"
+    """vsd: variational score distillation; sds: added noise instead of the score network; esd: entropic."""
+    esd_lambda: Share = 0.5
+    """ESD only: share of the score that does not see the camera; 0 is VSD."""
+    t_min: Annotated[Schedule, Range(0, 1)] = Schedule(((0, 0.02),))
+    """Lower end of the particles' diffusion time, as a share of all timesteps."""
+    t_max: Annotated[Schedule, Range(0, 1)] = Schedule(((0, 0.98),))
+    """Upper end of the particles' diffusion time, as a share of all timesteps; never below t_min."""
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """Image particles; their size is render.resolution."""
+
+    space: Literal["pixel", "latent"] = "pixel"
+    """What is optimised: pixels, or the prior's latents."""
+    init_scale: Weight = 0.1
+    """Standard deviation of the initial values (pixels: around mid grey)."""
+
+
+@dataclass(frozen=True)
+class NerfConfig:
+    """Radiance fields on a multi-resolution hash grid."""
+
+    levels: Annotated[int, Range(1, 32)] = 16
+    """Number of grid levels, geometric from base_resolution to max_resolution."""
+    features: Annotated[int, Range(1, 16)] = 2
+    """Numbers stored per grid entry."""
+    log2_table_size: Annotated[int, Range(4, 28)] = 19
+    """Binary logarithm of the most entries a level may have; coarser levels that fit are dense."""
+    base_resolution: Annotated[int, Range(2, 4096)] = 16
+    """Grid vertices along an edge of the coarsest level."""
+    max_resolution: Annotated[int, Range(2, 65536)] = 2048
+    """Grid vertices along an edge of the finest level; at least base_resolution."""
+    smoothstep: bool = True
+    """Smooth interpolation between vertices instead of trilinear."""
+    samples_per_ray: Annotated[int, Range(1, 4096)] = 128
+    """Points at which a ray reads the field."""
+    bound: Annotated[float, Range(0, 1000, above=True)] = 1.0
+    """Half the edge of the cube that holds the scene, world units."""
+    blob_density: Annotated[float, Range(-1000, 1000)] = 10.0
+    """Initial density at the centre; negative makes a hollow scene."""
+    blob_radius: Annotated[float, Range(0, 1000, above=True)] = 0.5
+    """Radius at which the initial density changes sign, world units."""
+    init_scale: Weight = 1e-4
+    """Half-width of the uniform initial values of the grid."""
+    density_noise: Weight = 0.0
+    """Standard deviation of the noise added to the density before its activation."""
+    entropy: Weight = 0.0
+    """Weight of the entropy of the opacity (pushes it to 0 or 1)."""
+    sparsity: Weight = 0.0
+    """Weight of the mean opacity (pushes matter away)."""
+    background: Literal["learned", "none"] = "learned"
+    """learned: a small network of the viewing direction; none: black, or the random colour."""
+    random_background: Share = 0.5
+    """Share of the views drawn before a random solid colour."""
+    random_background_kind: Literal["color", "grey"] = "color"
+    """Random solid backgrounds are any colour, or grey levels."""
+
+
+@dataclass(frozen=True)
+class ParticlesConfig:
+    """What is optimised, how many, and how fast."""
+
+    kind: Literal["nerf", "image"] = "nerf"
+    """Radiance fields, or images (the 2-D experiment)."""
+    count: Annotated[int, Range(1, 2**31 - 1)] = 8
+    """Number of particles over all ranks; fewer than ranks is legal."""
+    views: Positive = 1
+    """Views rendered per particle and round."""
+    micro_batch: Count = 0
+    """Particles per render call on a rank; 0 is all of them, fewer need less memory."""
+    learning_rate: Annotated[Schedule, Range(0, 10)] = Schedule(((0, 0.01),))
+    """Adam's rate for grids and pixels."""
+    network_learning_rate: Annotated[Schedule, Range(0, 10)] = Schedule(((0, 0.001),))
+    """Adam's rate for the small networks of a particle."""
+    betas: Annotated[tuple[float, float], Range(0, 1, below=True)] = (0.9, 0.99)
+    """Adam's decay rates of the two moments."""
+    eps: Annotated[float, Range(0, 1, above=True)] = 1e-15
+    """Adam's epsilon."""
+    image: ImageConfig = ImageConfig()
+    """Read when kind is image."""
+    nerf: NerfConfig = NerfConfig()
+    """Read when kind is nerf."""
+
+
+@dataclass(frozen=True)
+class CamerasConfig:
+    """Where cameras are drawn from, uniformly; they look at the origin."""
+
+    elevation: Annotated[tuple[float, float], Range(-90, 90, above=True, below=True), Increasing()] = (-10.0, 45.0)
+    """Degrees above the horizon, [low, high]."""
+    azimuth: Angles = (-180.0, 180.0)
+    """Degrees around the vertical axis, [low, high]; 0 is the front."""
+    distance: Annotated[tuple[float, float], Range(0, 1000, above=True), Increasing()] = (1.0, 1.5)
+    """Distance from the origin, world units, [low, high]."""
+    fovy: Annotated[tuple[float, float], Range(0, 180, above=True, below=True), Increasing()] = (40.0, 70.0)
+    """Vertical field of view, degrees, [low, high]."""
+
+
+@dataclass(frozen=True)
+class RenderConfig:
+    """How particles are drawn."""
+
+    resolution: Annotated[Schedule, Range(8, 4096, multiple_of=8, integer=True)] = Schedule(((0, 64.0),))
+    """Edge of the rendered image, pixels; a linear schedule is rounded down to a multiple of 8."""
+    backend: Literal["auto", "torch", "nerfacc"] = "auto"
+    """auto takes the fastest installed one that supports parallel.numerics."""
+
+    def resolution_at(self, round: int) -> int:
+        """Pixels along an edge in this round, always a multiple of 8."""
+        return int(self.resolution.at(round)) // 8 * 8
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """The shared score network: a LoRA adapter of the prior's UNet with a camera condition."""
+
+    rank: Annotated[int, Range(1, 1024)] = 4
+    """Rank of the adapter."""
+    steps_per_round: Positive = 1
+    """Optimiser steps of the adapter per round (K)."""
+    learning_rate: LearningRate = 1e-4
+    """AdamW's rate after the warm-up."""
+    warmup: Count = 500
+    """Steps over which the rate grows linearly from 0."""
+    weight_decay: Annotated[float, Range(0, 1)] = 1e-2
+    """AdamW's weight decay."""
+    camera_drop: Share = 0.1
+    """Probability with which the camera condition is zeroed in training."""
+    replay_rounds: Count = 8
+    """Rounds of renders kept for replay."""
+    replay_share: Annotated[float, Range(0, 1, below=True)] = 0.0
+    """Share of each score batch drawn from the replay; above 0 needs replay_rounds."""
+    learning_rate_scaling: Literal["none", "sqrt", "linear"] = "none"
+    """How the rate grows with the number of samples gathered over one a round."""
+    max_grad_norm: Weight = 0.0
+    """Gradients are clipped to this norm; 0 is off."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How long the run is."""
+
+    rounds: Positive = 1000
+    """Rounds; in each one every particle moves once."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How ranks work together."""
+
+    strategy: Literal["flat"] = "flat"
+    """How the score network is kept the same on all ranks; flat: one flat reduction a step."""
+    exchange: Literal["all_gather"] = "all_gather"
+    """How renders reach the other ranks."""
+    numerics: Literal["fast", "exact"] = "fast"
+    """exact: bit for bit the same particles on any number of ranks, slower."""
+    timeout_s: Annotated[float, Range(0, 86400, above=True)] = 120.0
+    """Seconds after which a rank that does not answer is an error."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept for resuming."""
+
+    every: Count = 500
+    """Rounds between checkpoints; 0 is only at the end."""
+    keep: Positive = 2
+    """Newest checkpoints kept on disk."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is reported while training."""
+
+    every: Positive = 10
+    """Rounds between lines of metrics.jsonl."""
+    images_every: Count = 0
+    """Rounds between contact sheets; 0 is only at the end."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Whether metrics also go to Weights and Biases."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run; every field has a default."""
+
+    run: RunConfig = RunConfig()
+    """Where the run lives and what makes its random numbers."""
+    prompt: str | tuple[str, ...] = "an object"
+    """What is made: one text for all particles, or a list with exactly one per particle; any text is legal."""
+    prior: PriorConfig = PriorConfig()
+    """The frozen text-to-image diffusion model that teaches."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """The gradient the particles follow."""
+    particles: ParticlesConfig = ParticlesConfig()
+    """What is optimised, how many, and how fast."""
+    cameras: CamerasConfig = CamerasConfig()
+    """Where cameras are drawn from."""
+    render: RenderConfig = RenderConfig()
+    """How particles are drawn."""
+    score: ScoreConfig = ScoreConfig()
+    """The shared score network."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """How long the run is."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How ranks work together."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """What is kept for resuming."""
+    log: LogConfig = LogConfig()
+    """What is reported while training."""
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """One prompt per particle, in the order of their ids."""
+        texts = (self.prompt,) if isinstance(self.prompt, str) else self.prompt
+        return texts * self.particles.count if len(texts) == 1 else texts

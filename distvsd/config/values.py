@@ -1,0 +1,170 @@
+"""From an entry to a typed value, driven by the annotation of the field: types, ranges, nearest names."""
+
+from __future__ import annotations
+
+import datetime
+import difflib
+import math
+import types
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from distvsd.config.document import Entry
+from distvsd.config.ranges import Increasing, NotEmpty, Range
+from distvsd.config.schema import Schedule
+
+
+class Mistake(Exception):
+    """A value that its field cannot take; the text says what is allowed. Stays inside this package."""
+
+
+def convert(entry: Entry, annotation: Any) -> object:
+    """The value as the annotation's type. Raises Mistake."""
+    marks: tuple[object, ...] = ()
+    if get_origin(annotation) is Annotated:
+        annotation, *rest = get_args(annotation)
+        marks = tuple(rest)
+    allowed = next((mark for mark in marks if isinstance(mark, Range)), Range())
+    if annotation is Schedule:
+        return _schedule(entry.value, allowed)
+    if get_origin(annotation) is Literal:
+        return _choice(entry.value, get_args(annotation))
+    if get_origin(annotation) is tuple:
+        return _pair(entry.value, allowed, any(isinstance(mark, Increasing) for mark in marks))
+    if get_origin(annotation) in (Union, types.UnionType):
+        return _texts(entry.value)
+    if annotation is str:
+        return _text(entry.value, any(isinstance(mark, NotEmpty) for mark in marks))
+    if annotation is bool:
+        if not isinstance(entry.value, bool):
+            raise Mistake(f"is {named(entry.value)}; allowed: true, false")
+        return entry.value
+    if annotation in (int, float):
+        return _number(entry.value, annotation, allowed)
+    raise TypeError(f"fields of type {annotation} are not supported; add the conversion here")
+
+
+def named(value: object) -> str:
+    """A value as a message shows it: short, with its type where that is the mistake."""
+    match value:
+        case None:
+            return "nothing"
+        case bool():
+            return f"the truth value {str(value).lower()}"
+        case int() | float():
+            return f"{value}"
+        case str():
+            return f"the text {value[:60]!r}" + ("..." if len(value) > 60 else "")
+        case list():
+            return f"a list of {len(value)}"
+        case dict():
+            return "a mapping"
+        case datetime.date():
+            return f"the date {value}"
+        case _:
+            return f"a {type(value).__name__}"
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """The known name most like this one, or an empty text."""
+    found = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return found[0] if found else ""
+
+
+def _number(value: object, kind: type, allowed: Range) -> float:
+    number = value
+    if kind is float and isinstance(value, str):
+        number = _float_text(value)  # YAML 1.1 reads 1e-3 as a text, because it wants a dot in a number
+    if isinstance(number, bool) or not isinstance(number, int if kind is int else (int, float)):
+        raise Mistake(f"is {named(value)}; {_allowed(kind, allowed)}")
+    try:
+        finite = math.isfinite(number)
+    except OverflowError:
+        finite = kind is int
+    if not finite or not allowed.holds(number):
+        raise Mistake(
+            f"is {number}; {_allowed(kind, allowed)}" if finite else f"is not finite; {_allowed(kind, allowed)}"
+        )
+    return int(number) if kind is int else float(number)
+
+
+def _float_text(text: str) -> object:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _allowed(kind: type, allowed: Range) -> str:
+    noun = "an integer" if kind is int or allowed.integer else "a number"
+    return f"allowed: {noun} {allowed.describe()}".rstrip()
+
+
+def _choice(value: object, choices: tuple[str, ...]) -> str:
+    if isinstance(value, bool) and "off" in choices and not value:
+        return "off"  # YAML 1.1 reads a bare off as false
+    if not isinstance(value, str) or value not in choices:
+        close = nearest(value, choices) if isinstance(value, str) else ""
+        hint = f"; did you mean {close!r}?" if close else ""
+        known = f"known is {choices[0]!r}" if len(choices) == 1 else f"allowed: {', '.join(choices)}"
+        raise Mistake(f"is {named(value)}; {known}{hint}")
+    return value
+
+
+def _text(value: object, not_empty: bool) -> str:
+    if not isinstance(value, str):
+        quote = "" if isinstance(value, list | dict) or value is None else "; put it in quotes"
+        raise Mistake(
+            f"is {named(value)}; allowed: a text" + ('; write "" for the empty one' if value is None else quote)
+        )
+    if not_empty and not value:
+        raise Mistake("is empty; allowed: a text of at least one character")
+    return value
+
+
+def _texts(value: object) -> str | tuple[str, ...]:
+    if not isinstance(value, list):
+        return _text(value, not_empty=False)
+    if not value:
+        raise Mistake("is an empty list; give one text, or one per particle")
+    texts = []
+    for number, item in enumerate(value):
+        try:
+            texts.append(_text(item.value, not_empty=False))
+        except Mistake as mistake:
+            raise Mistake(f"entry {number} ({item.where}) {mistake}") from None
+    return texts[0] if len(texts) == 1 else tuple(texts)
+
+
+def _pair(value: object, allowed: Range, increasing: bool) -> tuple[float, float]:
+    if not isinstance(value, list) or len(value) != 2:
+        raise Mistake(f"is {named(value)}; allowed: two numbers in a list, each {allowed.describe()}")
+    first, second = (_number(item.value, float, allowed) for item in value)
+    if increasing and first > second:
+        raise Mistake(f"is [{first:g}, {second:g}]; the first number must not be larger than the second")
+    return first, second
+
+
+def _schedule(value: object, allowed: Range) -> Schedule:
+    if not isinstance(value, dict):
+        return Schedule.constant(_number(value, float, allowed))
+    kind: Literal["step", "linear"] = "step"
+    if list(value) in (["linear"], ["step"]):
+        kind = "linear" if "linear" in value else "step"
+        value = value[kind].value
+    if not isinstance(value, dict) or not value:
+        raise Mistake(
+            f"is {named(value)}; a schedule is a number, {{0: 0.98, 5000: 0.5}}, or {{linear: {{0: 64, 5000: 512}}}}"
+        )
+    points = []
+    for round, item in value.items():
+        if isinstance(round, bool) or not isinstance(round, int) or round < 0:
+            raise Mistake(f"has a point at {named(round)}; allowed: rounds, integers at least 0, or one key `linear`")
+        try:
+            points.append((round, _number(item.value, float, allowed)))
+        except Mistake as mistake:
+            raise Mistake(f"at round {round} {mistake}") from None
+    points.sort()
+    if points[0][0] != 0:
+        raise Mistake(f"begins at round {points[0][0]}; a schedule needs a point at round 0")
+    return Schedule(tuple(points), kind if len(points) > 1 else "step")

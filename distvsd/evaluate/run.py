@@ -1,0 +1,200 @@
+"""What the particles of a run are worth: labels against the prompt, empty and diverged ones, diversity.
+
+Written to `evaluation.json` in the run's directory. Needs no rank but one, and no network of the run but its particles.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from distvsd.cameras import Cameras, OrbitSampler
+from distvsd.config.schema import Config
+from distvsd.evaluate import diversity
+from distvsd.evaluate.labels import (
+    Expected,
+    expected_labels,
+    face_seen,
+    in_words,
+    label_accuracy,
+    majority,
+    view_accuracy,
+)
+from distvsd.prior.shapes.classifier import SCENES, Classifier, Predictions, load_classifier
+
+VIEWS = 8
+ELEVATION_DEG = 15.0
+BACKGROUND = 0.5
+EMPTY_OPACITY, FOG_OPACITY = (
+    0.01,
+    0.98,
+)  # mean opacity over all views below which nothing, above which only fog is there
+PIXELS_AT_ONCE = 1 << 22  # of one render call, so that memory does not grow with the number of particles
+
+
+class Restored(Protocol):
+    """The particles of a run as its newest checkpoint holds them."""
+
+    @property
+    def config(self) -> Config: ...
+
+    @property
+    def ids(self) -> list[int]: ...
+
+    def render(self, ids: list[int], cameras: Cameras, resolution: int, background: float) -> tuple[Tensor, Tensor]:
+        """Images `[P, V, 3, H, W]` and opacity `[P, V, 1, H, W]` of the particles from cameras `[P, V]`, no gradient."""
+        ...
+
+
+@dataclass(frozen=True)
+class Readings:
+    """One particle seen from all views: what the classifier reads, its mean opacity, whether all values are finite."""
+
+    predictions: Predictions
+    features: Tensor
+    opacity: float
+    finite: bool
+
+
+def evaluate_run(run_dir: Path, report: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """Evaluates the newest checkpoint of `run_dir`, writes `evaluation.json` there, and returns what it wrote.
+
+    Raises what loading raises: RunError for a folder that is no run, CheckpointError where none can be read.
+    """
+    from distvsd.build import load_particles  # the builder imports this package's rooms, so it is looked up late
+
+    result = evaluate_particles(load_particles(run_dir), load_classifier(), report)
+    staged = run_dir / "evaluation.json.staged"
+    staged.write_text(json.dumps(result, indent=2) + "\n")
+    os.replace(staged, run_dir / "evaluation.json")
+    return result
+
+
+def evaluate_particles(
+    restored: Restored, classifier: Classifier, report: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+    """The content of evaluation.json: counts and shares over all particles, then one entry a particle."""
+    config, ids = restored.config, list(restored.ids)
+    cameras = evaluation_cameras(config)
+    turns = cameras.azimuth[0].rad2deg()
+    expected = {i: expected_labels(config.prompts[i]) for i in ids}
+    readings = read_particles(restored, cameras, classifier, report)
+    details = [_detail(i, config, readings[i], expected[i], turns) for i in ids]
+    sound = [i for i, detail in zip(ids, details, strict=True) if not detail["empty"] and not detail["diverged"]]
+    found = [_labels(readings[i], turns) if i in set(sound) else {} for i in ids]
+    result: dict[str, Any] = {
+        "particles": len(ids),
+        "views": len(turns),
+        "label_accuracy": _rounded(label_accuracy(found, [expected[i] for i in ids])),
+        "view_accuracy": _mean_of([detail["view_accuracy"] for detail in details]),
+        "empty": sum(detail["empty"] for detail in details),
+        "diverged": sum(detail["diverged"] for detail in details),
+    }
+    if sound:
+        features = torch.stack([readings[i].features for i in sound])
+        result["diversity"] = {
+            "mean_cosine": round(diversity.mean_cosine(features), 4),
+            "vendi": round(diversity.vendi_score(features.mean(1)), 3),
+        }
+        counts = diversity.mode_counts(found)
+        result["modes"] = diversity.mode_names(counts)
+        result["modes_present"] = int((counts > 0).sum())
+        result["total_variation_from_uniform"] = round(diversity.total_variation(counts), 4)
+    return result | {"particles_detail": details}
+
+
+def evaluation_cameras(config: Config, num_views: int = VIEWS, elevation_deg: float = ELEVATION_DEG) -> Cameras:
+    """Cameras `[1, V]` of the evaluation: a ring from the front at the run's middle distance and field of view.
+
+    Images have one view, because they do not depend on the camera.
+    """
+    if config.particles.kind == "image":
+        num_views = 1
+    ranges = config.cameras
+    sampler = OrbitSampler(ranges.elevation, ranges.azimuth, ranges.distance, ranges.fovy)
+    return sampler.ring(1, num_views, elevation_deg)
+
+
+def read_particles(
+    restored: Restored, cameras: Cameras, classifier: Classifier, report: Callable[[str], None]
+) -> dict[int, Readings]:
+    """Renders every particle from cameras `[1, V]`, in groups that fit in memory, and classifies every view."""
+    resolution = final_resolution(restored.config)
+    readings = {}
+    num_views = cameras.shape[1]
+    for group in groups(restored.ids, num_views * resolution**2):
+        rows = torch.zeros(len(group), dtype=torch.int64)
+        images, opacity = restored.render(group, cameras[rows], resolution, BACKGROUND)
+        finite = images.isfinite().all(-1).all(-1).all(-1).all(-1) & opacity.isfinite().all(-1).all(-1).all(-1).all(-1)
+        for row, i in enumerate(group):
+            readings[i] = Readings(
+                classifier.classify(images[row]),
+                classifier.embed(images[row]),
+                float(opacity[row].mean()),
+                bool(finite[row]),
+            )
+        report(f"read {len(readings)} of {len(restored.ids)} particles")
+    return readings
+
+
+def groups(ids: Sequence[int], pixels_each: int) -> list[list[int]]:
+    """The ids in order, in groups whose pixels stay below a limit; one particle at least."""
+    size = max(1, PIXELS_AT_ONCE // max(pixels_each, 1))
+    return [list(ids[first : first + size]) for first in range(0, len(ids), size)]
+
+
+def final_resolution(config: Config) -> int:
+    """Pixels along an edge in the last round."""
+    return config.render.resolution_at(config.schedule.rounds - 1)
+
+
+def _labels(reading: Readings, turns: Tensor) -> dict[str, int]:
+    """The voted labels of one particle; the face is what its front views show, or the one view of an image."""
+    labels = majority(reading.predictions)
+    if labels["scene"] == SCENES.index("object"):
+        front, _ = face_seen(reading.predictions, turns)
+        if front is not None:
+            labels["face"] = int(front)
+    return labels
+
+
+def _detail(i: int, config: Config, reading: Readings, expected: Expected, turns: Tensor) -> dict[str, Any]:
+    solid = config.particles.kind != "image"
+    labels = _labels(reading, turns)
+    # Only of pictures of the shapes world can the classifier say that nothing is in them.
+    known_world = config.prior.path == "shapes" or bool(expected.known())
+    nothing = known_world and labels["scene"] == SCENES.index("neither")
+    # Inside a room every ray ends on a wall: there a full opacity is right.
+    fog = reading.opacity > FOG_OPACITY and expected.scene != SCENES.index("room")
+    detail: dict[str, Any] = {
+        "id": i,
+        "prompt": config.prompts[i],
+        "labels": in_words(labels),
+        "expected": in_words(expected.known()),
+        "view_accuracy": _rounded(view_accuracy(reading.predictions, expected)),
+        "view_scenes": [SCENES[scene] for scene in reading.predictions.scene.tolist()],
+        "opacity": round(reading.opacity, 4) if math.isfinite(reading.opacity) else None,
+        "diverged": not reading.finite,
+        "empty": reading.finite and ((reading.opacity < EMPTY_OPACITY or fog) if solid else nothing),
+    }
+    if solid and labels["scene"] == SCENES.index("object"):
+        detail["face_from_behind"] = face_seen(reading.predictions, turns)[1]
+    return detail
+
+
+def _mean_of(accuracies: Sequence[dict[str, float]]) -> dict[str, float]:
+    heads = sorted({head for accuracy in accuracies for head in accuracy})
+    totals = {head: [accuracy[head] for accuracy in accuracies if head in accuracy] for head in heads}
+    return _rounded({head: sum(values) / len(values) for head, values in totals.items()})
+
+
+def _rounded(values: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in values.items()}

@@ -1,0 +1,1 @@
+"""What leaves a run for other programs and for people: contact sheets and turntables."""

@@ -1,0 +1,164 @@
+"""Collectives on tensors and on JSON values: every rank calls each, in the same order; alone they are the identity.
+
+What differs between versions of torch.distributed is hidden here. Values travel as JSON bytes, never as code that a
+receiver runs. A collective that fails (a peer died, or was silent for longer than the timeout) raises `RankError`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distvsd.errors import RankError
+
+if TYPE_CHECKING:
+    from distvsd.parallel.world import World
+
+# torch 2.13 renamed all_gather_into_tensor and warns about the old name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+MAX_FLAG_BITS = 62
+
+
+class GatheredRows:
+    """Rows on their way from all ranks."""
+
+    def __init__(self, world: World, gathered: Tensor, source: Tensor, work: Any | None) -> None:
+        self._world, self._gathered, self._work = world, gathered, work
+        self._source: Tensor | None = source  # kept alive: the transport still reads it
+
+    def wait(self) -> Tensor:
+        """`[size, n, F]`, the rows of rank r at index r. May be called again."""
+        if self._work is not None:
+            with _talking(self._world, "the gather of rows"):
+                self._work.wait()
+            self._work = self._source = None
+        return self._gathered
+
+
+def all_gather_rows(world: World, rows: Tensor) -> GatheredRows:
+    """Starts to gather `[n, F]` rows, the same n and F on every rank; asynchronous, on `rows`' device, bits unchanged.
+
+    `rows` must not be written to before `wait` has returned.
+    """
+    if world.size == 1:
+        return GatheredRows(world, rows[None], rows, None)
+    rows = rows.contiguous()
+    gathered = rows.new_empty((world.size, *rows.shape))
+    with _talking(world, "the gather of rows"):
+        work = _all_gather(gathered.flatten(0, 1), rows, async_op=True)
+    return GatheredRows(world, gathered, rows, work)
+
+
+def all_reduce_sum_(world: World, tensor: Tensor) -> Tensor:
+    """Replaces a contiguous tensor by its sum over ranks, the same bits on every rank; returns it."""
+    return _all_reduce_(world, tensor, dist.ReduceOp.SUM, "the sum over ranks")
+
+
+def max_flags(world: World, flags: int) -> int:
+    """The union of every rank's flag bits (a word of at most 62 bits)."""
+    if not 0 <= flags < 1 << MAX_FLAG_BITS:
+        raise ValueError(f"flags is {flags}; it must be a word of at most {MAX_FLAG_BITS} bits")
+    # One element a bit: MAX is what both gloo and NCCL have, NCCL knows no bitwise OR.
+    bits = torch.tensor([flags >> bit & 1 for bit in range(MAX_FLAG_BITS)], dtype=torch.uint8)
+    bits = _all_reduce_(world, bits.to(_control_device(world)), dist.ReduceOp.MAX, "the exchange of flags")
+    return sum(1 << bit for bit, is_set in enumerate(bits.tolist()) if is_set)
+
+
+def gather_objects(world: World, value: Any) -> list[Any]:
+    """Every rank's JSON-able value, by rank, on every rank; always as JSON gives it back (tuples are lists)."""
+    return [json.loads(data) for data in _gather_bytes(world, json.dumps(value).encode())]
+
+
+def broadcast_text(world: World, text: str | None) -> str:
+    """Rank 0's text, on every rank; what the others pass is ignored."""
+    data = (text or "").encode() if world.rank == 0 else b""
+    if world.size == 1:
+        return data.decode()
+    device = _control_device(world)
+    with _talking(world, "the broadcast of a text"):
+        length = torch.tensor([len(data)], device=device)
+        dist.broadcast(length, src=0)
+        buffer = _to_tensor(data, int(length), device)
+        dist.broadcast(buffer, src=0)
+    return bytes(buffer.tolist()).decode()
+
+
+def agree(world: World, problem: str | None) -> None:
+    """Makes what one rank knows everybody's: returns if no rank has a problem, else raises `RankError` on all ranks.
+
+    The text is the same on every rank and names the ranks. Call it wherever a rank may fail before a collective that
+    the others would wait in; a rank that raises on its own would leave them hanging.
+    """
+    problems = gather_objects(world, problem)
+    ranks_by_problem: dict[str, list[int]] = {}
+    for rank, text in enumerate(problems):
+        if text is not None:
+            ranks_by_problem.setdefault(text, []).append(rank)
+    if not ranks_by_problem:
+        return
+    if world.size == 1:
+        raise RankError(problems[0])
+    raise RankError("; ".join(f"{_name(ranks, world.size)}: {text}" for text, ranks in ranks_by_problem.items()))
+
+
+def barrier(world: World) -> None:
+    """Returns when every rank has called it. A meeting of the hosts: work queued on devices is not waited for."""
+    all_reduce_sum_(world, torch.zeros(1, device=_control_device(world)))
+
+
+def set_timeout(world: World, timeout_s: float) -> None:
+    """How long any later collective of this rank waits for the others before it fails. Does not communicate."""
+    if world.size > 1:
+        # There is no public setter yet (torch 2.13), only an argument at the opening of a group.
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s))
+
+
+def _all_reduce_(world: World, tensor: Tensor, operation: Any, what: str) -> Tensor:
+    if world.size > 1:
+        with _talking(world, what):
+            dist.all_reduce(tensor, op=operation)
+    return tensor
+
+
+def _gather_bytes(world: World, data: bytes) -> list[bytes]:
+    device = _control_device(world)
+    lengths = all_gather_rows(world, torch.tensor([[len(data)]], device=device)).wait().flatten().tolist()
+    rows = all_gather_rows(world, _to_tensor(data, max(lengths), device)[None]).wait()[:, 0].cpu()
+    return [bytes(row[:length].tolist()) for row, length in zip(rows, lengths, strict=True)]
+
+
+def _to_tensor(data: bytes, length: int, device: torch.device) -> Tensor:
+    """Bytes as uint8 `[length]`, zeros at the end."""
+    return torch.tensor(list(data.ljust(length, b"\0")), dtype=torch.uint8, device=device)
+
+
+def _control_device(world: World) -> torch.device:
+    """Where small messages live: the host, so that they wait for no kernel, unless the group is NCCL's alone."""
+    return world.device if world.size > 1 and dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def _name(ranks: list[int], size: int) -> str:
+    if len(ranks) == size:
+        return f"all {size} ranks"
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} of {size}"
+
+
+@contextmanager
+def _talking(world: World, what: str) -> Iterator[None]:
+    """Turns the transport's error into one that says what it means; torch raises RuntimeError for all of them."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0].partition(". ")[0]
+        raise RankError(
+            f"rank {world.rank} of {world.size} lost the others in {what}: another rank died, or was silent for longer "
+            f"than parallel.timeout_s; its own log says why, this is a consequence ({reason})"
+        ) from error

@@ -1,0 +1,112 @@
+"""The gather of samples: every rank gives the rows of its own particles and gets everybody's, in one order.
+
+A batch is any dataclass of tensors with one row a sample, `ids` among them. Its fields travel side by side in one
+buffer of 32-bit words `[max_rows, F]`. They are viewed as words and never converted, so a NaN keeps its payload and an
+int64 id its value. Every rank knows every rank's number of rows from the assignment, so no size is exchanged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from distvsd.parallel.assign import shares
+from distvsd.parallel.collectives import GatheredRows, all_gather_rows
+from distvsd.parallel.world import World
+
+
+class Batch(Protocol):
+    """A dataclass of tensors of 4-byte or 8-byte numbers, all with the same number of rows, on one device."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def ids(self) -> Tensor:
+        """`[N]` particle ids, by which the union is ordered."""
+
+
+B = TypeVar("B", bound=Batch)
+
+
+class Exchange:
+    """The exchange under one assignment.
+
+    rows: how many samples each rank gives every time, by rank; the same list on every rank.
+    """
+
+    def __init__(self, world: World, rows: Sequence[int]) -> None:
+        if len(rows) != world.size or min(rows) < 0:
+            raise ValueError(f"rows is {list(rows)}; need one count >= 0 for each of {world.size} ranks")
+        self._world = world
+        self._rows = list(rows)
+
+    def start(self, samples: B) -> Pending[B]:
+        """Starts to gather; asynchronous, one collective, called by every rank. What arrives has no graph.
+
+        A rank without particles gives zero rows of the right shape, latents `[0, C, h, w]`, and takes part. The shape
+        of one row must be the same on every rank, and may change from one call to the next.
+        """
+        samples = replace(samples, **{name: column.detach() for name, column in _columns(samples).items()})
+        expected = self._rows[self._world.rank]
+        lengths = {name: len(column) for name, column in _columns(samples).items()}
+        if set(lengths.values()) != {expected}:
+            raise ValueError(f"rank {self._world.rank} gives {lengths} rows; its assignment says {expected}")
+        words = torch.cat([_to_words(column) for column in _columns(samples).values()], dim=1)
+        padded = torch.nn.functional.pad(words, (0, 0, 0, max(self._rows) - expected))
+        return Pending(samples, all_gather_rows(self._world, padded), self._rows)
+
+
+class Pending(Generic[B]):
+    """Samples on their way."""
+
+    def __init__(self, samples: B, gathered: GatheredRows, rows: list[int]) -> None:
+        self._template = samples
+        self._gathered = gathered
+        self._rows = rows
+        self._union: B | None = None
+
+    def wait(self) -> B:
+        """The samples of all ranks by particle id, those of one particle as their rank gave them.
+
+        So they are the same for every world size. May be called again and returns the same object.
+        """
+        if self._union is None:
+            words = torch.cat([part[:count] for part, count in zip(self._gathered.wait(), self._rows, strict=True)])
+            columns = _columns(self._template)
+            parts = torch.split(words, [_num_words(column) for column in columns.values()], dim=1)
+            union = {
+                name: _fresh(part).view(column.dtype).reshape(-1, *column.shape[1:])
+                for (name, column), part in zip(columns.items(), parts, strict=True)
+            }
+            order = union["ids"].argsort(stable=True)
+            self._union = replace(self._template, **{name: column[order] for name, column in union.items()})
+        return self._union
+
+
+def slice_for(world: World, total: int) -> slice:
+    """This rank's share of `total` samples to train on: contiguous, balanced, empty where there are too few."""
+    share = shares(total, world.size)[world.rank]
+    return slice(share.start, share.stop)
+
+
+def _columns(samples: Batch) -> dict[str, Tensor]:
+    return {field.name: getattr(samples, field.name) for field in fields(samples)}
+
+
+def _to_words(column: Tensor) -> Tensor:
+    """`[N, ...]` as int32 words `[N, words]`, the bits unchanged."""
+    return _fresh(column.reshape(len(column), math.prod(column.shape[1:]))).view(torch.int32)
+
+
+def _fresh(tensor: Tensor) -> Tensor:
+    """A copy with the plain strides and offset that a view of another width needs: `contiguous` skips single rows."""
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _num_words(column: Tensor) -> int:
+    return math.prod(column.shape[1:]) * column.element_size() // 4

@@ -1,0 +1,165 @@
+"""The sum of score gradients over micro-batches and ranks: one flat all-reduce that also carries flags and sums.
+
+"fast" adds in float32: its last bits depend on how the micro-batches lie on ranks. "exact" adds integers, which is
+associative, so that the bits are the same for every world size as long as the micro-batches are the same.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from distvsd.parallel.collectives import all_reduce_sum_
+from distvsd.parallel.world import World
+
+
+class Flag(enum.IntFlag):
+    """Bits of the flag word that the reduction sets itself; callers may use the others below `1 << NUM_FLAGS`."""
+
+    NONFINITE = 1
+    OVERFLOW = 2
+
+
+NUM_FLAGS = 16
+
+# Exact mode holds x as two int64 words: round(x 2^30) and, of what is left, round(rest 2^80). With |x| < 2^20 the first
+# stays below 2^50 and the second at most 2^49, so that 2^13 addends cannot wrap 63 bits, and x is kept to 2^-81: all of
+# a float32 that is larger than 2^-57. One word would have to choose between the range and a gradient's small elements.
+COARSE_BITS = 30
+FINE_BITS = 80
+LIMIT = 2.0**20
+MAX_ADDENDS = 2**13 - 1
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """What all ranks agree on, the same bits on each.
+
+    gradient: `[G]` float32, on the vectors' device. flags: all ranks' bits and `Flag`'s. sums: `[k]` float64 on the
+    CPU; in fast mode with float32's precision. Where `usable` is false, gradient and sums mean nothing.
+    """
+
+    gradient: Tensor
+    flags: int
+    sums: Tensor
+
+    @property
+    def usable(self) -> bool:
+        """False if anything was not finite or, in exact mode, too large: skip the step."""
+        return not self.flags & (Flag.NONFINITE | Flag.OVERFLOW)
+
+
+def reduce_gradients(
+    world: World,
+    vectors: Iterable[Tensor],
+    length: int,
+    flags: int,
+    numerics: Literal["fast", "exact"],
+    extra_sums: Tensor,
+) -> Reduced:
+    """Sums gradient vectors over this rank's micro-batches and all ranks; one collective, called by every rank.
+
+    vectors: `[G]` float32 each, on the world's device; none where a rank has no micro-batch. length: G. flags: this
+    rank's bits. extra_sums: `[k]` or `[m, k]` float64, rows are added (loss sums, counts); in exact mode give one row a
+    micro-batch, so that no addition happened before this one. Exact mode takes magnitudes below 2^20 and at most 8191
+    micro-batches over all ranks, and raises `Flag.OVERFLOW` on every rank beyond that.
+    """
+    if not 0 <= flags < 1 << NUM_FLAGS:
+        raise ValueError(f"flags is {flags}; it must be a word of at most {NUM_FLAGS} bits")
+    rows = extra_sums.to(world.device, torch.float64)
+    rows = rows.reshape(-1, rows.shape[-1])
+    match numerics:
+        case "fast":
+            return _reduce_fast(world, vectors, length, flags, rows)
+        case "exact":
+            return _reduce_exact(world, vectors, length, flags, rows)
+    raise ValueError(f"numerics is {numerics!r}; known are 'fast' and 'exact'")
+
+
+def _reduce_fast(world: World, vectors: Iterable[Tensor], length: int, flags: int, rows: Tensor) -> Reduced:
+    """One float32 buffer: gradient, sums, one count a flag bit."""
+    total = torch.zeros(length, device=world.device)
+    for vector in vectors:
+        total += _checked(vector, length)
+    packed = torch.cat((total, rows.sum(0).float(), _counts(flags, total)))
+    gradient, sums, counts = torch.split(all_reduce_sum_(world, packed), [length, rows.shape[1], NUM_FLAGS])
+    # The reduced values have the same bits on every rank and a non-finite addend never sums to a finite number, so
+    # looking at the result alone gives every rank the same answer.
+    nonfinite = ~packed.isfinite().all()
+    sums, counts, nonfinite = _to_host(sums, counts, nonfinite[None])
+    return Reduced(gradient, _bits(counts) | (Flag.NONFINITE if nonfinite else 0), sums)
+
+
+def _reduce_exact(world: World, vectors: Iterable[Tensor], length: int, flags: int, rows: Tensor) -> Reduced:
+    """One int64 buffer: both words of gradient and sums, one count a flag bit, the number of addends."""
+    gradient, sums = _FixedPoint(length, world.device), _FixedPoint(rows.shape[1], world.device)
+    for vector in vectors:
+        gradient.add(_checked(vector, length))
+    for row in rows:
+        sums.add(row)
+    counts = _counts(flags, gradient.words)
+    counts[_bit(Flag.NONFINITE)] += gradient.nonfinite + sums.nonfinite
+    counts[_bit(Flag.OVERFLOW)] += gradient.too_large + sums.too_large
+    addends = counts.new_tensor([max(gradient.addends, sums.addends)])
+    packed = all_reduce_sum_(world, torch.cat((gradient.words.flatten(), sums.words.flatten(), counts, addends)))
+    gradient_words, sums_words, counts, addends = torch.split(packed, [2 * length, 2 * rows.shape[1], NUM_FLAGS, 1])
+    total, counts, addends = _to_host(_value(sums_words), counts, addends)
+    overflow = Flag.OVERFLOW if addends > MAX_ADDENDS else 0
+    return Reduced(_value(gradient_words).float(), _bits(counts) | overflow, total)
+
+
+class _FixedPoint:
+    """A sum of vectors in fixed point; `words` `[2, n]` int64. What does not fit is left out and counted."""
+
+    def __init__(self, length: int, device: torch.device) -> None:
+        self.words = torch.zeros(2, length, dtype=torch.int64, device=device)
+        self.nonfinite = torch.zeros((), dtype=torch.int64, device=device)
+        self.too_large = torch.zeros((), dtype=torch.int64, device=device)
+        self.addends = 0
+
+    def add(self, vector: Tensor) -> None:
+        wide = vector.double()
+        finite, fits = wide.isfinite(), wide.abs() < LIMIT
+        self.nonfinite += (~finite).any()
+        self.too_large += (finite & ~fits).any()
+        self.addends += 1
+        wide = wide.where(fits, 0.0)
+        coarse = (wide * 2.0**COARSE_BITS).round()
+        rest = wide - coarse * 2.0**-COARSE_BITS  # exact: the rest is a multiple of the last bit of `wide`
+        self.words[0] += coarse.long()
+        self.words[1] += (rest * 2.0**FINE_BITS).round().long()
+
+
+def _value(words: Tensor) -> Tensor:
+    """Two words `[2 n]` back to float64 `[n]`."""
+    wide = words.reshape(2, -1).double()
+    return wide[0] * 2.0**-COARSE_BITS + wide[1] * 2.0**-FINE_BITS
+
+
+def _checked(vector: Tensor, length: int) -> Tensor:
+    if vector.shape != (length,) or vector.dtype != torch.float32:
+        raise ValueError(f"a gradient is {list(vector.shape)} {vector.dtype}; it must be [{length}] torch.float32")
+    return vector.detach()
+
+
+def _counts(flags: int, like: Tensor) -> Tensor:
+    """One number a flag bit, so that a sum over ranks is their union."""
+    return like.new_tensor([flags >> bit & 1 for bit in range(NUM_FLAGS)])
+
+
+def _bits(counts: Tensor) -> int:
+    return sum(1 << bit for bit, count in enumerate(counts.tolist()) if count)
+
+
+def _bit(flag: Flag) -> int:
+    return flag.bit_length() - 1
+
+
+def _to_host(*parts: Tensor) -> tuple[Tensor, ...]:
+    """Small vectors as float64 on the CPU, in one transfer."""
+    return torch.split(torch.cat([part.double() for part in parts]).cpu(), [len(part) for part in parts])

@@ -1,0 +1,233 @@
+"""The processes of a run: opening their group, and refusing one that is not what its launcher meant.
+
+`torchrun` and `accelerate launch` describe the world in the environment, and accelerate opens the group. A process on
+its own needs no group and does not import accelerate.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from distvsd.errors import RankError
+from distvsd.parallel.collectives import barrier, gather_objects, set_timeout
+
+# Ranks reach the opening at very different times (imports from a shared disk); only a later silence is a failure.
+OPENING_TIMEOUT_S = 600.0
+LEAVING_S = 3.0
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers. local_*: among those of its machine. device: where its tensors live."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launcher promised in the environment."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    use_cpu: bool
+
+
+@contextmanager
+def open_world(timeout_s: float) -> Iterator[World]:
+    """Opens the group of all ranks for the length of the block; every rank calls it, and it communicates.
+
+    timeout_s: how long a collective waits for the others. Alone it opens nothing. A group that is open already is used
+    and left open, with its own timeout. Raises `RankError` for a world other than the environment promises, and for
+    ranks that share a CUDA device.
+    """
+    launch = read_launch(os.environ, torch.cuda.is_available())
+    if dist.is_initialized():
+        device = torch.device("cpu") if dist.get_backend() == "gloo" else _device(launch)
+        yield _audited(launch, device, dist.get_world_size())
+    elif launch.size == 1:
+        yield World(0, 1, 0, 1, _device(launch))
+    else:
+        _share_cores(launch.local_size)
+        with _group_of_accelerate(launch) as (device, num_processes):
+            world = _audited(launch, device, num_processes)
+            set_timeout(world, timeout_s)
+            yield world
+            barrier(world)
+
+
+@contextmanager
+def open_local_world(rank: int, size: int, rendezvous: str, timeout_s: float) -> Iterator[World]:
+    """Joins a gloo group of processes of this machine that no launcher started; on the CPU, whatever the machine has.
+
+    rendezvous: the path of a file that all ranks name and that did not exist before. Communicates.
+    """
+    world = World(rank, size, rank, size, torch.device("cpu"))
+    if size == 1:
+        yield world
+        return
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=timeout)
+    with _closing_group():
+        yield world
+        barrier(world)
+
+
+def read_launch(environment: Mapping[str, str], has_cuda: bool) -> Launch:
+    """What the launcher promised; raises `RankError` where it started something else than it was asked for."""
+    size = _integer(environment, "WORLD_SIZE", 1)
+    asked_for_cpu = environment.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes", "on", "y", "t"}
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in environment
+    if size == 1:
+        # A CPU config (distributed_type: MULTI_CPU, or --cpu) with num_processes: 2 leaves an address to meet at and
+        # starts one process that nobody comes to meet.
+        if by_accelerate and "WORLD_SIZE" not in environment and "MASTER_ADDR" in environment:
+            raise RankError(
+                "accelerate launch was asked for several processes (it set MASTER_ADDR) but started this one alone, as "
+                f"it does for CPU configurations; {_how_to_start_on_cpu(2)} (if one process is what you want, ask for "
+                "num_processes 1 and unset MASTER_ADDR)"
+            )
+        return Launch(0, 1, _integer(environment, "LOCAL_RANK", 0), 1, asked_for_cpu or not has_cuda)
+    if by_accelerate and not has_cuda and not asked_for_cpu:
+        raise RankError(
+            f"accelerate launch started {size} processes for GPUs, but no CUDA device is found here, so that each of "
+            f"them would train alone; {_how_to_start_on_cpu(size)}"
+        )
+    missing = [name for name in ("RANK", "LOCAL_RANK") if name not in environment]
+    if missing:
+        raise RankError(
+            f"WORLD_SIZE is {size} but {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set; start "
+            "through torchrun or accelerate launch, or unset WORLD_SIZE to train alone"
+        )
+    rank = _integer(environment, "RANK", 0)
+    if not 0 <= rank < size:
+        raise RankError(f"RANK is {rank} in a world of {size}; start through torchrun or accelerate launch")
+    local_size = _integer(environment, "LOCAL_WORLD_SIZE", size)
+    return Launch(rank, size, _integer(environment, "LOCAL_RANK", 0), local_size, asked_for_cpu or not has_cuda)
+
+
+def refuse_other_world(promised: int, group: int, accelerate: int) -> None:
+    """Raises `RankError` unless the launcher's, torch's and accelerate's world sizes are one number."""
+    if not promised == group == accelerate:
+        raise RankError(
+            f"this is not one world: WORLD_SIZE is {promised}, torch.distributed counts {group} ranks and accelerate "
+            f"{accelerate}; {_how_to_start_on_cpu(promised)} (on GPUs: one process for each visible device)"
+        )
+
+
+def refuse_shared_devices(devices: Sequence[str | None]) -> None:
+    """Raises `RankError` if two ranks have one CUDA device. devices: by rank, its identity, None for the CPU."""
+    ranks: dict[str, list[str]] = {}
+    for rank, device in enumerate(devices):
+        if device is not None:
+            ranks.setdefault(device, []).append(str(rank))
+    shared = [f"ranks {', '.join(of)} share {device}" for device, of in ranks.items() if len(of) > 1]
+    if shared:
+        raise RankError(
+            f"{'; '.join(shared)}; start at most one process for each GPU (torchrun --nproc-per-node, accelerate "
+            "launch --num_processes) and check CUDA_VISIBLE_DEVICES"
+        )
+
+
+def _audited(launch: Launch, device: torch.device, num_processes: int) -> World:
+    """The world of the open group, after every rank has looked at it."""
+    group = dist.get_world_size() if dist.is_initialized() else 1
+    refuse_other_world(launch.size, group, num_processes)
+    world = World(dist.get_rank(), group, launch.local_rank, launch.local_size, device)
+    refuse_shared_devices(gather_objects(world, _identity(device)))
+    return world
+
+
+@contextmanager
+def _group_of_accelerate(launch: Launch) -> Iterator[tuple[torch.device, int]]:
+    """The device and the number of processes, as accelerate sees them, while its group is open."""
+    from accelerate import PartialState
+
+    # With both backends, messages of the host wait for no kernel, and the audit needs no NCCL: that would die of a
+    # shared device before saying so.
+    backend = "gloo" if launch.use_cpu else "cpu:gloo,cuda:nccl"
+    try:
+        state = PartialState(cpu=launch.use_cpu, backend=backend, timeout=timedelta(seconds=OPENING_TIMEOUT_S))
+    except (RuntimeError, ValueError) as error:
+        raise RankError(
+            f"rank {launch.rank} of {launch.size} could not join the others: {error}; check that all of them started "
+            "and that MASTER_ADDR and MASTER_PORT are reachable and belong to this job alone"
+        ) from error
+    try:
+        with _closing_group():
+            # accelerate's CPU is "cpu:0", which torch does not count as equal to "cpu".
+            yield torch.device("cpu") if launch.use_cpu else state.device, state.num_processes
+    finally:
+        # It is a singleton that would believe in the closed group when a world is opened again.
+        PartialState._reset_state()
+
+
+@contextmanager
+def _closing_group() -> Iterator[None]:
+    """Closes the group after the block. After an error it waits at most `LEAVING_S` for what nobody may finish."""
+    try:
+        yield
+    except BaseException:
+        if dist.is_initialized():
+            # Dropping a gloo group joins the threads of its pending collectives, which last until their timeout if a
+            # peer never joins in (torch 2.13, measured); a daemon thread keeps that from holding up the exit.
+            abort = getattr(dist.distributed_c10d, "_abort_process_group", dist.destroy_process_group)
+            leaving = threading.Thread(target=abort, name="leave-group", daemon=True)
+            leaving.start()
+            leaving.join(LEAVING_S)
+        raise
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _share_cores(local_size: int) -> None:
+    """Gives this process its part of the machine's cores, unless the user has said how many."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        threads = max(1, torch.get_num_threads() // local_size)
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # else accelerate decides anew, and warns
+
+
+def _device(launch: Launch) -> torch.device:
+    if launch.use_cpu:
+        return torch.device("cpu")
+    device = torch.device("cuda", launch.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def _identity(device: torch.device) -> str | None:
+    """A name no other device has; the index is not one where every process sees its own GPU as number 0."""
+    if device.type == "cpu":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return f"{properties.name} {getattr(properties, 'uuid', device)} of {socket.gethostname()}"
+
+
+def _integer(environment: Mapping[str, str], name: str, default: int) -> int:
+    text = environment.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise RankError(f"{name} is {text!r} in the environment; it must be an integer, set by the launcher") from None
+
+
+def _how_to_start_on_cpu(size: int) -> str:
+    return (
+        f"on CPUs start with `torchrun --standalone --nproc-per-node {size} ...` or "
+        f"`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {size} ...`"
+    )

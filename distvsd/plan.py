@@ -1,0 +1,235 @@
+"""What a run will need, worked out from its configuration: no GPU, no weights, no network.
+
+Counts are exact for what this program itself allocates and sends; activations and what libraries keep come on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from distvsd.config import Config, Schedule
+from distvsd.errors import PriorError
+
+FLOAT_BYTES = 4
+CAMERA_NUMBERS = 16
+# A sample travels as 32-bit words: its latents, its camera, id and view (64 bits each), its weight.
+SAMPLE_WORDS = CAMERA_NUMBERS + 2 + 2 + 1
+EXACT_BYTES = 16  # an exact sum keeps each gradient element as two 64-bit integers
+# The background of a radiance field: 24 numbers of the direction, 16 hidden, 3 colours, each layer with its bias.
+BACKGROUND_PARAMETERS = (24 * 16 + 16) + (16 * 3 + 3)
+CHART_COLUMNS = 48
+_TRANSFORMERS = {"DownBlock2D": 0, "UpBlock2D": 0, "CrossAttnDownBlock2D": 1, "CrossAttnUpBlock2D": 1}
+_MID = "UNetMidBlock2DCrossAttn"
+
+
+def make_plan(config: Config, nodes: int = 1, gpus_per_node: int = 1) -> dict[str, Any]:
+    """The plan as plain data, ready for JSON; bytes unless a name says otherwise, None where the prior is not here."""
+    from distvsd.parallel.assign import owners
+
+    world = nodes * gpus_per_node
+    shards = owners(config.particles.count, world)
+    prior = _prior(config)
+    phases = [
+        _phase(config, prior, round, max(map(len, shards)), world) for round, _ in config.render.resolution.points
+    ]
+    particle = particle_parameters(config, prior)
+    score = _score(config, prior, world)
+    return {
+        "world": {"nodes": nodes, "gpus_per_node": gpus_per_node, "ranks": world},
+        "owners": [{"rank": rank, "particles": shard} for rank, shard in enumerate(shards)],
+        "idle_ranks": sum(not shard for shard in shards),
+        "prior": prior,
+        "particle": _particle(particle),
+        "rank_memory": _rank_memory(particle, score, prior, max(map(len, shards))),
+        "score": score,
+        "unet": _unet_samples(config, max(map(len, shards)), world),
+        "phases": phases,
+        "checkpoint": _checkpoint(config, particle, score, phases),
+        "schedules": {key: _schedule(schedule, config.schedule.rounds) for key, schedule in _schedules(config)},
+        "rounds": config.schedule.rounds,
+    }
+
+
+def particle_parameters(config: Config, prior: Mapping[str, Any]) -> int | None:
+    """Trained numbers of one particle; None for latent images of a prior that is not here."""
+    if config.particles.kind == "image":
+        size = config.render.resolution_at(config.schedule.rounds - 1)
+        if config.particles.image.space == "pixel":
+            return 3 * size**2
+        return None if prior["downscale"] is None else int(prior["latent_channels"] * (size // prior["downscale"]) ** 2)
+    nerf = config.particles.nerf
+    table = 1 << nerf.log2_table_size
+    entries: int = sum(min(resolution**3, table) for resolution in grid_resolutions(config))
+    decoder = 4 * nerf.levels * nerf.features + 4
+    background = BACKGROUND_PARAMETERS if nerf.background == "learned" else 0
+    return entries * nerf.features + decoder + background
+
+
+def grid_resolutions(config: Config) -> list[int]:
+    """Vertices along an edge of each level: floor(base b^l), from the base to the maximum (Eq. 2, arXiv 2201.05989)."""
+    nerf = config.particles.nerf
+    if nerf.levels == 1:
+        return [nerf.base_resolution]
+    growth = (nerf.max_resolution / nerf.base_resolution) ** (1 / (nerf.levels - 1))
+    # The small addition keeps a power that should be whole from falling below it by rounding.
+    return [int(nerf.base_resolution * growth**level + 1e-6) for level in range(nerf.levels)]
+
+
+def adapter_parameters(unet: Mapping[str, Any], rank: int) -> int | None:
+    """Numbers in a LoRA on to_q, to_k, to_v, to_out of a UNet2DConditionModel; None for blocks not known here.
+
+    A linear layer from a to b gets rank (a + b). A transformer block has self-attention, 4 layers from c to c, and
+    cross-attention, where keys and values come from the text.
+    """
+    widths: list[int] = list(unet["block_out_channels"])
+    num_blocks = len(widths)
+    layers = _per_block(unet.get("layers_per_block", 2), num_blocks)
+    depths = _per_block(unet.get("transformer_layers_per_block", 1), num_blocks)
+    texts = _per_block(unet.get("cross_attention_dim", 1280), num_blocks)
+    down, up = list(unet["down_block_types"]), list(unet["up_block_types"])
+    if not set(down + up) <= set(_TRANSFORMERS) or unet.get("mid_block_type", _MID) not in (_MID, None):
+        return None
+    total = 0
+    for index in range(num_blocks):
+        mirror = num_blocks - 1 - index
+        blocks = _TRANSFORMERS[down[index]] * layers[index] + _TRANSFORMERS[up[mirror]] * (layers[index] + 1)
+        if index == num_blocks - 1 and unet.get("mid_block_type", _MID):
+            blocks += 1
+        width, text = widths[index], texts[index]
+        total += blocks * depths[index] * rank * (4 * 2 * width + 2 * 2 * width + 2 * (text + width))
+    return total
+
+
+def _per_block(value: Any, num_blocks: int) -> list[int]:
+    return list(value) if isinstance(value, list | tuple) else [value] * num_blocks
+
+
+def _prior(config: Config) -> dict[str, Any]:
+    """What the prior's configuration files say; None for each, with the reason, where it is not on this machine."""
+    from distvsd.prior.folder import open_folder
+
+    try:
+        folder = open_folder(config.prior.path)
+    except PriorError as error:
+        missing = dict.fromkeys(
+            ("latent_channels", "downscale", "weight_bytes", "adapter_parameters", "camera_parameters")
+        )
+        return {"path": config.prior.path, "problem": str(error), **missing}
+    unet = folder.configs["unet"]
+    embedding = unet.get("time_embedding_dim") or 4 * unet["block_out_channels"][0]
+    return {
+        "path": config.prior.path,
+        "problem": None,
+        "latent_channels": folder.latent_channels,
+        "downscale": folder.downscale,
+        "weight_bytes": sum(file.stat().st_size for files in folder.weights.values() for file in files),
+        "adapter_parameters": adapter_parameters(unet, config.score.rank),
+        "camera_parameters": (CAMERA_NUMBERS + 1) * embedding + (embedding + 1) * embedding,
+    }
+
+
+def _particle(parameters: int | None) -> dict[str, Any]:
+    """Values, gradient and Adam's two moments are four numbers a parameter while training."""
+    size = None if parameters is None else parameters * FLOAT_BYTES
+    return {
+        "parameters": parameters,
+        "values": size,
+        "gradient": size,
+        "moments": None if size is None else 2 * size,
+        "training": None if size is None else 4 * size,
+    }
+
+
+def _score(config: Config, prior: Mapping[str, Any], world: int) -> dict[str, Any]:
+    """The score network's trained numbers and what reducing its gradient moves; SDS has no score network."""
+    if config.objective.kind == "sds":
+        return {"parameters": 0, "gradient": 0, "reduced_a_round": 0, "training": 0}
+    if prior["adapter_parameters"] is None or prior["camera_parameters"] is None:
+        return dict.fromkeys(("parameters", "gradient", "reduced_a_round", "training"))
+    parameters = prior["adapter_parameters"] + prior["camera_parameters"]
+    gradient = parameters * (EXACT_BYTES if config.parallel.numerics == "exact" else FLOAT_BYTES)
+    # A ring moves 2 (W - 1) / W of the buffer into and out of each rank.
+    reduced = config.score.steps_per_round * 2 * (world - 1) * gradient // world
+    return {
+        "parameters": parameters,
+        "gradient": gradient,
+        "reduced_a_round": reduced,
+        "training": 4 * parameters * FLOAT_BYTES,
+    }
+
+
+def _rank_memory(
+    particle: int | None, score: Mapping[str, Any], prior: Mapping[str, Any], largest_shard: int
+) -> dict[str, Any]:
+    particles = None if particle is None else 4 * particle * FLOAT_BYTES * largest_shard
+    known = [particles, score["training"], prior["weight_bytes"]]
+    total = None if None in known else sum(value for value in known if value is not None)
+    return {"particles": particles, "score": score["training"], "prior_files": prior["weight_bytes"], "total": total}
+
+
+def _unet_samples(config: Config, largest_shard: int, world: int) -> dict[str, int]:
+    """Samples through the UNet a round on the busiest rank: the prior, the score network, and its training.
+
+    The score trains on all ranks' samples and on replayed ones, cut into equal slices whoever rendered them.
+    """
+    local, total = largest_shard * config.particles.views, config.particles.count * config.particles.views
+    kind, share, replay = config.objective.kind, config.objective.esd_lambda, config.score.replay_share
+    passes = {"sds": 0, "vsd": 1, "esd": 2 if 0 < share < 1 else 1}[kind]
+    batch = total + round(total * replay / (1 - replay))
+    return {
+        "prior": local * (1 if config.prior.guidance_scale == 1 else 2),
+        "score": local * passes,
+        "score_training": 0 if kind == "sds" else -(-batch // world) * config.score.steps_per_round,
+    }
+
+
+def _phase(config: Config, prior: Mapping[str, Any], round: int, largest_shard: int, world: int) -> dict[str, Any]:
+    """From this round on: the size of renders, and the bytes of a rank; shards are padded to the largest."""
+    resolution = config.render.resolution_at(round)
+    latent, sample, block = None, None, None
+    if prior["downscale"] is not None:
+        side = resolution // prior["downscale"]
+        latent = [prior["latent_channels"], side, side]
+        sample = (latent[0] * side * side + SAMPLE_WORDS) * FLOAT_BYTES
+        block = sample * largest_shard * config.particles.views
+    moved = 0 if world == 1 or config.objective.kind == "sds" else None if block is None else block * (world - 1)
+    return {
+        "round": round,
+        "resolution": resolution,
+        "latent_shape": latent,
+        "sample": sample,
+        "sent_a_round": moved,
+        "received_a_round": moved,
+    }
+
+
+def _checkpoint(
+    config: Config, particle: int | None, score: Mapping[str, Any], phases: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Values and two moments of every particle and of the score network, and the replay at its largest."""
+    particles = None if particle is None else 3 * particle * FLOAT_BYTES * config.particles.count
+    network = None if score["training"] is None else score["training"] * 3 // 4
+    samples = config.particles.count * config.particles.views * config.score.replay_rounds
+    replay: int | None = None
+    if config.objective.kind == "sds":
+        replay = 0
+    elif phases[-1]["sample"] is not None:
+        replay = samples * max(phase["sample"] for phase in phases)
+    parts = [particles, network, replay]
+    total = None if None in parts else sum(value for value in parts if value is not None)
+    return {"particles": particles, "score": network, "replay": replay, "total": total, "kept": config.checkpoint.keep}
+
+
+def _schedules(config: Config) -> Iterator[tuple[str, Schedule]]:
+    yield "objective.t_min", config.objective.t_min
+    yield "objective.t_max", config.objective.t_max
+    yield "particles.learning_rate", config.particles.learning_rate
+    yield "particles.network_learning_rate", config.particles.network_learning_rate
+    yield "render.resolution", config.render.resolution
+
+
+def _schedule(schedule: Schedule, rounds: int) -> dict[str, Any]:
+    """What the schedule does inside the run: its points, and its value at evenly spaced rounds."""
+    chart = [schedule.at(column * (rounds - 1) // (CHART_COLUMNS - 1)) for column in range(CHART_COLUMNS)]
+    return {"kind": schedule.kind, "points": [list(point) for point in schedule.points], "chart": chart}

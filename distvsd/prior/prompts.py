@@ -1,0 +1,98 @@
+"""Prompts: what is added to one so that the prior knows where the camera stands, and the table of encoded texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from distvsd.errors import PriorError
+
+VIEWS = ("front view", "side view", "back view", "overhead view")
+FRONT_BACK_DEG = 45.0  # half-width of the front and of the back sector
+OVERHEAD_DEG = 45.0  # elevation from which a view is overhead
+
+
+def view_index(elevation_deg: float, azimuth_deg: float) -> int:
+    """Index into VIEWS; azimuth 0 is the front, in degrees of any turn."""
+    if elevation_deg >= OVERHEAD_DEG:
+        return 3
+    turn = abs((azimuth_deg + 180.0) % 360.0 - 180.0)
+    if turn < FRONT_BACK_DEG:
+        return 0
+    return 2 if turn > 180.0 - FRONT_BACK_DEG else 1
+
+
+def view_suffix(elevation_deg: float, azimuth_deg: float) -> str:
+    """The words for a camera at this elevation and azimuth, "front view" for one on the +x side."""
+    return VIEWS[view_index(elevation_deg, azimuth_deg)]
+
+
+def view_indices(elevation: Tensor, azimuth: Tensor) -> Tensor:
+    """`view_index` of many cameras at once: angles `[N]` in radians, result `[N]` int64."""
+    turn = ((azimuth.rad2deg() + 180.0) % 360.0 - 180.0).abs()
+    side = torch.where(turn < FRONT_BACK_DEG, 0, torch.where(turn > 180.0 - FRONT_BACK_DEG, 2, 1))
+    return torch.where(elevation.rad2deg() >= OVERHEAD_DEG, 3, side)
+
+
+def with_view(prompt: str, view: str) -> str:
+    """The prompt with its view named. The empty prompt stays empty: it means "anything", and has no front."""
+    return f"{prompt}, {view}" if prompt else prompt
+
+
+class PromptTable:
+    """Every text a run needs, encoded once: L tokens of D numbers each, on one device, in the prior's dtype.
+
+    Particles that share a prompt share its rows, so memory grows with the number of different texts.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        negative_prompt: str,
+        view_dependent: bool,
+        encode: Callable[[Sequence[str]], Tensor],
+    ) -> None:
+        """prompts: one per particle id. encode: different texts to `[U, L, D]`; called once, in here."""
+        if not prompts:
+            raise PriorError("a prior was loaded with no prompts; give one per particle (the empty prompt is legal)")
+        self.prompts = tuple(prompts)
+        rows = [
+            [prompt, *(with_view(prompt, view) if view_dependent else prompt for view in VIEWS)]
+            for prompt in self.prompts
+        ]
+        self.texts = tuple(dict.fromkeys([text for row in rows for text in row] + [negative_prompt]))
+        position = {text: index for index, text in enumerate(self.texts)}
+        self._embeddings = encode(self.texts)
+        device = self._embeddings.device
+        self._bare = torch.tensor([position[row[0]] for row in rows], device=device)
+        self._viewed = torch.tensor([[position[text] for text in row[1:]] for row in rows], device=device)
+        self._negative = position[negative_prompt]
+
+    def bare(self, ids: Tensor) -> Tensor:
+        """The prompts of particles `[N]` without a view: `[N, L, D]`. What the score network reads."""
+        return self._embeddings[self._bare[ids.to(self._bare.device)]]
+
+    def viewed(self, ids: Tensor, views: Tensor) -> Tensor:
+        """The prompts of particles `[N]` seen from `views` `[N]`, indices into VIEWS: `[N, L, D]`.
+
+        The same as `bare` where the table was made without view-dependent prompts.
+        """
+        device = self._viewed.device
+        return self._embeddings[self._viewed[ids.to(device), views.to(device)]]
+
+    @property
+    def negative(self) -> Tensor:
+        """The unconditional text of the guidance: `[1, L, D]`."""
+        return self._embeddings[self._negative : self._negative + 1]
+
+    def ids_of(self, prompts: Sequence[str]) -> list[int]:
+        """A particle id for each prompt. Raises PriorError for a prompt that was not encoded."""
+        unknown = sorted(set(prompts) - set(self.prompts))
+        if unknown:
+            raise PriorError(
+                f"the prompt {unknown[0]!r} was not given when the prior was loaded, and the text encoder is freed by "
+                "now; load the prior with every prompt that will be asked for"
+            )
+        return [self.prompts.index(prompt) for prompt in prompts]

@@ -1,0 +1,1 @@
+"""One process living on a machine: its run directory, its lock, what it reports. Standard library only."""

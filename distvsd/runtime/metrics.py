@@ -1,0 +1,91 @@
+"""metrics.jsonl and health.jsonl: one JSON object a line, appended by rank 0, cut back to a checkpoint on resume."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from distvsd.errors import RunError
+
+_log = logging.getLogger("distvsd")
+
+
+class JsonLines:
+    """An append-only file of JSON objects. Each line reaches the system in one write: a killed run leaves whole lines.
+
+    A line that cannot be written (a full disk) is dropped and counted in `dropped`, with one warning: telemetry does
+    not end a run. `bytes` is the length of the file, for the manifest of a checkpoint.
+    """
+
+    def __init__(self, path: Path, keep_bytes: int | None = None) -> None:
+        """Opens the file, made if missing. keep_bytes: what a resumed checkpoint counted; the rest was written after it
+        by the run that died, will be written again, and is cut off. None keeps every whole line. Raises RunError."""
+        self._path, self.dropped = path, 0
+        try:
+            # Not O_APPEND: after a cut the position has to be the cut.
+            self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            self.bytes = self._cut(keep_bytes)
+        except OSError as error:
+            raise RunError(f"{path} cannot be opened for writing ({error}); choose another run.dir") from error
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Writes one line. Numbers that are not finite become null. Raises RunError for what is not JSON."""
+        try:
+            line = json.dumps(_finite(record), allow_nan=False).encode() + b"\n"
+        except (TypeError, ValueError) as error:
+            raise RunError(f"{self._path}: {error}; log numbers, texts, lists and objects of them") from error
+        try:
+            if os.pwrite(self._handle, line, self.bytes) != len(line):
+                raise OSError("the disk took half of a line")
+            self.bytes += len(line)
+        except OSError as error:
+            os.ftruncate(self._handle, self.bytes)
+            if not self.dropped:
+                _log.warning("%s cannot be written, lines are dropped: %s", self._path, error)
+            self.dropped += 1
+
+    def close(self) -> None:
+        """Forces what was written to the disk; the object is of no use afterwards. May be called again."""
+        if self._handle >= 0:
+            os.fsync(self._handle)
+            os.close(self._handle)
+            self._handle = -1
+
+    def __enter__(self) -> JsonLines:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _cut(self, keep_bytes: int | None) -> int:
+        size = os.fstat(self._handle).st_size
+        keep = size if keep_bytes is None else min(keep_bytes, size)
+        if keep_bytes is not None and size < keep_bytes:
+            _log.warning("%s has %d bytes and the checkpoint counted %d: lines were lost", self._path, size, keep_bytes)
+        # What a write left of a line when the power went; no line of ours is longer than this.
+        tail = os.pread(self._handle, min(keep, _LONGEST), keep - min(keep, _LONGEST))
+        keep -= len(tail) - (tail.rfind(b"\n") + 1)
+        os.ftruncate(self._handle, keep)
+        return keep
+
+
+_LONGEST = 2**20
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case Mapping():
+            return {str(key): _finite(entry) for key, entry in value.items()}
+        case list() | tuple():
+            return [_finite(entry) for entry in value]
+    return value

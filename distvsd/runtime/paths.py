@@ -1,0 +1,255 @@
+"""The run directory: its names, who may use it, and its lock. Rank 0 only; nothing here communicates."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import fcntl
+import hashlib
+import os
+import re
+import socket
+import time
+import unicodedata
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+from distvsd.errors import RunError
+
+Resume = Literal["auto", "must", "never"]
+
+_ATTEMPTS = 20
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """The fixed names inside a run directory; `root` is `run.dir` itself. Making one touches no disk."""
+
+    root: Path
+
+    @property
+    def status(self) -> Path:
+        return self.root / "STATUS.json"
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def health(self) -> Path:
+        return self.root / "health.jsonl"
+
+    @property
+    def lock(self) -> Path:
+        return self.root / "run.lock"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def renders(self) -> Path:
+        return self.root / "renders"
+
+    @property
+    def exports(self) -> Path:
+        return self.root / "exports"
+
+    @property
+    def gallery(self) -> Path:
+        return self.root / "gallery"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.root / "evaluation.json"
+
+    def create(self) -> None:
+        """Makes the directory where it is missing and proves that it can be written to. Raises RunError."""
+        probe = self.root / f".probe-{uuid.uuid4().hex}"
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            probe.touch(exist_ok=False)
+            probe.unlink()
+        except (FileExistsError, NotADirectoryError) as error:
+            raise RunError(f"run.dir {self.root} cannot be a directory: {error.filename} is a file") from error
+        except (OSError, ValueError) as error:
+            raise RunError(f"run.dir {self.root} cannot be written to ({error}); choose another run.dir") from error
+
+    def previous_config(self) -> str | None:
+        """The configuration the directory was used with before, None for a fresh one. Raises RunError."""
+        try:
+            return self.config.read_text(encoding="utf-8")
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, UnicodeDecodeError) as error:
+            raise RunError(f"{self.config} cannot be read ({error}); restore it, or choose another run.dir") from error
+
+    def claim(self, config: str, resume: Resume, differences: Sequence[str] | None = None) -> None:
+        """Writes config.yaml, after making sure that the directory belongs to this run. Call it with the lock held.
+
+        resume: 'auto' continues a run of the same configuration, 'must' also one whose configuration was changed, and
+        demands one; 'never' demands that there is none. differences: what changed against `previous_config`, in words;
+        without it the texts are compared line by line. Raises RunError.
+        """
+        before = self.previous_config()
+        if before is None and resume == "must":
+            raise RunError(f"{self.root} holds no run to resume; give the run.dir of one, or leave out --resume must")
+        if before is not None and resume == "never":
+            raise RunError(f"{self.root} holds a run already; choose another run.dir, or resume it with --resume auto")
+        if before is not None and resume == "auto":
+            changed = _changed_lines(before, config) if differences is None else list(differences)
+            if changed:
+                raise RunError(
+                    f"{self.root} holds a run of another configuration ({'; '.join(changed[:8])}); choose another "
+                    f"run.dir, or continue that run with the new values by --resume must"
+                )
+        if before != config:
+            write_atomically(self.config, config)
+
+
+class RunLock:
+    """Keeps a second job out of a run directory, as a context manager or with `acquire` and `release`.
+
+    The lock file names its holder as host:pid:start, start being when that process began in ticks since boot. A holder
+    on this host that is dead, or whose pid belongs to a younger process by now, is replaced; of one on another host
+    nothing can be known, and it is left in place.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> RunLock:
+        self.acquire()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def acquire(self) -> None:
+        """Takes the lock or raises RunError with the name of its holder."""
+        try:
+            for attempt in range(_ATTEMPTS):
+                if self._try(empty_is_free=attempt == _ATTEMPTS - 1):
+                    return
+                time.sleep(0.05)
+        except OSError as error:
+            raise RunError(f"{self._path} cannot be taken ({error}); choose another run.dir") from error
+        raise RunError(f"{self._path} keeps changing hands: several jobs were started on this run directory; start one")
+
+    def release(self) -> None:
+        """Gives the lock back if this process still holds it."""
+        with contextlib.suppress(OSError):
+            if self._path.read_text(encoding="utf-8") == _identity():
+                self._path.unlink()
+
+    def _try(self, empty_is_free: bool) -> bool:
+        """Takes the lock, or returns False if its file is just being made or deleted, or raises RunError."""
+        is_new = True
+        try:
+            handle = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+        except FileExistsError:
+            is_new = False
+            try:
+                handle = os.open(self._path, os.O_RDWR | os.O_NOFOLLOW)
+            except FileNotFoundError:
+                return False
+        try:
+            # Serialises jobs that find the same dead holder. Lustre may lack flock; then only that is lost.
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            holder = os.pread(handle, 4096, 0).decode("utf-8", "replace").strip("\0\n ")
+            if holder and holder != _identity() and _may_live(holder):
+                raise RunError(
+                    f"{self._path} is held by {holder!r:.200} (host:pid:start), so another job uses this run "
+                    f"directory: end it or choose another run.dir; delete the file only if that job is surely gone"
+                )
+            if not (holder or is_new or empty_is_free) or not _is_at(handle, self._path):
+                return False
+            # A dead holder's name is replaced in the file, which is not deleted: nobody can slip in between.
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, _identity().encode(), 0)
+            os.fsync(handle)
+            return True
+        finally:
+            os.close(handle)
+
+
+def slug(prompt: str) -> str:
+    """A prompt as part of a file name: at most 48 characters of [a-z0-9-], then 8 hexadecimal digits of its hash.
+
+    Never empty, never a path, never an option, different for different prompts (up to a collision of 32 bits).
+    """
+    plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode("ascii").lower()
+    words = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:48].strip("-") or "prompt"
+    return f"{words}-{hashlib.sha256(prompt.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file in one step: a reader, or a power cut, finds the old text or the new. Raises RunError."""
+    staged = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+    try:
+        with staged.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        staged.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            staged.unlink()
+        raise RunError(
+            f"{path} cannot be written ({error}); free space or mend the permissions of its folder"
+        ) from error
+
+
+def _changed_lines(before: str, after: str) -> list[str]:
+    lines = difflib.ndiff(before.splitlines(), after.splitlines())
+    return [f"{'was' if line[0] == '-' else 'is'} {line[2:].strip()}" for line in lines if line[0] in "-+"]
+
+
+def _identity() -> str:
+    return f"{socket.gethostname()}:{os.getpid()}:{_process(os.getpid())[1]}".rstrip(":")
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether an open file still is the one at this path."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _may_live(holder: str) -> bool:
+    """Whether the process named in a lock file may still run; whoever cannot be judged may."""
+    match = re.fullmatch(r"(.+?):(\d{1,9})(?::(\d+))?", holder, re.ASCII)
+    if match is None or match.group(1) != socket.gethostname():
+        return True
+    pid, then = int(match.group(2)), match.group(3)
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    state, now = _process(pid)
+    return state not in "ZX" and (now == then or not now or not then)
+
+
+def _process(pid: int) -> tuple[str, str]:
+    """State letter of a process and its start in clock ticks since boot; empty where the system does not tell."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "?", ""
+    # The name in parentheses may hold anything; the state follows it, and the start is the 19th after that.
+    fields = stat.rpartition(")")[2].split()
+    return fields[0], fields[19]

@@ -1,0 +1,37 @@
+"""STATUS.json: what a scheduler, a script or a person reads to know how a run stands. Rank 0 writes it."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from distvsd.errors import RunError
+from distvsd.runtime.paths import write_atomically
+
+State = Literal["running", "done", "preempted", "failed"]
+
+
+def write_status(path: Path, state: State, round: int, rounds: int, message: str = "") -> None:
+    """Replaces STATUS.json in one step, so that a reader never sees half of it. Raises RunError.
+
+    round: rounds completed, of `rounds`. message: one line for people, the error of a failed run. `time` is Unix time.
+    """
+    if state not in get_args(State):
+        raise RunError(f"{state!r} is no state of a run; known are {', '.join(get_args(State))}")
+    record = {"state": state, "round": round, "rounds": rounds, "time": time.time(), "message": message}
+    write_atomically(path, json.dumps(record, indent=1) + "\n")
+
+
+def read_status(path: Path) -> dict[str, Any] | None:
+    """The last status, None if the run has none yet. Raises RunError for a file that is not a status."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read ({error}); delete it, the run writes a new one") from error
+    if not isinstance(record, dict) or record.get("state") not in get_args(State):
+        raise RunError(f"{path} is not the status of a run; delete it, the run writes a new one")
+    return record

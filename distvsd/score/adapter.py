@@ -1,0 +1,53 @@
+"""The frozen UNet with LoRA layers and a camera condition: a second network on the tensors of the first."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from distvsd.score.camera import CameraEmbedding, attach_camera, time_embed_dim
+from distvsd.vsd import rng
+from distvsd.vsd.rng import Purpose
+
+TARGET_MODULES = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+def adapted_unet(unet: nn.Module, rank: int, seed: int, device: torch.device | str) -> tuple[Any, CameraEmbedding]:
+    """A peft model around a structural copy of the UNet, and the camera embedding installed in it.
+
+    lora_A is drawn here rather than by peft, in the order of the names, so that it does not depend on peft's order of
+    modules nor is rounded to the base's dtype. lora_B is zero: the adapter starts as nothing.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    width = time_embed_dim(unet)
+    settings = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGET_MODULES))
+    with rng.seeded(seed, Purpose.SCORE_INIT):
+        adapted = get_peft_model(_structural_copy(unet), settings).eval()  # type: ignore[arg-type]
+        camera = CameraEmbedding(width)
+        for name, parameter in adapter_parameters(adapted).items():
+            parameter.data = parameter.data.float()
+            if ".lora_A." in name:
+                drawn = nn.init.kaiming_uniform_(torch.empty(parameter.shape), a=math.sqrt(5))
+                parameter.data.copy_(drawn)
+    camera = camera.to(device)
+    attach_camera(adapted.get_base_model(), camera)
+    return adapted, camera
+
+
+def _structural_copy(module: nn.Module) -> nn.Module:
+    """The module tree anew, on the same parameters and buffers: changing its structure leaves `module` alone."""
+    tensors: itertools.chain[Tensor] = itertools.chain(module.parameters(), module.buffers())
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+
+
+def adapter_parameters(adapted: Any) -> dict[str, Parameter]:
+    """The LoRA parameters in the order of the names peft saves them under, which leave the adapter's name out."""
+    named = {name.replace(".default.", "."): p for name, p in adapted.named_parameters() if ".lora_" in name}
+    return dict(sorted(named.items()))

@@ -1,0 +1,274 @@
+"""The shared score network: the frozen UNet with a LoRA adapter and a camera condition."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from distvsd.errors import CheckpointError
+from distvsd.score.adapter import adapted_unet, adapter_parameters
+from distvsd.score.camera import CAMERA_FEATURES
+from distvsd.score.replay import Replay
+from distvsd.vsd.diffusion import PredictionType, add_noise, target, to_eps
+from distvsd.vsd.samples import Samples
+
+ADAPTER_FILE = "score/adapter_model.safetensors"
+ADAPTER_CONFIG_FILE = "score/adapter_config.json"
+CAMERA_FILE = "score/camera.safetensors"
+OPTIMIZER_FILE = "score/optimizer.safetensors"
+REPLAY_FILE = "score/replay.safetensors"
+
+
+class LoraOptions(Protocol):
+    """What is read of the configuration's `score` block; meanings and ranges are documented there."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def warmup(self) -> int: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def max_grad_norm(self) -> float: ...
+    @property
+    def replay_rounds(self) -> int: ...
+
+
+class LoraScore:
+    """eps_phi of Eq. 9 (arXiv 2305.16213): a LoRA of the prior, told the camera, shared by all particles.
+
+    unet: the prior's frozen UNet2DConditionModel; its tensors are shared, never copied and never changed.
+    alphas_cumprod: [T]. text_of: particle ids [N] -> text embeddings [N, L, D], the bare prompts. seed: of the
+    adapter's initial values, equal on every rank. micro_batch: samples per UNet call in `eps` and `loss`, 0 = all.
+    Raises BackendError for a UNet with class conditioning. Nothing here communicates.
+
+    replay: the recent renders, saved and restored with the network.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        alphas_cumprod: Tensor,
+        prediction_type: PredictionType,
+        text_of: Callable[[Tensor], Tensor],
+        config: LoraOptions,
+        seed: int,
+        device: torch.device | str,
+        micro_batch: int = 0,
+    ) -> None:
+        self._alphas_cumprod = alphas_cumprod.to(device=device, dtype=torch.float32)
+        self._prediction_type = prediction_type
+        self._text_of = text_of
+        self._config = config
+        self._micro_batch = micro_batch
+        self._dtype = next(unet.parameters()).dtype
+        self._peft, camera = adapted_unet(unet, config.rank, seed, device)
+        self._unet: Any = self._peft.get_base_model()
+        self._adapter = adapter_parameters(self._peft)
+        self._camera = {f"camera.{name}": parameter for name, parameter in camera.named_parameters()}
+        self.trainable: dict[str, Parameter] = self._adapter | self._camera
+        self._optimizer = torch.optim.AdamW(self.trainable.values(), weight_decay=config.weight_decay)
+        self._num_steps = 0
+        self.replay = Replay(config.replay_rounds, device)
+
+    @property
+    def num_timesteps(self) -> int:
+        return len(self._alphas_cumprod)
+
+    @property
+    def num_parameters(self) -> tuple[int, int]:
+        """Trained numbers in (adapter, camera condition)."""
+        return sum(p.numel() for p in self._adapter.values()), sum(p.numel() for p in self._camera.values())
+
+    @property
+    def num_steps(self) -> int:
+        """Steps taken since the run began, across resumes; the warm-up counts by it."""
+        return self._num_steps
+
+    @torch.no_grad()
+    def eps(self, noisy: Tensor, timesteps: Tensor, ids: Tensor, cameras: Tensor | None) -> Tensor:
+        """See `Score.eps`. Without a camera the network sees what it sees in training when the camera is dropped: 0."""
+        if cameras is None:
+            cameras = noisy.new_zeros(len(noisy), CAMERA_FEATURES)
+        outputs = [
+            self._predict(noisy[rows], timesteps[rows], ids[rows], cameras[rows])
+            for rows in self.micro_batches(len(noisy))
+        ]
+        return to_eps(torch.cat(outputs), noisy.float(), self._alphas_cumprod[timesteps], self._prediction_type)
+
+    def loss(self, samples: Samples, timesteps: Tensor, noise: Tensor, keep_camera: Tensor) -> Tensor:
+        """See `Score.loss`. Eq. 7 in the prediction type of the base (v = alpha eps - sigma x0 for velocity).
+
+        noise [N, C, h, w]; keep_camera [N] bool, False zeroes the camera. A masked sample's latents and camera count
+        as zeros, so that its loss is finite; giving it no weight is up to the caller.
+        """
+        batches = self.micro_batches(len(samples))
+        losses = [self._loss(samples[b], timesteps[b], noise[b], keep_camera[b]) for b in batches]
+        return torch.cat(losses) if losses else noise.new_zeros(0, dtype=torch.float32)
+
+    def gradients(
+        self,
+        samples: Samples,
+        timesteps: Tensor,
+        noise: Tensor,
+        keep_camera: Tensor,
+        denominator: float,
+        micro_batches: Sequence[slice],
+    ) -> tuple[list[Tensor], Tensor]:
+        """One flat float32 gradient [G] for each micro-batch, and the detached losses of all samples, [N].
+
+        A micro-batch's gradient is that of sum_i weight_i loss_i / denominator over its rows, so their sum is the
+        whole batch's. denominator: the global weight, say, equal on every rank. micro_batches: slices that cover the
+        rows once, each one UNet call. A masked sample (weight 0) changes no bit, whatever it holds; its loss reads 0.
+        """
+        flats, losses = [], noise.new_zeros(len(samples), dtype=torch.float32)
+        scale = self._loss_scale(samples.latents, denominator)
+        for rows in micro_batches:
+            batch = samples[rows]
+            if not len(batch):
+                flats.append(noise.new_zeros(sum(self.num_parameters), dtype=torch.float32))
+                continue
+            loss = self._loss(batch, timesteps[rows], noise[rows], keep_camera[rows])
+            valid = batch.weight > 0
+            objective = torch.where(valid, batch.weight * loss, 0.0).sum() * (scale / denominator)
+            gradients = torch.autograd.grad(objective, list(self.trainable.values()))
+            flats.append(torch.cat([gradient.reshape(-1) for gradient in gradients]) / scale)
+            losses[rows] = torch.where(valid, loss.detach(), 0.0)
+        return flats, losses
+
+    def step(self, flat_gradient: Tensor, learning_rate: float) -> None:
+        """One AdamW step with `flat_gradient` [G] float32, which is left as it is.
+
+        learning_rate is multiplied by the linear warm-up, (steps taken + 1) / warmup up to 1. With max_grad_norm the
+        gradient is scaled down to that norm. Every rank calls it with the same gradient, already known to be finite.
+        """
+        if self._config.max_grad_norm > 0:
+            norm = flat_gradient.norm()
+            flat_gradient = flat_gradient * (self._config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        sizes = [parameter.numel() for parameter in self.trainable.values()]
+        for parameter, part in zip(self.trainable.values(), torch.split(flat_gradient, sizes), strict=True):
+            parameter.grad = part.view_as(parameter)
+        self._optimizer.param_groups[0]["lr"] = learning_rate * min(
+            1.0, (self._num_steps + 1) / max(self._config.warmup, 1)
+        )
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._num_steps += 1
+
+    def micro_batches(self, count: int) -> list[slice]:
+        """`count` rows in consecutive slices of at most `micro_batch` (all in one when that is 0); none for no rows."""
+        size = self._micro_batch or max(count, 1)
+        return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """See `Score.state`. `score/adapter_model.safetensors` is what peft's save_pretrained writes."""
+        from peft import get_peft_model_state_dict
+
+        optimizer = {"num_steps": torch.tensor(self._num_steps, dtype=torch.int64)}
+        for name, parameter in self.trainable.items():
+            for moment, value in self._optimizer.state[parameter].items():
+                optimizer[f"{name}.{moment}"] = value
+        files = {
+            ADAPTER_FILE: get_peft_model_state_dict(self._peft),
+            CAMERA_FILE: {name.removeprefix("camera."): value for name, value in self._camera.items()},
+            OPTIMIZER_FILE: optimizer,
+        }
+        snapshot = {
+            file: {name: _snapshot(value) for name, value in tensors.items()} for file, tensors in files.items()
+        }
+        return snapshot | {REPLAY_FILE: self.replay.state()}
+
+    def texts(self) -> dict[str, str]:
+        """`score/adapter_config.json` as peft's save_pretrained writes it, with sets in sorted order."""
+        settings = self._peft.peft_config["default"].to_dict() | {
+            "inference_mode": True,
+            "auto_mapping": {
+                "base_model_class": type(self._unet).__name__,
+                "parent_library": type(self._unet).__module__,
+            },
+        }
+        text = json.dumps(settings, indent=2, sort_keys=True, default=sorted)
+        return {ADAPTER_CONFIG_FILE: text}
+
+    @torch.no_grad()
+    def load_state(self, files: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """See `Score.load_state`. Files that are not the score's are ignored; nothing changes when it raises."""
+        stored = {name: _read(files, *_place(name), parameter) for name, parameter in self.trainable.items()}
+        num_steps = int(_read(files, OPTIMIZER_FILE, "num_steps", torch.tensor(0)))
+        moments = {name: self._read_moments(files, name) for name in self.trainable} if num_steps else {}
+        self.replay.load_state(files.get(REPLAY_FILE, {}))
+        for name, parameter in self.trainable.items():
+            parameter.copy_(stored[name])
+        self._optimizer.state.clear()
+        for name, values in moments.items():
+            self._optimizer.state[self.trainable[name]] = values
+        self._num_steps = num_steps
+
+    def _read_moments(self, files: Mapping[str, Mapping[str, Tensor]], name: str) -> dict[str, Tensor]:
+        parameter = self.trainable[name]
+        moments = {
+            moment: _read(files, OPTIMIZER_FILE, f"{name}.{moment}", parameter).to(parameter.device, copy=True)
+            for moment in ("exp_avg", "exp_avg_sq")
+        }
+        # AdamW keeps its own step on the CPU, so that its bias correction does not wait for the device.
+        return {"step": _read(files, OPTIMIZER_FILE, f"{name}.step", torch.tensor(0.0)).clone(), **moments}
+
+    def _loss(self, samples: Samples, timesteps: Tensor, noise: Tensor, keep_camera: Tensor) -> Tensor:
+        valid = samples.weight > 0
+        latents = torch.where(valid[:, None, None, None], samples.latents.detach(), 0.0)
+        cameras = torch.where((valid & keep_camera)[:, None], samples.cameras, 0.0)
+        abar = self._alphas_cumprod[timesteps]
+        output = self._predict(add_noise(latents, noise, abar), timesteps, samples.ids, cameras)
+        return (output - target(latents, noise, abar, self._prediction_type)).square().flatten(1).mean(1)
+
+    def _predict(self, noisy: Tensor, timesteps: Tensor, ids: Tensor, cameras: Tensor) -> Tensor:
+        output: Tensor = self._unet(
+            noisy.to(self._dtype),
+            timesteps,
+            encoder_hidden_states=self._text_of(ids).to(self._dtype),
+            class_labels=cameras.float(),
+            return_dict=False,
+        )[0]
+        return output.float()
+
+    def _loss_scale(self, latents: Tensor, denominator: float) -> float:
+        """A power of two that keeps float16 activations' gradients from rounding to zero: undoes both means' size."""
+        if self._dtype != torch.float16:
+            return 1.0
+        return 2.0 ** round(math.log2(max(latents[0].numel() * denominator, 1.0))) if len(latents) else 1.0
+
+
+def _place(name: str) -> tuple[str, str]:
+    """The file a trainable parameter is saved in, and its name there."""
+    if name.startswith("camera."):
+        return CAMERA_FILE, name.removeprefix("camera.")
+    return ADAPTER_FILE, name
+
+
+def _read(files: Mapping[str, Mapping[str, Tensor]], file: str, name: str, like: Tensor) -> Tensor:
+    value = files.get(file, {}).get(name)
+    if value is None:
+        raise CheckpointError(_missing(file, name))
+    if value.shape != like.shape:
+        raise CheckpointError(
+            f"{file} holds {name} of shape {list(value.shape)}, but this run's score network has {list(like.shape)}: "
+            "the checkpoint was written with another prior or score.rank; resume with the configuration it came from."
+        )
+    return value
+
+
+def _missing(file: str, name: str) -> str:
+    return (
+        f"{file} holds no tensor {name}, which this run's score network needs: the checkpoint is torn or was written "
+        "with another prior; resume from an earlier checkpoint or with the configuration it was saved with."
+    )
+
+
+def _snapshot(value: Tensor) -> Tensor:
+    return value.detach().to("cpu", copy=True).contiguous()

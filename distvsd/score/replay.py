@@ -1,0 +1,150 @@
+"""Recent renders of all ranks, kept to train the score network on, and to measure how far behind it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from distvsd.errors import CheckpointError
+from distvsd.score.base import Score
+from distvsd.vsd import rng
+from distvsd.vsd.objectives import draw_timesteps
+from distvsd.vsd.rng import Purpose
+from distvsd.vsd.samples import Samples
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The valid samples of one round."""
+
+    round: int
+    samples: Samples
+
+
+class Replay:
+    """A ring of the last `rounds` gathered batches; masked samples are not kept, so nothing stored is not finite.
+
+    Every rank pushes the same gathered samples, so every rank holds the same ring. len() counts samples.
+    """
+
+    def __init__(self, rounds: int, device: torch.device | str = "cpu") -> None:
+        self._rounds = rounds
+        self._device = device
+        self._ring: list[Stored] = []
+
+    def __len__(self) -> int:
+        return sum(len(stored.samples) for stored in self._ring)
+
+    @property
+    def rounds(self) -> list[int]:
+        """The rounds that are stored, oldest first."""
+        return [stored.round for stored in self._ring]
+
+    def push(self, samples: Samples, round: int) -> None:
+        """Stores a gathered batch, detached; a batch without a valid sample is not stored.
+
+        Rounds stored as `round` or later are replaced: the run was rolled back. Batches of another latent shape are
+        dropped: after a change of resolution they cannot share a batch.
+        """
+        valid = samples.detached()[samples.weight > 0].to(self._device)
+        shape = valid.latents.shape[1:]
+        kept = [old for old in self._ring if old.round < round and old.samples.latents.shape[1:] == shape]
+        if len(valid):
+            kept.append(Stored(round, valid))
+        self._ring = kept[max(len(kept) - self._rounds, 0) :]
+
+    def draw(self, count: int, seed: int, round: int, lane: int = 0) -> Samples:
+        """`count` stored samples, uniform with replacement; a pure function of the content and (seed, round, lane).
+
+        The first k of a larger draw are the draw of k. Raises ValueError when nothing is stored.
+        """
+        if not len(self):
+            raise ValueError("replay buffer is empty: push a batch with a valid sample before drawing from it")
+        pool = Samples.cat([stored.samples for stored in self._ring])
+        uniform = rng.uniform(seed, Purpose.REPLAY, [0], round, (count,), lane)[0]
+        # float64: the product of a 24-bit uniform and the count is then exact, so the index is below the count.
+        return pool[(uniform.double() * len(pool)).long().to(pool.latents.device)]
+
+    def oldest(self) -> Samples | None:
+        """The batch that has been stored longest, `rounds[0]`; None when nothing is stored."""
+        return self._ring[0].samples if self._ring else None
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies on the CPU: all rows one after the other, and which round has how many."""
+        tensors = {
+            "rounds": torch.tensor(self.rounds, dtype=torch.int64),
+            "counts": torch.tensor([len(stored.samples) for stored in self._ring], dtype=torch.int64),
+        }
+        if self._ring:
+            pool = Samples.cat([stored.samples for stored in self._ring])
+            tensors |= {field.name: getattr(pool, field.name).to("cpu", copy=True) for field in fields(pool)}
+        return tensors
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Inverse of `state`; of a longer ring it keeps the newest. Raises CheckpointError for a missing name."""
+        names = ["rounds", "counts"]
+        if "counts" in tensors and len(tensors["counts"]):
+            names += [field.name for field in fields(Samples)]
+        if missing := [name for name in names if name not in tensors]:
+            raise CheckpointError(
+                f"the replay buffer's file lacks {', '.join(missing)}: the checkpoint is torn or was written by "
+                "another version; resume from an earlier checkpoint."
+            )
+        counts = tensors["counts"].tolist()
+        self._ring = []
+        if counts:
+            split = {field.name: torch.split(tensors[field.name], counts) for field in fields(Samples)}
+            batches = [Samples(*rows).to(self._device) for rows in zip(*split.values(), strict=True)]
+            ring = [Stored(int(at), batch) for at, batch in zip(tensors["rounds"].tolist(), batches, strict=True)]
+            self._ring = ring[max(len(ring) - self._rounds, 0) :]
+
+
+def on_policy_lag(score: Score, current: Samples, old: Samples, seed: int, round: int) -> float | None:
+    """Score loss on `current` minus score loss on `old`, with the same timesteps and noise: 0 when it keeps up.
+
+    Compares the views both batches have (the k-th view of a particle with its k-th view), so that masked samples
+    do not tilt the comparison; None when there are none, or the latent shapes differ. No graph, no communication; the
+    draws are keyed by particle, so ranks that each take their own particles may average, weighted by counts.
+    """
+    current, old = current[current.weight > 0], old[old.weight > 0]
+    if current.latents.shape[1:] != old.latents.shape[1:]:
+        return None
+    keys_current, keys_old = _view_keys(current.ids), _view_keys(old.ids)
+    current = current[torch.isin(keys_current, keys_old)]
+    old = old[torch.isin(keys_old, keys_current)]
+    if not len(current):
+        return None
+    with torch.no_grad():
+        return float((_keyed_loss(score, current, seed, round) - _keyed_loss(score, old, seed, round)).item())
+
+
+def _keyed_loss(score: Score, samples: Samples, seed: int, round: int) -> Tensor:
+    timesteps = torch.empty_like(samples.ids)
+    noise = torch.empty_like(samples.latents)
+    slots = _slots(samples.ids)
+    for slot in range(int(slots.max()) + 1):
+        rows = slots == slot
+        ids = samples.ids[rows]
+        share = rng.uniform(seed, Purpose.LAG, ids, round, (), lane=2 * slot)
+        timesteps[rows] = draw_timesteps(share, 0.0, 1.0, score.num_timesteps)
+        noise[rows] = rng.normal(seed, Purpose.LAG, ids, round, noise.shape[1:], lane=2 * slot + 1)
+    keep_camera = torch.ones_like(samples.ids, dtype=torch.bool)
+    return score.loss(samples, timesteps, noise, keep_camera).mean(dtype=torch.float64)
+
+
+def _slots(ids: Tensor) -> Tensor:
+    """`[N]`: how many earlier rows have the same id."""
+    seen: dict[int, int] = {}
+    slots = []
+    for particle in ids.tolist():
+        slots.append(seen.get(particle, 0))
+        seen[particle] = slots[-1] + 1
+    return torch.tensor(slots, dtype=torch.int64, device=ids.device)
+
+
+def _view_keys(ids: Tensor) -> Tensor:
+    """One number for each (particle, slot); slots stay far below 2^20."""
+    return ids << 20 | _slots(ids)

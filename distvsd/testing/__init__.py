@@ -1,0 +1,1 @@
+"""Shipped for users: what their own tests of particles, priors and strategies need."""

@@ -1,0 +1,74 @@
+"""G31: worlds that really are launched, and launchers' fake worlds, which are refused with the right command.
+
+These start real launchers, seconds each; what can be told from an environment alone is in tests/unit/parallel.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = str(Path(__file__).with_name("show_world.py"))
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ACCELERATE = ["-m", "accelerate.commands.launch"]
+GPU_PROCESSES = [*ACCELERATE, "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+
+cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA the same line starts a real world")
+
+
+def launch(folder: Path, command: list[str], **environment: str) -> tuple[int, list[dict[str, Any]]]:
+    """The launcher's exit code and what each process found."""
+    launchers_own = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "ACCELERATE_", "TORCHELASTIC_")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(launchers_own)}
+    # An empty HF_HOME: the user's own accelerate configuration must not decide what is tested.
+    environment = inherited | {"OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "hf")} | environment
+    environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{environment.get('PYTHONPATH', '')}"
+    found = folder / "found"
+    found.mkdir()
+    line = [sys.executable, *command, SCRIPT, str(found)]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)
+    results = [json.loads(path.read_text()) for path in found.glob("*.json")]
+    assert results, f"no process wrote anything:\n{done.stderr}"
+    return done.returncode, sorted(results, key=lambda result: result.get("rank", 0))
+
+
+def is_a_world_of_two(results: list[dict[str, Any]]) -> bool:
+    common = {"size": 2, "local_size": 2, "device": "cpu", "sum": 3.0, "closed": True}
+    return results == [{"rank": 0} | common, {"rank": 1} | common]
+
+
+def test_torchrun_makes_one_world(tmp_path: Path) -> None:
+    code, results = launch(tmp_path, TORCHRUN, ACCELERATE_USE_CPU="true")
+    assert code == 0 and is_a_world_of_two(results), results
+
+
+def test_accelerate_on_cpu_makes_one_world(tmp_path: Path) -> None:
+    code, results = launch(tmp_path, GPU_PROCESSES, ACCELERATE_USE_CPU="true")
+    assert code == 0 and is_a_world_of_two(results), results
+
+
+@cpu_only
+def test_accelerate_for_gpus_without_gpus_is_refused_by_both_processes(tmp_path: Path) -> None:
+    code, results = launch(tmp_path, GPU_PROCESSES)
+    assert code != 0 and len(results) == 2
+    for result in results:
+        assert "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2" in result["error"]
+
+
+def test_a_multi_cpu_configuration_that_starts_one_process_is_refused(tmp_path: Path) -> None:
+    config = tmp_path / "accelerate.yaml"
+    config.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nnum_machines: 1\nnum_processes: 2\n"
+        "machine_rank: 0\nmixed_precision: 'no'\nuse_cpu: true\n"
+    )
+    code, results = launch(tmp_path, [*ACCELERATE, "--config_file", str(config)])
+    assert code != 0 and len(results) == 1
+    assert "started this one alone" in results[0]["error"]

@@ -1,0 +1,150 @@
+"""Whole trainings on several ranks: the score learns from everyone, and the number of ranks changes nothing."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from distvsd.build import build_run, load_particles
+from distvsd.checkpoint.verify import verify_run
+from distvsd.config import load_config
+from distvsd.parallel.exchange import Exchange, slice_for
+from distvsd.parallel.reduce import reduce_gradients
+from distvsd.parallel.world import World
+from distvsd.score.training import ScoreTraining
+from distvsd.testing.pipelines import tiny_pipeline
+from distvsd.testing.ranks import run_ranks
+from distvsd.train import train
+from distvsd.vsd.samples import Samples
+
+SMOKE = Path(__file__).parents[2] / "configs" / "smoke.yaml"
+ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def prior_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prior")
+    tiny_pipeline(folder, "shapes", "v_prediction", 0)
+    return folder
+
+
+def config(run, prior_folder, **overrides):
+    settings = {
+        "run.dir": run,
+        "run.seed": 41,
+        "prior.path": prior_folder,
+        "prompt": "a red cube",
+        "particles.count": 7,
+        "particles.nerf.samples_per_ray": 6,
+        "particles.nerf.max_resolution": 16,
+        "particles.nerf.base_resolution": 8,
+        "render.resolution": 16,
+        "schedule.rounds": 4,
+        "checkpoint.every": 2,
+        "score.replay_share": 0.25,
+        "log.every": 2,
+    } | overrides
+    return load_config(SMOKE, [f"{key}={value}" for key, value in settings.items()])
+
+
+def digests(run_dir):
+    return dict(line.rsplit(" ", 1) for line in verify_run(Path(run_dir), digest=True) if len(line.split()[-1]) == 64)
+
+
+def test_exact_numerics_give_the_same_bits_on_one_to_four_ranks(tmp_path, prior_folder):
+    """7 particles on 1, 2, 3 and 4 ranks: every particle, the adapter, the camera, both optimisers, bit for bit."""
+    found = []
+    for size in (1, 2, 3, 4):
+        run = config(tmp_path / f"w{size}", prior_folder, **{"parallel.numerics": "exact"})
+        run_ranks(lambda world, run=run: train(run), size)
+        found.append(digests(run.run.dir))
+    assert len(found[0]) >= 7 + 4
+    assert found[0] == found[1] == found[2] == found[3]
+
+
+def test_exact_numerics_hold_with_several_views_and_steps_a_round(tmp_path, prior_folder):
+    found = []
+    for size in (1, 3):
+        run = config(
+            tmp_path / f"w{size}",
+            prior_folder,
+            **{"parallel.numerics": "exact", "particles.views": 2, "score.steps_per_round": 2, "particles.count": 4},
+        )
+        run_ranks(lambda world, run=run: train(run), size)
+        found.append(digests(run.run.dir))
+    assert found[0] == found[1]
+
+
+def test_fast_numerics_agree_between_worlds_up_to_rounding(tmp_path, prior_folder):
+    """Few rounds, because rounding grows; Adam's first steps are signs, so a parameter may still differ by a step."""
+    states = []
+    for size in (1, 3):
+        run = config(tmp_path / f"w{size}", prior_folder, **{"schedule.rounds": 1})
+        run_ranks(lambda world, run=run: train(run), size)
+        restored = load_particles(Path(run.run.dir))
+        states.append(torch.cat([v.flatten() for i in range(7) for v in restored.ensemble.parameters_of(i).values()]))
+    different = (states[0] - states[1]).abs() > 1e-5
+    assert different.float().mean() < 0.01
+
+
+def test_more_ranks_than_particles_is_legal(tmp_path, prior_folder):
+    few = config(tmp_path / "few", prior_folder, **{"particles.count": 2})
+    run_ranks(lambda world: train(few), 3)
+    assert len([name for name in digests(few.run.dir) if name.startswith("particle")]) == 2
+
+
+def test_a_resumed_run_equals_one_that_was_not_interrupted(tmp_path, prior_folder):
+    whole = config(tmp_path / "whole", prior_folder, **{"parallel.numerics": "exact"})
+    run_ranks(lambda world: train(whole), 2)
+    parts = config(tmp_path / "parts", prior_folder, **{"parallel.numerics": "exact"})
+    half = dataclasses.replace(parts, schedule=dataclasses.replace(parts.schedule, rounds=2))
+    run_ranks(lambda world: train(half), 2)
+    run_ranks(lambda world: train(parts, resume="must"), 3)
+    assert digests(whole.run.dir) == digests(parts.run.dir)
+    rounds = [json.loads(line)["round"] for line in (Path(parts.run.dir) / "metrics.jsonl").read_text().splitlines()]
+    assert rounds == [2, 4]
+
+
+def score_gradient(world, run, samples, counts):
+    """The first score gradient of a round, where each rank gives `counts[rank]` of the samples."""
+    first = sum(counts[: world.rank])
+    mine = samples[slice(first, first + counts[world.rank])]
+    parts = build_run(run, world, lambda done: False)
+    taken = []
+    parts.score.step = lambda gradient, rate: taken.append(gradient.clone())
+    reduce = functools.partial(reduce_gradients, world, length=sum(parts.score.num_parameters), numerics="fast")
+    training = ScoreTraining(
+        parts.score,
+        lambda vectors, flags, sums: reduce(vectors, flags=flags, extra_sums=sums),
+        functools.partial(slice_for, world),
+        run.score,
+        0,
+        0,
+    )
+    # The adapter's second factor begins at zero, which would hide the first factor's gradient.
+    for parameter in parts.score.trainable.values():
+        parameter.data += 0.01
+    training.round(Exchange(world, counts).start(mine).wait(), 0)
+    return taken[0]
+
+
+@pytest.mark.parametrize("counts", [(3, 1), (0, 4), (1, 0, 3)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_score_gradient_of_all_ranks_is_that_of_one_rank_on_the_union(tmp_path, prior_folder, counts, masked):
+    run = config(tmp_path / "r", prior_folder, **{"particles.count": 4, "score.replay_share": 0})
+    generator = torch.Generator().manual_seed(0)
+    samples = Samples(
+        torch.randn(4, *build_run(run, ALONE, lambda done: False).prior.latent_shape(16), generator=generator),
+        torch.randn(4, 16, generator=generator),
+        torch.arange(4),
+        torch.zeros(4, dtype=torch.int64),
+        torch.tensor([1.0, 1.0, 0.0 if masked else 1.0, 1.0]),
+    )
+    if masked:
+        samples.latents[2] = float("nan")
+    expected = score_gradient(ALONE, run, samples, (4,))
+    for gradient in run_ranks(score_gradient, len(counts), run, samples, counts):
+        assert (gradient - expected).norm() / expected.norm() < 1e-5

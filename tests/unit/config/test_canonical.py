@@ -1,0 +1,159 @@
+"""The canonical form: what is written reads back to the same, and the digest follows the mathematics."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tempfile
+import types
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distvsd.config import Config, Schedule, diff, digest, load_config, to_dict, to_yaml
+from distvsd.config.ranges import Increasing, Range
+
+TEXTS = st.text(max_size=40)
+
+
+def values(annotation: Any) -> st.SearchStrategy[Any]:
+    """Legal values of a field, from its annotation."""
+    marks: list[Any] = []
+    if get_origin(annotation) is Annotated:
+        annotation, *marks = get_args(annotation)
+    allowed = next((mark for mark in marks if isinstance(mark, Range)), Range())
+    numbers = st.floats(max(allowed.low, -1e6), min(allowed.high, 1e6), allow_nan=False).filter(allowed.holds)
+    if allowed.multiple_of:
+        numbers = st.integers(math.ceil(allowed.low / 8), int(allowed.high / 8)).map(lambda n: float(n * 8))
+    if dataclasses.is_dataclass(annotation) and annotation is not Schedule:
+        return sections(annotation)
+    if annotation is Schedule:
+        later = st.lists(st.tuples(st.integers(1, 10**6), numbers), max_size=3, unique_by=lambda point: point[0])
+        return st.builds(
+            lambda first, rest, kind: Schedule(((0, first), *sorted(rest)), kind if rest else "step"),
+            numbers,
+            later,
+            st.sampled_from(["step", "linear"]),
+        )
+    if get_origin(annotation) is Literal:
+        return st.sampled_from(get_args(annotation))
+    if get_origin(annotation) is tuple:
+        increasing = any(isinstance(mark, Increasing) for mark in marks)
+        return st.tuples(numbers, numbers).map(lambda pair: tuple(sorted(pair)) if increasing else pair)
+    if get_origin(annotation) in (Union, types.UnionType) or annotation is str:
+        return TEXTS if not marks else st.text(min_size=1, max_size=40)
+    if annotation is bool:
+        return st.booleans()
+    return st.integers(int(max(allowed.low, -(2**63))), int(min(allowed.high, 2**63))) if annotation is int else numbers
+
+
+def sections(section: Any) -> st.SearchStrategy[Any]:
+    hints = get_type_hints(section, include_extras=True)
+    return st.builds(section, **{name: values(annotation) for name, annotation in hints.items()})
+
+
+ANY_CONFIG = sections(Config)
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> Config:
+    """Legal configurations: free fields from their annotations, related fields brought into agreement."""
+    config: Config = draw(ANY_CONFIG)
+    nerf = config.particles.nerf
+    low, high = sorted((nerf.base_resolution, nerf.max_resolution))
+    nerf = replace(nerf, base_resolution=low, max_resolution=max(low, high))
+    count = draw(st.integers(1, 4))
+    prompt = draw(TEXTS | st.lists(TEXTS, min_size=count, max_size=count).filter(lambda texts: count > 1).map(tuple))
+    return replace(
+        config,
+        prompt=prompt,
+        objective=replace(config.objective, t_min=Schedule.constant(0), t_max=config.objective.t_max),
+        particles=replace(
+            config.particles, count=count, nerf=nerf, image=replace(config.particles.image, space="pixel")
+        ),
+        score=replace(config.score, replay_rounds=config.score.replay_rounds + 1),
+        render=replace(config.render, backend="auto"),
+    )
+
+
+@given(configs())
+@settings(max_examples=30, deadline=None)
+def test_every_configuration_reads_back_from_its_yaml(config: Config) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.yaml"
+        path.write_text(to_yaml(config), encoding="utf-8")
+        again = load_config(path)
+    assert again == config
+    assert digest(again) == digest(config)
+    assert diff(config, again) == []
+
+
+def test_pairs_and_whole_numbers_are_written_as_people_do() -> None:
+    text = to_yaml(Config())
+    assert "  elevation: [-10, 45]\n" in text
+    assert "  resolution: 64\n" in text
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "run.dir=elsewhere",
+        "log.every=3",
+        "log.wandb=offline",
+        "checkpoint.every=1",
+        "checkpoint.keep=9",
+        "parallel.timeout_s=5",
+    ],
+)
+def test_the_digest_leaves_out_what_only_keeps_and_reports(tmp_path: Path, override: str) -> None:
+    assert digest(changed(tmp_path, override)) == digest(Config())
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "run.seed=1",
+        "prompt=another",
+        "particles.count=9",
+        "particles.nerf.levels=15",
+        "objective.t_max={0: 0.98, 10: 0.5}",
+        "parallel.numerics=exact",
+        "score.replay_share=0.1",
+        "schedule.rounds=2",
+    ],
+)
+def test_the_digest_sees_what_changes_the_mathematics(tmp_path: Path, override: str) -> None:
+    assert digest(changed(tmp_path, override)) != digest(Config())
+
+
+def test_the_digest_takes_1_and_1_0_for_the_same_number() -> None:
+    whole = replace(Config(), cameras=replace(Config().cameras, distance=(1, 1.5)))
+    assert digest(whole) == digest(Config())
+
+
+def test_the_difference_names_each_field_with_both_values(tmp_path: Path) -> None:
+    other = changed(tmp_path, "score.rank=8", "render.resolution={0: 64, 10: 128}", "prompt=a cube")
+    assert diff(Config(), other) == [
+        ("prompt", "an object", "a cube"),
+        ("render.resolution", 64, {0: 64, 10: 128}),
+        ("score.rank", 4, 8),
+    ]
+
+
+def test_plain_data_holds_only_what_json_and_yaml_have() -> None:
+    def types_in(value: Any) -> set[type]:
+        if isinstance(value, dict):
+            return set().union(*(types_in(item) for item in value.values()))
+        return set().union(*(types_in(item) for item in value)) if isinstance(value, list) else {type(value)}
+
+    assert types_in(to_dict(Config())) <= {str, int, float, bool}
+
+
+def changed(tmp_path: Path, *overrides: str) -> Config:
+    path = tmp_path / "config.yaml"
+    path.write_text("prompt: an object\n")
+    return load_config(path, overrides)

@@ -1,0 +1,61 @@
+"""The configurations that come with the project load, and are what their names say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from distvsd.config import Config, diff, load_config
+from distvsd.plan import make_plan
+from distvsd.plan_text import draw
+
+FOLDER = Path(__file__).parents[3] / "configs"
+FILES = sorted(FOLDER.rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(FOLDER)))
+def test_it_loads_and_can_be_planned(path: Path) -> None:
+    config = load_config(path)
+    assert str(config.schedule.rounds) in draw(make_plan(config, nodes=2, gpus_per_node=4))
+    assert config.run.dir != Config().run.dir, "runs of two configurations must not share a directory"
+
+
+def test_no_two_share_a_run_directory() -> None:
+    folders = [load_config(path).run.dir for path in FILES]
+    assert len(folders) == len(set(folders))
+
+
+@pytest.mark.parametrize("path", sorted((FOLDER / "ablations").glob("*.yaml")), ids=lambda path: path.stem)
+def test_an_ablation_changes_one_thing_of_the_quickstart(path: Path) -> None:
+    quickstart = load_config(FOLDER / "quickstart.yaml")
+    keys = [key for key, _, _ in diff(quickstart, load_config(path)) if key != "run.dir"]
+    assert keys, "nothing is changed"
+    assert len({key.split(".")[0] for key in keys}) == 1
+    assert len(keys) == 1
+
+
+def test_smoke_is_the_quickstart_but_tiny() -> None:
+    smoke, quickstart = load_config(FOLDER / "smoke.yaml"), load_config(FOLDER / "quickstart.yaml")
+    allowed = {
+        "run.dir",
+        "particles.count",
+        "particles.nerf.samples_per_ray",
+        "schedule.rounds",
+        "checkpoint.every",
+        "log.every",
+    }
+    assert {key for key, _, _ in diff(smoke, quickstart)} <= allowed
+    assert (smoke.particles.count, smoke.schedule.rounds, smoke.checkpoint.every) == (4, 8, 4)
+
+
+def test_prolificdreamer_has_the_papers_numbers() -> None:
+    config = load_config(FOLDER / "prolificdreamer.yaml")
+    assert config.schedule.rounds == 25_000
+    assert [config.objective.t_max.at(round) for round in (4999, 5000)] == [0.98, 0.5]
+    assert [config.render.resolution_at(round) for round in (4999, 5000)] == [64, 512]
+    # All else that the paper fixes is what the defaults are.
+    paper = replace(config.particles.nerf, density_noise=0.0, entropy=0.0)
+    assert paper == Config().particles.nerf
+    assert (config.particles.nerf.density_noise, config.particles.nerf.entropy) == (1, 10)

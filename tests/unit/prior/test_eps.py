@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from distvsd.prior import Pipeline, load_prior
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+IDS, VIEWS = torch.tensor([1, 0, 1, 1]), torch.tensor([0, 3, 1, 2])
+TIMESTEPS = torch.tensor([20, 400, 700, 979])
+TEXTS = [
+    "a blue sphere, front view",
+    "a red cube, overhead view",
+    "a blue sphere, side view",
+    "a blue sphere, back view",
+]
+
+
+def load(folder: Path, **options: int) -> Pipeline:
+    return load_prior(str(folder), ["a red cube", "a blue sphere"], negative_prompt="grey", **options)  # type: ignore[arg-type]
+
+
+def draw(channels: int) -> Tensor:
+    return torch.linspace(-2, 2, 4 * channels * 64).sin().view(4, channels, 8, 8) * 1.5
+
+
+def batches(prior: Pipeline) -> list[int]:
+    """The sizes of the UNet's batches from now on."""
+    sizes: list[int] = []
+    prior.unet.register_forward_pre_hook(lambda module, arguments: sizes.append(len(arguments[0])))
+    return sizes
+
+
+def written_out(folder: Path, noisy: Tensor, scale: float, prediction: str) -> Tensor:
+    """Guided eps, one sample and one text at a time, from the folder's own models, in float64."""
+    import diffusers
+    from transformers import AutoTokenizer, CLIPTextModel
+
+    unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet").double().eval()
+    encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").double().eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    scheduler = diffusers.DDIMScheduler.from_pretrained(folder / "scheduler")
+
+    def eps(x: Tensor, t: Tensor, text: str) -> Tensor:
+        ids = tokenizer(text, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        output = unet(x[None], t, encoder_hidden_states=encoder(ids).last_hidden_state).sample[0]
+        abar = scheduler.alphas_cumprod[t].double()
+        if prediction == "v_prediction":
+            return abar.sqrt() * output + (1 - abar).sqrt() * x
+        if prediction == "sample":
+            return (x - abar.sqrt() * output) / (1 - abar).sqrt()
+        return output
+
+    with torch.no_grad():
+        rows = [
+            eps(x, t, "grey") + scale * (eps(x, t, text) - eps(x, t, "grey"))
+            for x, t, text in zip(noisy.double(), TIMESTEPS, TEXTS, strict=True)
+        ]
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("layout", ("sd15", "sd21", "shapes"))
+def test_eps_equals_guidance_written_out_sample_by_sample(
+    layout: str, prediction: str, shared_prior: Callable[..., Pipeline]
+) -> None:
+    prior = shared_prior(layout, prediction)
+    assert prior.prediction_type == prediction
+    noisy = draw(prior.folder.latent_channels)
+    eps = prior.eps(noisy, TIMESTEPS, IDS, VIEWS, 7.5)
+    assert eps.dtype == torch.float32
+    assert not eps.requires_grad
+    # At t = 20 an x0-prediction is divided by a small sigma, hence relative to the size of the result.
+    wanted = written_out(prior.folder.path, noisy, 7.5, prediction)
+    torch.testing.assert_close(eps.double(), wanted, rtol=2e-4, atol=2e-5 * float(wanted.abs().max()))
+
+
+def test_guidance_runs_one_call_of_twice_the_batch_and_scale_one_runs_half_of_it(
+    shared_pipeline: Callable[..., Path],
+) -> None:
+    prior = load(shared_pipeline("sd15"))
+    sizes = batches(prior)
+    noisy = draw(4)
+    prior.eps(noisy, TIMESTEPS, IDS, VIEWS, 7.5)
+    conditional = prior.eps(noisy, TIMESTEPS, IDS, VIEWS, 1.0)
+    unconditional = prior.eps(noisy, TIMESTEPS, IDS, VIEWS, 0.0)
+    assert sizes == [8, 4, 4]
+    # The two halves are what larger scales are made of.
+    together = prior.eps(noisy, TIMESTEPS, IDS, VIEWS, 3.0)
+    torch.testing.assert_close(together, unconditional + 3 * (conditional - unconditional), rtol=1e-4, atol=1e-5)
+
+
+def test_a_micro_batch_bounds_the_samples_of_a_call_and_changes_nothing_else(
+    shared_pipeline: Callable[..., Path], shared_prior: Callable[..., Pipeline]
+) -> None:
+    whole, parts = shared_prior("shapes"), load(shared_pipeline("shapes"), micro_batch=3)
+    sizes = batches(parts)
+    noisy = draw(48)
+    eps = parts.eps(noisy, TIMESTEPS, IDS, VIEWS, 5.0)
+    assert sizes == [6, 2]
+    torch.testing.assert_close(eps, whole.eps(noisy, TIMESTEPS, IDS, VIEWS, 5.0), rtol=1e-5, atol=1e-5)
+
+
+def test_no_samples_give_no_eps_and_no_call(shared_pipeline: Callable[..., Path]) -> None:
+    prior = load(shared_pipeline("sd15"))
+    sizes = batches(prior)
+    none = torch.zeros(0, dtype=torch.int64)
+    assert prior.eps(torch.zeros(0, 4, 8, 8), none, none, none, 7.5).shape == (0, 4, 8, 8)
+    assert sizes == []
+
+
+def test_no_gradient_flows_through_the_prior(shared_prior: Callable[..., Pipeline]) -> None:
+    prior = shared_prior("sd15")
+    noisy = draw(4).requires_grad_()
+    assert not prior.eps(noisy, TIMESTEPS, IDS, VIEWS, 7.5).requires_grad
+
+
+def test_at_pure_noise_the_eps_of_a_v_prediction_is_the_input(
+    shared_prior: Callable[..., Pipeline],
+) -> None:
+    prior = shared_prior("shapes")
+    noisy = draw(48)
+    # alpha = 0 and sigma = 1, so eps = alpha v + sigma x = x.
+    last = torch.full((4,), 999)
+    torch.testing.assert_close(prior.eps(noisy, last, IDS, VIEWS, 7.5), noisy)

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from distvsd.errors import PriorError
+from distvsd.prior.prompts import VIEWS, PromptTable, view_index, view_suffix
+
+
+class Encoder:
+    """Gives text number i the embedding i everywhere, and remembers the texts."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def __call__(self, texts: object) -> Tensor:
+        self.texts = list(texts)  # type: ignore[call-overload]
+        return torch.arange(len(self.texts), dtype=torch.float32)[:, None, None].expand(-1, 3, 2).contiguous()
+
+    def read(self, embeddings: Tensor) -> list[str]:
+        return [self.texts[int(row[0, 0])] for row in embeddings]
+
+
+def table(prompts: list[str], view_dependent: bool = True, negative: str = "") -> tuple[PromptTable, Encoder]:
+    encoder = Encoder()
+    return PromptTable(prompts, negative, view_dependent, encoder), encoder
+
+
+@pytest.mark.parametrize(
+    ("elevation", "azimuth", "view"),
+    [
+        (0, 0, "front view"),
+        (0, 44, "front view"),
+        (0, -44, "front view"),
+        (0, 46, "side view"),
+        (0, -90, "side view"),
+        (0, 134, "side view"),
+        (0, 136, "back view"),
+        (0, -180, "back view"),
+        (0, 360, "front view"),
+        (44, 540, "back view"),
+        (46, 0, "overhead view"),
+    ],
+)
+def test_the_words_for_a_camera_follow_its_azimuth_and_from_above_its_elevation(
+    elevation: float, azimuth: float, view: str
+) -> None:
+    assert view_suffix(elevation, azimuth) == view
+    assert VIEWS[view_index(elevation, azimuth)] == view
+
+
+def test_each_particle_reads_its_own_prompt_with_and_without_its_view() -> None:
+    texts, encoder = table(["a cat", "a dog"])
+    ids, views = torch.tensor([1, 0, 1]), torch.tensor([0, 2, 3])
+    assert encoder.read(texts.bare(ids)) == ["a dog", "a cat", "a dog"]
+    assert encoder.read(texts.viewed(ids, views)) == ["a dog, front view", "a cat, back view", "a dog, overhead view"]
+
+
+def test_without_view_dependence_the_view_changes_nothing_and_no_suffixed_text_is_encoded() -> None:
+    texts, encoder = table(["a cat"], view_dependent=False)
+    assert encoder.read(texts.viewed(torch.tensor([0, 0]), torch.tensor([1, 3]))) == ["a cat", "a cat"]
+    assert encoder.texts == ["a cat", ""]
+
+
+def test_particles_that_share_a_prompt_share_its_encoding() -> None:
+    _, encoder = table(["a cat"] * 500 + ["a dog"])
+    assert len(encoder.texts) == 2 * 5 + 1
+    assert len(set(encoder.texts)) == len(encoder.texts)
+
+
+def test_the_empty_prompt_is_legal_and_has_no_views() -> None:
+    texts, encoder = table([""])
+    assert encoder.texts == [""]
+    assert encoder.read(texts.viewed(torch.tensor([0]), torch.tensor([2]))) == [""]
+
+
+def test_the_negative_prompt_is_one_row() -> None:
+    texts, encoder = table(["a cat"], negative="blurry")
+    assert texts.negative.shape == (1, 3, 2)
+    assert encoder.read(texts.negative) == ["blurry"]
+
+
+def test_prompts_are_found_again_by_their_words_and_unknown_ones_are_refused() -> None:
+    texts, _ = table(["a cat", "a dog"])
+    assert texts.ids_of(["a dog", "a cat", "a dog"]) == [1, 0, 1]
+    with pytest.raises(PriorError, match="'a bird' was not given"):
+        texts.ids_of(["a cat", "a bird"])
+
+
+def test_a_table_without_prompts_is_refused() -> None:
+    with pytest.raises(PriorError, match="no prompts"):
+        table([])

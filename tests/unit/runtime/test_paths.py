@@ -1,0 +1,265 @@
+"""A run directory has one owner, and nothing a user writes in a prompt becomes a path."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from distvsd.errors import RunError
+from distvsd.runtime.paths import RunLock, RunPaths, slug, write_atomically
+
+HOSTILE_PROMPTS = [
+    "",
+    " ",
+    "../../etc/passwd",
+    "/etc/passwd",
+    "a/b",
+    "a\\b",
+    "..",
+    ".",
+    "-rf",
+    "--help",
+    "CON",
+    "nul.txt",
+    "a\0b",
+    "line\nbreak",
+    "x" * 10_000,
+    "a photo of a \N{SNOWMAN}",
+    "\N{GRINNING FACE}\N{GRINNING FACE}",
+    "caf\u00e9 cr\u00e8me",
+    "\u0130stanbul \u0661\u0662",
+    "\ud800",
+    "$(rm -rf ~)",
+    "`id`; echo %PATH%",
+    "*?[a]{b}",
+    "~root",
+    "A red cube.",
+    "a red cube",
+]
+
+
+@pytest.mark.parametrize("prompt", HOSTILE_PROMPTS)
+def test_a_prompt_becomes_a_plain_name(prompt: str, tmp_path: Path) -> None:
+    name = slug(prompt)
+    assert re.fullmatch(r"[a-z0-9](?:[a-z0-9-]{0,46}[a-z0-9])?-[0-9a-f]{8}", name)
+    (tmp_path / name).mkdir()
+    assert (tmp_path / name).parent == tmp_path and [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_different_prompts_have_different_names_and_the_same_prompt_the_same() -> None:
+    assert len({slug(prompt) for prompt in HOSTILE_PROMPTS}) == len(HOSTILE_PROMPTS)
+    assert slug("a red cube") == slug("a red cube") and slug("a red cube").startswith("a-red-cube-")
+    assert slug("Caf\u00e9!").startswith("cafe-")
+
+
+def test_the_names_in_a_run_directory_are_the_documented_ones(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path)
+    named = [paths.status, paths.config, paths.metrics, paths.health, paths.lock, paths.checkpoints, paths.renders]
+    named += [paths.exports, paths.gallery, paths.evaluation]
+    assert [str(path.relative_to(tmp_path)) for path in named] == [
+        "STATUS.json",
+        "config.yaml",
+        "metrics.jsonl",
+        "health.jsonl",
+        "run.lock",
+        "checkpoints",
+        "renders",
+        "exports",
+        "gallery",
+        "evaluation.json",
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_is_made_with_its_parents_and_left_clean(tmp_path: Path) -> None:
+    RunPaths(tmp_path / "a" / "b").create()
+    RunPaths(tmp_path / "a" / "b").create()
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_what_cannot_be_a_run_directory_is_refused_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for root in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(RunError, match=r"run\.dir .* is a file"):
+            RunPaths(root).create()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for root in (tmp_path / ("x" * 300), Path("/proc/distvsd"), tmp_path / "a\0b", tmp_path / "loop"):
+        with pytest.raises(RunError, match=r"run\.dir"):
+            RunPaths(root).create()
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_claiming_a_directory(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path)
+    with pytest.raises(RunError, match="no run to resume"):
+        paths.claim("seed: 1\n", "must")
+    paths.claim("seed: 1\n", "auto")
+    assert paths.previous_config() == "seed: 1\n"
+    paths.claim("seed: 1\n", "auto")
+    with pytest.raises(RunError, match=r"another configuration \(was seed: 1; is seed: 2\).*--resume must"):
+        paths.claim("seed: 2\n", "auto")
+    with pytest.raises(RunError, match="holds a run already"):
+        paths.claim("seed: 1\n", "never")
+    assert paths.previous_config() == "seed: 1\n"
+    paths.claim("seed: 2\n", "must")
+    assert paths.previous_config() == "seed: 2\n"
+    paths.claim("seed: 2 # spelled otherwise\n", "auto", differences=[])
+    with pytest.raises(RunError, match=r"run\.seed was 2"):
+        paths.claim("seed: 3\n", "auto", differences=["run.seed was 2"])
+
+
+def test_a_fresh_run_may_insist_on_being_fresh(tmp_path: Path) -> None:
+    RunPaths(tmp_path).claim("seed: 1\n", "never")
+    assert RunPaths(tmp_path).previous_config() == "seed: 1\n"
+
+
+def test_the_lock_names_its_holder_and_goes_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "run.lock"
+    with RunLock(path):
+        assert path.read_text().startswith(f"{socket.gethostname()}:{os.getpid()}")
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("form", ["host:pid", "host:pid:start"])
+def test_a_living_holder_is_refused_by_name(tmp_path: Path, form: str) -> None:
+    path = tmp_path / "run.lock"
+    code = (
+        "import sys; from pathlib import Path; from distvsd.runtime.paths import RunLock; "
+        f"RunLock(Path({str(path)!r})).acquire(); print('held', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        if form == "host:pid":
+            path.write_text(f"{socket.gethostname()}:{holder.pid}")
+        with pytest.raises(RunError, match=f":{holder.pid}.*another job"):
+            RunLock(path).acquire()
+        RunLock(path).release()
+        assert path.exists(), "only the holder gives a lock back"
+        holder.kill()  # unreaped for now: a zombie holds nothing
+        os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)
+        with RunLock(path):
+            assert path.read_text().split(":")[1] == str(os.getpid())
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+def _dead_pid() -> int:
+    child = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    child.wait()
+    return child.pid
+
+
+@pytest.mark.parametrize("end", ["", ":123456", "\n", "\0\0\0"])
+def test_the_lock_of_a_dead_process_is_taken_over(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "run.lock"
+    path.write_text(f"{socket.gethostname()}:{_dead_pid()}{end}")
+    with RunLock(path):
+        assert path.read_text().split(":")[1] == str(os.getpid())
+
+
+def test_a_lock_whose_pid_belongs_to_a_younger_process_is_taken_over(tmp_path: Path) -> None:
+    path = tmp_path / "run.lock"
+    path.write_text(f"{socket.gethostname()}:{os.getppid()}:1")
+    with RunLock(path):
+        assert path.read_text().split(":")[1] == str(os.getpid())
+
+
+@pytest.mark.parametrize("text", ["", "\0" * 20])
+def test_an_empty_lock_file_holds_nothing(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.lock"
+    path.write_text(text)
+    with RunLock(path):
+        assert path.read_text()
+
+
+@pytest.mark.parametrize("text", ["other-host:1", "other-host:1:5", "somebody's notes", "host:99999999999999999999"])
+def test_a_holder_that_cannot_be_judged_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.lock"
+    path.write_text(text)
+    with pytest.raises(RunError, match="delete the file only if"):
+        RunLock(path).acquire()
+    assert path.read_text() == text
+
+
+def test_of_many_jobs_that_find_one_dead_holder_one_gets_the_lock(tmp_path: Path) -> None:
+    path = tmp_path / "run.lock"
+    path.write_text(f"{socket.gethostname()}:{_dead_pid()}")
+    taken, refused = _race(path, 8)
+    assert len(taken) == 1 and refused == 7
+    assert path.read_text().split(":")[1] == str(taken[0])
+
+
+def test_of_many_jobs_on_a_fresh_directory_one_gets_the_lock(tmp_path: Path) -> None:
+    taken, refused = _race(tmp_path / "run.lock", 8)
+    assert len(taken) == 1 and refused == 7
+
+
+def _race(path: Path, jobs: int) -> tuple[list[int], int]:
+    """Forked jobs that all acquire at one moment and stay alive until all have tried."""
+    start_read, start_write = os.pipe()
+    told_read, told_write = os.pipe()
+    end_read, end_write = os.pipe()
+    pids = []
+    for _ in range(jobs):
+        pid = os.fork()
+        if pid == 0:
+            os.close(start_write), os.close(end_write)
+            os.read(start_read, 1)
+            try:
+                RunLock(path).acquire()
+                os.write(told_write, f"{os.getpid():09d}\n".encode())
+            except RunError:
+                os.write(told_write, b"refused..\n")
+            os.read(end_read, 1)
+            os._exit(0)
+        pids.append(pid)
+    os.close(start_write)
+    told = b""
+    while len(told) < 10 * jobs:
+        told += os.read(told_read, 10 * jobs)
+    os.close(end_write)
+    for pid in pids:
+        os.waitpid(pid, 0)
+    for handle in (start_read, told_read, told_write, end_read):
+        os.close(handle)
+    words = told.decode().split()
+    return [int(word) for word in words if word[0] != "r"], words.count("refused..")
+
+
+def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "STATUS.json"
+    write_atomically(path, "a" * 100_000)
+    seen: set[str] = set()
+    done = threading.Event()
+
+    def read() -> None:
+        while not done.is_set():
+            text = path.read_text()
+            seen.add(f"{len(text)}{''.join(sorted(set(text)))}")
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for letter in "bcdefgh" * 5:
+        write_atomically(path, letter * 100_000)
+    done.set()
+    reader.join()
+    assert seen <= {f"100000{letter}" for letter in "abcdefgh"} and seen
+    assert [entry.name for entry in tmp_path.iterdir()] == ["STATUS.json"]
+
+
+def test_a_failed_write_leaves_the_old_text_and_no_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "STATUS.json"
+    write_atomically(path, "old")
+    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(RunError, match="No space left"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old" and [entry.name for entry in tmp_path.iterdir()] == ["STATUS.json"]

@@ -1,0 +1,256 @@
+"""The command line as a caller sees it: exit codes, what goes to which stream, and where the work is handed to."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distvsd.cli import main
+from distvsd.config import Config, load_config
+from distvsd.errors import CheckpointError, ConfigError, DistvsdError, RankError
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text("prompt: a cube\nparticles: {count: 2}\n")
+    return str(path)
+
+
+@pytest.fixture
+def room(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Stands a module with the given functions in the place of a room that the command line calls."""
+
+    def place(name: str, **functions: Any) -> None:
+        module = types.ModuleType(name)
+        module.__dict__.update(functions)
+        monkeypatch.setitem(sys.modules, name, module)
+
+    return place
+
+
+def shell(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    import os
+
+    command = [sys.executable, "-m", "distvsd", *arguments]
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
+
+
+def test_a_dry_run_prints_the_resolved_configuration_and_nothing_else(tmp_path: Path, config: str) -> None:
+    done = shell("train", config, "score.rank=8", "--dry-run")
+    assert (done.returncode, done.stderr) == (0, "")
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(done.stdout)
+    assert load_config(resolved) == load_config(config, ["score.rank=8"])
+
+
+def test_a_wrong_configuration_ends_with_2_and_one_paragraph_without_traceback(config: str) -> None:
+    done = shell("train", config, "particles.cuont=3")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("distvsd: error: 1 mistake in the configuration")
+    assert "did you mean particles.count?" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_only_the_first_rank_prints_a_mistake_but_every_rank_ends_with_2(config: str) -> None:
+    done = shell("train", config, "particles.cuont=3", RANK="1")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "",
+        "trian",
+        "train",
+        "train CONFIG --resume perhaps",
+        "train CONFIG --dry-rnu",
+        "plan CONFIG --nodes 0",
+        "verify CONFIG x=3",
+        "prior",
+        "prior sample cube",
+    ],
+)
+def test_wrong_usage_ends_with_2(config: str, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(command.replace("CONFIG", config).split())
+    assert caught.value.code == 2
+    assert "usage: distvsd" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["train", "plan", "evaluate", "render", "verify", "doctor", "prior info", "prior sample", "prior build", ""],
+)
+def test_every_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([*command.split(), "--help"])
+    assert caught.value.code == 0
+    assert f"example: distvsd {command}".rstrip() in capsys.readouterr().out
+
+
+def test_the_examples_in_the_help_are_understood() -> None:
+    import shlex
+
+    from distvsd.cli import _parser
+
+    examples = [
+        "train configs/quickstart.yaml run.dir=runs/a",
+        "plan configs/prolificdreamer.yaml particles.count=64 --nodes 4 --gpus-per-node 8",
+        "prior sample 'a red cube' --out cubes.png",
+        "prior info shapes --measure",
+    ]
+    for example in examples:
+        assert callable(_parser().parse_args(shlex.split(example)).command)
+
+
+def test_overrides_may_stand_before_and_after_options(config: str, room: Callable[..., None]) -> None:
+    seen: list[tuple[Config, str]] = []
+
+    def train(config: Config, resume: str) -> int:
+        seen.append((config, resume))
+        return 0
+
+    room("distvsd.train", train=train)
+    assert main(["train", config, "score.rank=8", "--resume", "never", "run.seed=5"]) == 0
+    assert main(["train", config, "--resume", "must", "run.seed=6"]) == 0
+    assert [(c.score.rank, c.run.seed, resume) for c, resume in seen] == [(8, 5, "never"), (4, 6, "must")]
+
+
+@pytest.mark.parametrize("code", [0, 1, 3])
+def test_the_exit_code_of_training_is_handed_on(config: str, room: Callable[..., None], code: int) -> None:
+    room("distvsd.train", train=lambda config, resume: code)
+    assert main(["train", config]) == code
+
+
+@pytest.mark.parametrize(("error", "code"), [(CheckpointError, 1), (RankError, 1), (ConfigError, 2), (DistvsdError, 1)])
+def test_errors_of_this_program_are_one_clean_paragraph(
+    config: str, room: Callable[..., None], capsys: pytest.CaptureFixture[str], error: type[DistvsdError], code: int
+) -> None:
+    def train(config: Config, resume: str) -> int:
+        raise error("what, where, why, and what to do next")
+
+    room("distvsd.train", train=train)
+    assert main(["train", config]) == code
+    assert capsys.readouterr().err == "distvsd: error: what, where, why, and what to do next\n"
+
+
+def test_an_error_of_another_rank_is_printed_with_the_rank(
+    config: str, room: Callable[..., None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(config: Config, resume: str) -> int:
+        raise RankError("rank 2 does not answer")
+
+    monkeypatch.setenv("RANK", "3")
+    room("distvsd.train", train=train)
+    assert main(["train", config]) == 1
+    assert capsys.readouterr().err == "distvsd: error on rank 3: rank 2 does not answer\n"
+
+
+def test_other_errors_keep_their_traceback(config: str, room: Callable[..., None]) -> None:
+    room("distvsd.train", train=lambda config, resume: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["train", config])
+
+
+@pytest.mark.parametrize("command", ["evaluate", "render", "verify"])
+def test_a_run_that_is_not_there_is_wrong_usage(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, str(tmp_path / "nowhere")]) == 2
+    assert "nowhere is not a directory" in capsys.readouterr().err
+
+
+def test_verify_prints_its_lines_and_passes_digest(
+    tmp_path: Path, room: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    room("distvsd.checkpoint.verify", verify_run=lambda run, digest: [f"digest {digest}", "whole"])
+    assert main(["verify", str(tmp_path), "--digest"]) == 0
+    assert capsys.readouterr().out == "digest True\nwhole\n"
+
+
+def test_a_damaged_checkpoint_ends_with_1(tmp_path: Path, room: Callable[..., None]) -> None:
+    def verify_run(run: Path, digest: bool) -> list[str]:
+        raise CheckpointError("particles/000003.safetensors does not match its manifest")
+
+    room("distvsd.checkpoint.verify", verify_run=verify_run)
+    assert main(["verify", str(tmp_path)]) == 1
+
+
+def test_json_is_one_object_and_what_rooms_print_goes_elsewhere(
+    tmp_path: Path, room: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def evaluate_run(run: Path) -> dict[str, Any]:
+        print("a library talks")
+        return {"particles": 2, "label_accuracy": {"color": 1.0}}
+
+    room("distvsd.evaluate.run", evaluate_run=evaluate_run)
+    assert main(["evaluate", str(tmp_path), "--json"]) == 0
+    written = capsys.readouterr()
+    assert json.loads(written.out) == {"particles": 2, "label_accuracy": {"color": 1.0}}
+    assert "a library talks" in written.err
+
+
+def test_render_prints_the_files_it_wrote(
+    tmp_path: Path, room: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    room("distvsd.render_run", render_run=lambda run: [run / "renders" / "sheet.png"])
+    assert main(["render", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/renders/sheet.png\n"
+
+
+def test_prior_sample_hands_over_any_prompt(tmp_path: Path, room: Callable[..., None]) -> None:
+    seen: list[tuple[Any, ...]] = []
+    room("distvsd.prior.info", sample=lambda *values: seen.append(values))
+    out = tmp_path / "out.png"
+    assert main(["prior", "sample", "", "--count", "2", "--seed", "7", "--out", str(out)]) == 0
+    assert seen == [("shapes", "", 2, 3.0, 50, 7, out)]
+
+
+def test_plan_prints_text_or_one_json_object(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", config, "--nodes", "2"]) == 0
+    assert "rank 1      particles 1 (1)" in capsys.readouterr().out
+    assert main(["plan", config, "--nodes", "2", "--json"]) == 0
+    assert [row["particles"] for row in json.loads(capsys.readouterr().out)["owners"]] == [[0], [1]]
+
+
+def test_the_field_reference_needs_no_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "--help-config"])
+    assert caught.value.code == 0
+    assert "particles.nerf.log2_table_size\n" in capsys.readouterr().out
+
+
+def test_doctor_names_versions_and_for_everything_missing_a_remedy(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.metadata
+
+    installed = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "gsplat":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"torch {installed('torch')}" in lines
+    assert any(line.startswith("gsplat not installed (optional)") and "pip install gsplat" in line for line in lines)
+    assert any("GPU" in line for line in lines)
+    assert any(line.startswith("embedded prior") for line in lines)
