@@ -1,4 +1,4 @@
-"""distvsd: Variational Score Distillation at scale. Every rank owns a shard of the particles; one LoRA learns from all."""
+"""distvsd: Variational Score Distillation at scale: ranks own particles, one shared LoRA learns from all of them."""
 
 from __future__ import annotations
 

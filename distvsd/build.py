@@ -168,12 +168,14 @@ def _particle(config: Config, latent_shape: Callable[[int], tuple[int, int, int]
 
 
 def _volume_backend(config: Config, device: torch.device) -> VolumeBackend:
-    """The asked one; auto is plain torch where bits must not change or no GPU runs, nerfacc where it can be imported."""
+    """The asked one; auto is plain torch where bits must not change or no GPU runs, nerfacc where it can be
+    imported."""
     asked = config.render.backend
     exact = config.parallel.numerics == "exact"
     if asked == "nerfacc" and exact and device.type == "cuda":
         raise BackendError(
-            "parallel.numerics is exact, but render.backend nerfacc adds in no fixed order on CUDA; set render.backend=torch"
+            "parallel.numerics is exact, but render.backend nerfacc adds in no fixed order on CUDA; "
+            "set render.backend=torch"
         )
     if asked != "auto":
         return asked
@@ -184,13 +186,13 @@ def _volume_backend(config: Config, device: torch.device) -> VolumeBackend:
     return "nerfacc" if find_spec("nerfacc") else "torch"
 
 
-def _encoder(prior: Pipeline, particle: Particle, config: Config) -> Callable[[list[Views]], Samples]:
-    """Renders to samples: latents with the graph to the particles, camera matrices, ids, named views, validity."""
+def _encoder(prior: Pipeline, particle: Particle, config: Config) -> Callable[[list[Views], int], Samples]:
+    """Renders of a resolution to samples: latents with the graph, camera matrices, ids, named views, validity."""
     num_views = config.particles.views
 
-    def encode(views: list[Views]) -> Samples:
+    def encode(views: list[Views], resolution: int) -> Samples:
         if not views:
-            return _no_samples(prior, config)
+            return _no_samples(prior, resolution)
         parts = []
         for view in views:
             images = view.rendered.images.flatten(0, 1)
@@ -210,9 +212,9 @@ def _encoder(prior: Pipeline, particle: Particle, config: Config) -> Callable[[l
     return encode
 
 
-def _no_samples(prior: Pipeline, config: Config) -> Samples:
-    """What a rank without particles gives to the exchange."""
-    shape = prior.latent_shape(config.render.resolution_at(0))
+def _no_samples(prior: Pipeline, resolution: int) -> Samples:
+    """What a rank without particles gives to the exchange: no rows, of the width that the others' rows have."""
+    shape = prior.latent_shape(resolution)
     empty = torch.zeros(0, dtype=torch.int64, device=prior.device)
     return Samples(
         torch.zeros(0, *shape, device=prior.device),
@@ -243,7 +245,7 @@ class Restored:
         rendered = self.ensemble.view(ids, cameras, resolution, background)
         images, opacity = rendered.images, rendered.opacity
         if self.decode is not None:
-            images = self.decode(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+            images = self.decode(images.flatten(0, 1)).reshape(*images.shape[:2], 3, resolution, resolution)
             opacity = torch.ones_like(images[:, :, :1])
         return images, opacity
 

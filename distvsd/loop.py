@@ -26,7 +26,8 @@ class Pending(Protocol):
 
 @dataclass(frozen=True)
 class Round:
-    """What happened: step (from 0), this rank's update, the score's fit, lag or None, and this rank's seconds by phase."""
+    """What happened: step (from 0), this rank's update, the score's fit, lag or None, and this rank's seconds by
+    phase."""
 
     step: int
     update: Update
@@ -39,13 +40,13 @@ class Round:
 class Loop:
     """The parts of a run on one rank. encode and exchange are callables; `watch` looks at each finished round.
 
-    encode(views): this rank's renders as samples, with the graph to the particles. exchange(samples): starts the gather
-    of all ranks' samples (communicates). training is None where no score network is learnt (SDS). watch(round): returns
+    encode(views, resolution): this rank's renders as samples, with the graph to the particles. exchange(samples): starts
+    the gather of all ranks' samples (communicates). training is None where no score network is learnt (SDS). watch(round): returns
     True to stop; every rank must return the same.
     """
 
     ensemble: Ensemble
-    encode: Callable[[list[Views]], Samples]
+    encode: Callable[[list[Views], int], Samples]
     objective: Objective
     exchange: Callable[[Samples], Pending]
     training: ScoreTraining | None
@@ -61,9 +62,10 @@ class Loop:
 
     def round(self, step: int) -> Round:
         clock = _Clock()
-        views = self.ensemble.render(step, self.resolution(step))  # local: each rank, its own particles
+        resolution = self.resolution(step)
+        views = self.ensemble.render(step, resolution)  # local: each rank, its own particles
         clock.lap("render")
-        samples = self.encode(views)  # local: latents with the graph to the particles
+        samples = self.encode(views, resolution)  # local: latents with the graph to the particles
         clock.lap("encode")
         exchanged = self.exchange(samples.detached()) if self.training else None  # communicates: starts the gather
         clock.lap("exchange")

@@ -45,12 +45,12 @@ class _Training:
         self.config, self.world, self.paths = config, world, paths
         self.parts: Run = build_run(config, world, self._watch)
         self.saver = Saver(paths.checkpoints, world, config.checkpoint.keep)
-        self.first, metrics_bytes = self._resume()
+        self.first, metrics_bytes, health_bytes = self._resume()
         rounds = config.schedule.rounds
         is_first = world.rank == 0
         self.progress = Progress(rounds, config.particles.count, config.log.every, is_first)
         self.metrics = JsonLines(paths.metrics, metrics_bytes) if is_first else None
-        self.health = JsonLines(paths.health) if is_first else None
+        self.health = JsonLines(paths.health, health_bytes) if is_first else None
         self.unhealthy: list[tuple[int, int]] = []
         self.healthy = config.particles.count
         self.seconds: dict[str, float] = {}
@@ -139,16 +139,17 @@ class _Training:
             "config_digest": digest(self.config),
             "prior_identity": self.parts.prior.identity() if self.world.rank == 0 else "",
             "metrics_bytes": self.metrics.bytes if self.metrics is not None else 0,
+            "health_bytes": self.health.bytes if self.health is not None else 0,
         }
         self.saver.save(completed, files | self.parts.score.state(), self.parts.score.texts(), metadata)
         self.saved = completed
         self._status("running", completed)
 
-    def _resume(self) -> tuple[int, int | None]:
-        """Restores the newest sound checkpoint; returns the rounds it had completed and its length of metrics.jsonl."""
+    def _resume(self) -> tuple[int, int, int | None]:
+        """Restores the newest sound checkpoint; returns its rounds and its lengths of metrics.jsonl and health.jsonl."""
         checkpoint = self.saver.load()
         if checkpoint is None:
-            return 0, 0
+            return 0, 0, 0
         manifest, parts = checkpoint.manifest, self.parts
 
         def restore() -> None:
@@ -171,7 +172,7 @@ class _Training:
             parts.score.load_state({file: checkpoint.read(file) for file in score_files})
 
         _agreed(self.world, restore)
-        return manifest.step, manifest.metrics_bytes
+        return manifest.step, manifest.metrics_bytes, manifest.more.get("health_bytes")
 
     def _status(self, state: Any, completed: int) -> None:
         if self.world.rank == 0:

@@ -56,7 +56,8 @@ class Cameras:
 
 
 def orbit(elevation: Tensor, azimuth: Tensor, distance: Tensor, fovy: Tensor) -> Cameras:
-    """Cameras on spheres around the origin that look at it; all arguments `[...]`, angles in radians, distance in world units.
+    """Cameras on spheres around the origin that look at it; all arguments `[...]`, angles in radians, distance in
+    world units.
 
     Elevation must stay inside (-pi/2, pi/2): at the poles the up direction is undefined.
     """

@@ -37,7 +37,8 @@ class OrbitSampler:
         )
 
     def ring(self, num_particles: int, num_views: int, elevation_deg: float) -> Cameras:
-        """Fixed cameras `[P, num_views]` for looking at results: even azimuths from the front, mid distance and fovy."""
+        """Fixed cameras `[P, num_views]` for looking at results: even azimuths from the front, mid distance and
+        fovy."""
         turn = torch.arange(num_views, dtype=torch.float32) * (2 * math.pi / num_views)
         azimuth = turn.expand(num_particles, num_views)
         ones = torch.ones_like(azimuth)

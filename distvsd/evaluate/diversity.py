@@ -28,7 +28,8 @@ def mode_names(counts: Tensor) -> dict[str, int]:
 
 
 def total_variation(counts: Tensor, target: Tensor | None = None) -> float:
-    """Half the summed absolute difference of the shares `counts / sum` `[K]` from `target` `[K]` (uniform unless given).
+    """Half the summed absolute difference of the shares `counts / sum` `[K]` from `target` `[K]` (uniform unless
+    given).
 
     0 is equal, 1 is disjoint; nothing counted is 1. Few samples alone keep it above 0: n samples of K equal modes
     differ by about sqrt(K / (2 pi n)).
@@ -41,7 +42,8 @@ def total_variation(counts: Tensor, target: Tensor | None = None) -> float:
 
 
 def mean_cosine(features: Tensor) -> float:
-    """Mean cosine between the features `[P, V, F]` of two particles at the same view, over all pairs; lower is more diverse.
+    """Mean cosine between the features `[P, V, F]` of two particles at the same view, over all pairs; lower is more
+    diverse.
 
     1.0 for a single particle.
     """
@@ -56,7 +58,8 @@ def mean_cosine(features: Tensor) -> float:
 
 
 def vendi_score(features: Tensor) -> float:
-    """Effective number of particles, 1..P: exp of the entropy of the eigenvalues of the cosine matrix of `[P, F]` over P.
+    """Effective number of particles, 1..P: exp of the entropy of the eigenvalues of the cosine matrix of `[P, F]`
+    over P.
 
     Friedman and Dieng, "The Vendi Score", TMLR 2023. Identical particles give 1, orthogonal ones P.
     """

@@ -50,7 +50,8 @@ class Restored(Protocol):
     def ids(self) -> list[int]: ...
 
     def render(self, ids: list[int], cameras: Cameras, resolution: int, background: float) -> tuple[Tensor, Tensor]:
-        """Images `[P, V, 3, H, W]` and opacity `[P, V, 1, H, W]` of the particles from cameras `[P, V]`, no gradient."""
+        """Images `[P, V, 3, H, W]` and opacity `[P, V, 1, H, W]` of the particles from cameras `[P, V]`, no
+        gradient."""
         ...
 
 

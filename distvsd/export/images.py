@@ -91,7 +91,8 @@ def save_png(image: Image, path: Path) -> Path:
 
 
 def mosaic(images: Tensor, edge: int = 2 * VIDEO_EDGE) -> Tensor:
-    """Images `[P, F, 3, H, W]` side by side as frames `[F, 3, h, w]`, a square grid about `edge` pixels wide or less."""
+    """Images `[P, F, 3, H, W]` side by side as frames `[F, 3, h, w]`, a square grid about `edge` pixels wide or
+    less."""
     count, frames, channels, height, width = images.shape
     columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)

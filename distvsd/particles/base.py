@@ -27,7 +27,8 @@ class Keys:
 
 @dataclass(frozen=True)
 class Rendered:
-    """images `[P, V, C, H, W]` float32: RGB in [0, 1], or latents where the particle says so. opacity `[P, V, 1, H, W]`.
+    """images `[P, V, C, H, W]` float32: RGB in [0, 1], or latents where the particle says so. opacity `[P, V, 1, H,
+    W]`.
 
     penalty `[P]`: the regularisers of each particle, weighted, to be minimised beside the guidance.
     """

@@ -120,7 +120,8 @@ class Ensemble:
         return {name: value.detach()[row] for name, value in group.parameters.items()}
 
     def state(self) -> dict[int, dict[str, Tensor]]:
-        """All that a particle needs to go on, by id: param/*, adam_m/*, adam_v/* and adam_step; views of live tensors."""
+        """All that a particle needs to go on, by id: param/*, adam_m/*, adam_v/* and adam_step; views of live
+        tensors."""
         states = {}
         for group in self.groups:
             for row, particle_id in enumerate(group.ids.tolist()):

@@ -5,6 +5,7 @@ Shape legend: P particles, V views, H x W pixels, S samples a ray, R = V H W ray
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -109,7 +110,7 @@ class NerfParticle:
         is_plain_PV: Tensor,
         keys: Keys | None,
     ) -> Rendered:
-        particles, views = cameras.shape
+        particles = cameras.shape[0]
         origins, directions = rays(cameras, resolution, resolution)
         origins = origins[:, :, None, None].expand_as(directions)
         starts, ends = sample_intervals(origins, directions, self.bound, self.samples_per_ray, jitter_PVHW)
@@ -161,4 +162,4 @@ class NerfParticle:
 def _linear_init(seed: int, ids: Tensor, rows: int, columns: int, lane: int) -> Tensor:
     """Weights `[P, rows, columns]`, uniform in +-sqrt(3 / columns): unit gain for inputs of unit variance."""
     values = uniform(seed, Purpose.INIT, ids, 0, (rows, columns), lane=lane)
-    return (values * 2 - 1) * (3 / columns) ** 0.5
+    return (values * 2 - 1) * math.sqrt(3 / columns)

@@ -46,7 +46,8 @@ class HashGrid:
         return resolution**3 <= self.table_size
 
     def init(self, seed: int, ids: Tensor, scale: float) -> dict[str, Tensor]:
-        """Features uniform in [-scale, scale], each particle's from its own stream: `grid{l}` of `[P, F, R, R, R]` or `[P, F, T]`."""
+        """Features uniform in [-scale, scale], each particle's from its own stream: `grid{l}` of `[P, F, R, R, R]`
+        or `[P, F, T]`."""
         parameters = {}
         for level, resolution in enumerate(self.resolutions()):
             shape = (resolution,) * 3 if self.is_dense(resolution) else (self.table_size,)
@@ -55,7 +56,8 @@ class HashGrid:
         return parameters
 
     def encode(self, parameters: dict[str, Tensor], points: Tensor) -> Tensor:
-        """Features `[P, L F, N]` at points `[P, N, 3]` in the unit cube (x, y, z); differentiable in parameters and points.
+        """Features `[P, L F, N]` at points `[P, N, 3]` in the unit cube (x, y, z); differentiable in parameters and
+        points.
 
         Points outside are read at the nearest face.
         """

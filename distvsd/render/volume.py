@@ -19,7 +19,8 @@ VolumeBackend = Literal["torch", "nerfacc"]
 
 @dataclass(frozen=True)
 class Composited:
-    """color `[..., 3]` (premultiplied by opacity), opacity `[..., 1]`, depth `[..., 1]` (expected, world units), weights `[..., S]`."""
+    """color `[..., 3]` (premultiplied by opacity), opacity `[..., 1]`, depth `[..., 1]` (expected, world units),
+    weights `[..., S]`."""
 
     color: Tensor
     opacity: Tensor

@@ -1,7 +1,7 @@
 """One round of the score network: K steps on the renders of all ranks, each rank on its slice.
 
-The batch, its noise and its timesteps are keyed by position in the union of the ranks' samples, so they do not depend on
-how many ranks there are. This file does not know how ranks talk: the reduction is handed in.
+The batch, its noise and its timesteps are keyed by position in the union of the ranks' samples, so they do not depend
+on how many ranks there are. This file does not know how ranks talk: the reduction is handed in.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from distvsd.vsd.samples import Samples
 
 
 class Reduced(Protocol):
-    """What a reduction over ranks gives back: the summed gradient `[G]`, the summed numbers, and whether both are sound."""
+    """What a reduction over ranks gives back: the summed gradient `[G]`, the summed numbers, and whether both are
+    sound."""
 
     @property
     def gradient(self) -> Tensor: ...
@@ -33,7 +34,7 @@ class Reduced(Protocol):
 
 
 Reduce = Callable[[Sequence[Tensor], int, Tensor], Reduced]
-"""(gradients of this rank's micro-batches, flag bits, float64 rows to sum) -> Reduced. Communicates: all ranks call it."""
+"""(gradients of this rank's micro-batches, flag bits, float64 rows to sum) -> Reduced. Collective."""
 
 LAG_SAMPLES = 64  # of the union, in which the lag is measured: enough to see it, and its cost does not grow
 
@@ -55,7 +56,8 @@ class TrainingOptions(Protocol):
 
 @dataclass(frozen=True)
 class Fit:
-    """loss: mean score loss of the round's steps. skipped: steps left out on all ranks because a gradient was not finite."""
+    """loss: mean score loss of the round's steps. skipped: steps left out on all ranks because a gradient was not
+    finite."""
 
     loss: float
     skipped: int

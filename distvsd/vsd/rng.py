@@ -73,7 +73,8 @@ def generator(seed: int, purpose: Purpose, *counters: int) -> torch.Generator:
 
 @contextmanager
 def seeded(seed: int, purpose: Purpose, *counters: int) -> Iterator[None]:
-    """Seeds torch's global CPU generator inside the block, for libraries that initialise from it, and restores it after."""
+    """Seeds torch's global CPU generator inside the block, for libraries that initialise from it, and restores it
+    after."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, purpose, *counters).initial_seed())
         yield

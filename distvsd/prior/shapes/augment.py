@@ -95,6 +95,7 @@ def _blurred(layers: Tensor, deviation: Tensor) -> Tensor:
 
 
 def _smooth_noise(count: int, channels: int, resolution: int, cells: int, draw: torch.Generator) -> Tensor:
-    """Cloud-like noise `[count, channels, resolution, resolution]` of about unit size, with `cells` grid cells a side."""
+    """Cloud-like noise `[count, channels, resolution, resolution]` of about unit size, with `cells` grid cells a
+    side."""
     coarse = torch.randn(count, channels, cells, cells, generator=draw)
     return functional.interpolate(coarse, resolution, mode="bicubic", align_corners=True)

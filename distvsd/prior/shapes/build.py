@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -28,8 +28,10 @@ PATCH = 4
 LATENT_SCALE = 1.6  # brings the world's latents to about unit variance
 NOISE_SHIFT = 3.0  # sigma/alpha is that many times the cosine schedule's: images are smooth, so noise must be stronger
 NUM_TIMESTEPS = 1000
-# The UNet predicts x_0: a patch of 48 numbers is on a low-dimensional manifold, while v or eps would have to carry all 48
-# through the last layers, and samples keep what does not fit as noise. Its error is weighted as that of v, 1 / sigma^2, up
+# The UNet predicts x_0: a patch of 48 numbers is on a low-dimensional manifold, while v or eps would have to carry
+# all 48
+# through the last layers, and samples keep what does not fit as noise. Its error is weighted as that of v, 1 /
+# sigma^2, up
 # to this.
 MAX_WEIGHT = 25.0
 EMA = 0.999
@@ -38,7 +40,8 @@ WARMUP = 300
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """What a build depends on. num_images: size of the drawn data set. steps, batch_size, learning_rate: of the training."""
+    """What a build depends on. num_images: size of the drawn data set. steps, batch_size, learning_rate: of the
+    training."""
 
     seed: int = 0
     num_images: int = 30_000
@@ -51,9 +54,11 @@ class BuildConfig:
 
 
 def build(folder: Path, config: BuildConfig, device: str, report: Callable[[str], None], save_every: int = 500) -> None:
-    """Trains and writes the pipeline to `folder`; `folder/build-state` holds what resuming needs and can be deleted after.
+    """Trains and writes the pipeline to `folder`; `folder/build-state` holds what resuming needs and can be deleted
+    after.
 
-    Call it again with the same arguments to continue. Raises ValueError if the folder holds another configuration's state.
+    Call it again with the same arguments to continue. Raises ValueError if the folder holds another configuration's
+    state.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = folder / "build-state"
@@ -158,7 +163,7 @@ class _Trainer:
         progress = self.step / self.config.steps
         decay = 0.5 * (1 + math.cos(math.pi * progress))
         self.optimizer.param_groups[0]["lr"] = self.config.learning_rate * min(1.0, (self.step + 1) / WARMUP) * decay
-        text = self.modules["text_encoder"](tokens.to(self.device))[0]
+        text: Tensor = self.modules["text_encoder"](tokens.to(self.device))[0]
         predicted = self.modules["unet"](noisy.to(self.device), timesteps.to(self.device), text).sample
         loss = (weight.to(self.device) * (predicted - target.to(self.device)).square()).mean()
         self.optimizer.zero_grad()
@@ -167,9 +172,9 @@ class _Trainer:
         self.optimizer.step()
         self.step += 1
         # The average follows faster at first, so that it forgets the random start.
-        weight = 1 - min(EMA, (self.step + 1) / (self.step + 10))
+        towards = 1 - min(EMA, (self.step + 1) / (self.step + 10))
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.values()), list(self.modules.parameters()), weight)
+            torch._foreach_lerp_(list(self.average.values()), list(self.modules.parameters()), towards)
         return float(loss.detach())
 
     def save(self, path: Path) -> None:
@@ -199,10 +204,12 @@ class _Trainer:
         for name, value in self.modules.named_parameters():
             value.data.copy_(self.average[name])
         for part in ("unet", "text_encoder"):
-            module = self.modules[part]
+            module: Any = self.modules[part]
             # Saved in half precision from a copy of the weights, so that training goes on in single precision.
             module.half().save_pretrained(folder / part, safe_serialization=True)
             module.float()
+            for file in (folder / part).iterdir():
+                file.chmod(0o644)  # the libraries write weights that only their owner can read
         for name, value in self.modules.named_parameters():
             value.data.copy_(live[name])
         index = {
@@ -250,7 +257,7 @@ def _models(config: BuildConfig, tokenizer_folder: Path) -> torch.nn.ModuleDict:
     return torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
 
 
-def _scheduler() -> object:
+def _scheduler() -> Any:
     from diffusers import DDIMScheduler
 
     values = alphas_cumprod()
@@ -275,4 +282,4 @@ def _check_same(path: Path, config: BuildConfig) -> None:
 def _save_atomically(tensors: dict[str, Tensor], path: Path) -> None:
     staged = path.with_suffix(".staged")
     save_file(tensors, staged)
-    os.replace(staged, path)
+    staged.replace(path)

@@ -23,7 +23,8 @@ def article(noun: str) -> str:
 
 
 def caption(shape: int, color: int, face: int, wall: int, floor: int, level: str) -> str:
-    """One caption; label meanings as in `Labels`, level one of LEVELS. Rooms know only full, object ("a room") and empty."""
+    """One caption; label meanings as in `Labels`, level one of LEVELS. Rooms know only full, object ("a room") and
+    empty."""
     if level == "empty":
         return ""
     if wall >= 0:
@@ -50,7 +51,7 @@ def draw_captions(labels: Labels, cameras: Cameras, generator: torch.Generator) 
     ]
     texts = []
     for row, level, named, view in zip(rows, levels, suffixed, views, strict=True):
-        text = caption(*row, level=LEVELS[level])
+        text = caption(row[0], row[1], row[2], row[3], row[4], LEVELS[level])
         texts.append(f"{text}, {view}" if named and text and row[3] < 0 else text)
     return texts
 
@@ -102,4 +103,5 @@ def save_tokenizer(folder: Path) -> None:
 def tokenize(tokenizer: object, texts: list[str]) -> Tensor:
     """Token ids `[B, MAX_TOKENS]`, padded as a pipeline pads them."""
     batch = tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")  # type: ignore[operator]
-    return batch.input_ids
+    ids: Tensor = batch.input_ids
+    return ids

@@ -116,7 +116,8 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def classify(self, images: Tensor, batch: int = 256) -> Predictions:
-        """Labels of images `[N, 3, H, W]` of any size, range or floating type, on any device; values are clamped to [0, 1]."""
+        """Labels of images `[N, 3, H, W]` of any size, range or floating type, on any device; values are clamped to
+        [0, 1]."""
         device = self.heads.weight.device
         chunks = [self(part.to(device)) for part in images.split(batch)] or [self(images.to(device))]
         probabilities = {head: torch.cat([chunk[head] for chunk in chunks]).softmax(-1).cpu() for head in HEADS}
@@ -125,7 +126,8 @@ class Classifier(nn.Module):
 
 
 def load_classifier(folder: Path = SHIPPED, device: str | torch.device = "cpu") -> Classifier:
-    """The classifier saved in `folder` (the shipped one unless told), in float32, frozen. Raises PriorError if absent."""
+    """The classifier saved in `folder` (the shipped one unless told), in float32, frozen. Raises PriorError if
+    absent."""
     if not (folder / "model.safetensors").exists() or not (folder / "config.json").exists():
         raise PriorError(
             f"no classifier in {folder}: config.json and model.safetensors are expected there; "

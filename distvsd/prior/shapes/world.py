@@ -234,7 +234,7 @@ def _torus(o: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
 
 def _torus_distance(points: Tensor) -> Tensor:
     ring = points[..., :2].norm(dim=-1) - TORUS_RADIUS
-    return (ring**2 + points[..., 2] ** 2).sqrt() - TORUS_TUBE
+    return torch.hypot(ring, points[..., 2]) - TORUS_TUBE
 
 
 def _draw_rooms(labels: Labels, origins: Tensor, directions: Tensor) -> Tensor:
@@ -242,7 +242,7 @@ def _draw_rooms(labels: Labels, origins: Tensor, directions: Tensor) -> Tensor:
     high = torch.tensor([ROOM_HALF, ROOM_HALF, ROOM_TOP])
     # From inside a box each ray leaves through the nearest of its three far planes.
     safe = torch.where(directions.abs() < 1e-9, torch.full_like(directions, 1e-9), directions)
-    t, axis = torch.maximum((low - origins) / safe, (high - origins) / safe).min(-1)
+    axis = torch.maximum((low - origins) / safe, (high - origins) / safe).argmin(-1)
     up = (axis == 2) & (safe[..., 2] > 0)
     down = (axis == 2) & (safe[..., 2] < 0)
     wall = RGB[labels.wall][:, None, None].expand_as(origins)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from distvsd.errors import PriorError
-from distvsd.prior.prompts import VIEWS, PromptTable, view_index, view_suffix
+from distvsd.prior.prompts import VIEWS, PromptTable, view_index, view_indices, view_suffix
 
 
 class Encoder:
@@ -48,6 +48,14 @@ def test_the_words_for_a_camera_follow_its_azimuth_and_from_above_its_elevation(
 ) -> None:
     assert view_suffix(elevation, azimuth) == view
     assert VIEWS[view_index(elevation, azimuth)] == view
+
+
+def test_many_cameras_at_once_get_the_view_that_each_gets_alone() -> None:
+    pairs = [(elevation, azimuth) for elevation in (-30, 0, 44, 46, 80) for azimuth in range(-539, 540, 7)]
+    elevation, azimuth = torch.tensor(pairs, dtype=torch.float32).deg2rad().unbind(dim=1)
+    indices = view_indices(elevation, azimuth)
+    assert indices.dtype == torch.int64
+    assert indices.tolist() == [view_index(*pair) for pair in pairs]
 
 
 def test_each_particle_reads_its_own_prompt_with_and_without_its_view() -> None:

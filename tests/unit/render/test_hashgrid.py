@@ -7,7 +7,14 @@ from distvsd.render.hashgrid import HashGrid, gather_level
 
 
 def grid(**options):
-    defaults = dict(levels=2, features=3, table_size=4096, base_resolution=4, max_resolution=8, smoothstep=False)
+    defaults = {
+        "levels": 2,
+        "features": 3,
+        "table_size": 4096,
+        "base_resolution": 4,
+        "max_resolution": 8,
+        "smoothstep": False,
+    }
     return HashGrid(**(defaults | options))
 
 

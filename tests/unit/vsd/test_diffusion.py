@@ -43,7 +43,7 @@ def test_velocity_is_defined_at_both_ends_of_the_schedule():
         abar = torch.full((5,), end, dtype=torch.float64)
         noisy = add_noise(latents, noise, abar)
         output = target(latents, noise, abar, "v_prediction")
-        torch.testing.assert_close(to_eps(output, noisy, abar, "v_prediction"), noise if end == 0 else noise)
+        torch.testing.assert_close(to_eps(output, noisy, abar, "v_prediction"), noise)
         torch.testing.assert_close(to_x0(output, noisy, abar, "v_prediction"), latents)
 
 
