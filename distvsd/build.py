@@ -51,6 +51,9 @@ def build_run(config: Config, world: World, watch: Callable[[Round], bool]) -> R
     """
     exact = config.parallel.numerics == "exact"
     views = config.particles.views
+    if exact and world.device.type == "cpu":
+        # torch may split a sum by the number of threads, and that depends on how many ranks share a machine.
+        torch.set_num_threads(1)
     # One particle a call makes its arithmetic independent of who else is on the rank, to the last bit.
     prior = load_prior(
         config.prior.path,
@@ -73,10 +76,24 @@ def build_run(config: Config, world: World, watch: Callable[[Round], bool]) -> R
         world.device,
         micro_batch=views if exact else 0,
     )
-    objective = Objective(
+    loop = Loop(
+        ensemble,
+        _encoder(prior, ensemble.particle, config),
+        _objective(config, prior, score),
+        Exchange(world, [len(ids) * views for ids in assigned]).start,
+        None if config.objective.kind == "sds" else _score_training(config, world, score),
+        config.render.resolution_at,
+        watch,
+        lambda step: (step + 1) % config.log.every == 0,
+    )
+    return Run(config, world, prior, ensemble, score, loop)
+
+
+def _objective(config: Config, prior: Pipeline, score: LoraScore) -> Objective:
+    return Objective(
         config.objective.kind,
         config.run.seed,
-        views,
+        config.particles.views,
         prior.alphas_cumprod,
         functools.partial(prior.eps, guidance_scale=config.prior.guidance_scale),
         score.eps,
@@ -84,26 +101,19 @@ def build_run(config: Config, world: World, watch: Callable[[Round], bool]) -> R
         config.objective.t_max.at,
         config.objective.esd_lambda,
     )
+
+
+def _score_training(config: Config, world: World, score: LoraScore) -> ScoreTraining:
+    numerics = config.parallel.numerics
     length = sum(score.num_parameters)
-    training = ScoreTraining(
+    return ScoreTraining(
         score,
-        lambda vectors, flags, sums: reduce_gradients(world, vectors, length, flags, config.parallel.numerics, sums),
+        lambda vectors, flags, sums: reduce_gradients(world, vectors, length, flags, numerics, sums),
         functools.partial(slice_for, world),
         config.score,
         config.run.seed,
-        micro_batch=1 if exact else 0,
+        micro_batch=1 if numerics == "exact" else 0,
     )
-    loop = Loop(
-        ensemble,
-        _encoder(prior, ensemble.particle, config),
-        objective,
-        Exchange(world, [len(ids) * views for ids in assigned]).start,
-        None if config.objective.kind == "sds" else training,
-        config.render.resolution_at,
-        watch,
-        lambda step: (step + 1) % config.log.every == 0,
-    )
-    return Run(config, world, prior, ensemble, score, loop)
 
 
 def make_ensemble(
@@ -242,7 +252,8 @@ class Restored:
         Nothing random. background: grey level in [0, 1]. Image particles ignore cameras and are opaque; latents are
         decoded. Images of a diverged particle are not finite.
         """
-        rendered = self.ensemble.view(ids, cameras, resolution, background)
+        device = next(iter(self.ensemble.parameters_of(ids[0]).values())).device
+        rendered = self.ensemble.view(ids, cameras.to(device), resolution, background)
         images, opacity = rendered.images, rendered.opacity
         if self.decode is not None:
             images = self.decode(images.flatten(0, 1)).reshape(*images.shape[:2], 3, resolution, resolution)

@@ -70,7 +70,11 @@ def run_prior_info(args: argparse.Namespace) -> int:
     with _only_json(args.json):
         from distvsd.prior.info import describe
 
-        result = describe(args.path, args.measure, report=lambda line: print(line, file=sys.stderr, flush=True))
+        result = describe(args.path)
+        if args.measure:
+            from distvsd.evaluate.prior import measure_prior
+
+            result["measured"] = measure_prior(args.path, report=lambda line: print(line, file=sys.stderr, flush=True))
     _print_result(result, args.json)
     return 0
 

@@ -40,9 +40,9 @@ class Round:
 class Loop:
     """The parts of a run on one rank. encode and exchange are callables; `watch` looks at each finished round.
 
-    encode(views, resolution): this rank's renders as samples, with the graph to the particles. exchange(samples): starts
-    the gather of all ranks' samples (communicates). training is None where no score network is learnt (SDS). watch(round): returns
-    True to stop; every rank must return the same.
+    encode(views, resolution): this rank's renders as samples, with the graph to the particles. exchange(samples):
+    starts the gather of all ranks' samples (communicates). training is None where no score network is learnt (SDS).
+    watch(round): returns True to stop; every rank must return the same.
     """
 
     ensemble: Ensemble

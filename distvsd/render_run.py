@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distvsd.cameras import Cameras
-from distvsd.evaluate.run import BACKGROUND, Restored, evaluation_cameras, final_resolution, groups
+from distvsd.evaluate.views import Restored, groups, render_group, ring
 from distvsd.export.images import contact_sheet, mosaic, save_png, turntable
 
 FRAMES = 36
@@ -37,14 +37,12 @@ def render_particles(restored: Restored, folder: Path, report: Callable[[str], N
     if restored.config.particles.kind == "image":
         return paths
     ids = list(restored.ids)
-    cameras = evaluation_cameras(restored.config, FRAMES)
+    cameras = ring(restored.config, FRAMES)
     if len(ids) > SINGLE_TURNTABLES:
-        views = torch.cat(
-            [_render(restored, group, cameras) for group in _groups(restored, ids[:MOSAIC_PARTICLES], FRAMES)]
-        )
-        return [*paths, turntable(mosaic(views), folder / "turntable.mp4")]
+        frames = mosaic(_images(restored, ids[:MOSAIC_PARTICLES], cameras))
+        return [*paths, turntable(frames, folder / "turntable.mp4")]
     for i in ids:
-        paths.append(turntable(_render(restored, [i], cameras)[0], folder / f"particle-{i:06d}.mp4"))
+        paths.append(turntable(_images(restored, [i], cameras)[0], folder / f"particle-{i:06d}.mp4"))
         report(f"written {paths[-1].name}")
     return paths
 
@@ -52,25 +50,20 @@ def render_particles(restored: Restored, folder: Path, report: Callable[[str], N
 def contact_sheets(restored: Restored, folder: Path) -> list[Path]:
     """`contact-sheet.png`, or numbered ones where the particles do not fit on one: a row a particle, 8 views each."""
     ids = list(restored.ids)
-    cameras = evaluation_cameras(restored.config)
+    cameras = ring(restored.config)
     num_views = cameras.shape[1]
     page = SHEET_CELLS if num_views == 1 else SHEET_ROWS
     pages = [ids[first : first + page] for first in range(0, len(ids), page)]
     paths = []
     for number, chosen in enumerate(pages):
-        images = torch.cat([_render(restored, group, cameras) for group in _groups(restored, chosen, num_views)])
+        images = _images(restored, chosen, cameras)
         labels = [f"{i}  {restored.config.prompts[i]}" for i in chosen] if num_views > 1 else None
         name = "contact-sheet.png" if len(pages) == 1 else f"contact-sheet-{number:03d}.png"
         paths.append(save_png(contact_sheet(images, labels), folder / name))
     return paths
 
 
-def _groups(restored: Restored, ids: list[int], num_views: int) -> list[list[int]]:
-    return groups(ids, num_views * final_resolution(restored.config) ** 2)
-
-
-def _render(restored: Restored, ids: list[int], cameras: Cameras) -> Tensor:
+def _images(restored: Restored, ids: list[int], cameras: Cameras) -> Tensor:
     """Images `[P, V, 3, H, W]` of the particles from the same cameras `[1, V]`."""
-    rows = torch.zeros(len(ids), dtype=torch.int64)
-    images, _ = restored.render(ids, cameras[rows], final_resolution(restored.config), BACKGROUND)
-    return images.cpu()
+    parts = groups(restored.config, ids, cameras.shape[1])
+    return torch.cat([render_group(restored, group, cameras)[0] for group in parts])

@@ -22,7 +22,7 @@ from distvsd.render_run import SHEET_ROWS, contact_sheets
 from distvsd.runtime.metrics import JsonLines
 from distvsd.runtime.paths import Resume, RunLock, RunPaths
 from distvsd.runtime.progress import Progress
-from distvsd.runtime.status import write_status
+from distvsd.runtime.status import read_status, write_status
 
 
 def train(config: Config, resume: Resume = "auto") -> int:
@@ -63,7 +63,7 @@ class _Training:
         self._status("running", self.first)
         try:
             self.parts.loop.run(self.first, rounds)
-            if self.saved != rounds:
+            if self.saved < rounds:
                 self._save(rounds)
             if self.world.rank == 0:
                 finished = load_particles(self.paths.root)
@@ -75,7 +75,7 @@ class _Training:
             for file in (self.metrics, self.health):
                 if file is not None:
                     file.close()
-        self._status("done", rounds)
+        self._status("done", max(self.first, rounds))
 
     def _watch(self, done: Round) -> bool:
         """After each round: what is due by now. The same on every rank, because only the round's number decides."""
@@ -93,11 +93,19 @@ class _Training:
             self._draw(completed)
         return False
 
-    def _log(self, done: Round) -> None:
-        """One line of metrics; communicates who was unhealthy since the last one."""
+    def _log_health(self) -> list[tuple[int, int]]:
+        """Who was unhealthy since the last call, as (step, particle), also into health.jsonl; communicates."""
         reports: list[list[list[int]]] = gather_objects(self.world, self.unhealthy)
         events = sorted((step, particle_id) for report in reports for step, particle_id in report)
         self.unhealthy = []
+        if self.health is not None:
+            for step, particle_id in events:
+                self.health.append({"round": step + 1, "particle": particle_id, "event": "gradient not finite"})
+        return events
+
+    def _log(self, done: Round) -> None:
+        """One line of metrics; communicates."""
+        events = self._log_health()
         completed, now = done.step + 1, time.monotonic()
         rounds = completed - self.logged_round
         rate = rounds * self.config.particles.count / max(now - self.logged_at, 1e-9)
@@ -115,10 +123,8 @@ class _Training:
             "t_max": self.config.objective.t_max.at(done.step),
             "phase_s": {phase: seconds / rounds for phase, seconds in self.seconds.items()},
         }
-        if self.metrics is not None and self.health is not None:
+        if self.metrics is not None:
             self.metrics.append(record)
-            for step, particle_id in events:
-                self.health.append({"round": step + 1, "particle": particle_id, "event": "gradient not finite"})
         self.progress.update(completed, rate, float("nan") if loss is None else loss, self.healthy)
         self.seconds, self.logged_round, self.logged_at = {}, completed, now
 
@@ -133,6 +139,7 @@ class _Training:
 
     def _save(self, completed: int) -> None:
         """The state after `completed` rounds; communicates."""
+        self._log_health()  # before the length of its file is noted
         files = {particle_file(particle_id): state for particle_id, state in self.parts.ensemble.state().items()}
         metadata = {
             "config": to_dict(self.config),
@@ -146,7 +153,7 @@ class _Training:
         self._status("running", completed)
 
     def _resume(self) -> tuple[int, int, int | None]:
-        """Restores the newest sound checkpoint; returns its rounds and its lengths of metrics.jsonl and health.jsonl."""
+        """Restores the newest sound checkpoint; returns its round and its lengths of metrics.jsonl, health.jsonl."""
         checkpoint = self.saver.load()
         if checkpoint is None:
             return 0, 0, 0
@@ -201,7 +208,9 @@ def _claimed(world: World, paths: RunPaths, config: Config, resume: Resume) -> I
     except BaseException as error:
         if world.rank == 0:
             with contextlib.suppress(RunError):
-                write_status(paths.status, "failed", 0, config.schedule.rounds, f"{type(error).__name__}: {error}")
+                reached = (read_status(paths.status) or {}).get("round", 0)
+                message = f"{type(error).__name__}: {error}"
+                write_status(paths.status, "failed", reached, config.schedule.rounds, message)
         raise
     finally:
         if world.rank == 0:

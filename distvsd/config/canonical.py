@@ -55,8 +55,9 @@ def _yaml_lines(key: str, value: Any, indent: str) -> list[str]:
 def _yaml_value(value: Any) -> str:
     """One line of YAML, whatever the text."""
     text = _dumped(value, None)
-    # A text of several lines is quoted with escapes, so that it does not depend on indentation.
-    return _dumped(value, '"') if "\n" in text else text
+    # A text of several lines is quoted with escapes, so that it does not depend on indentation. To YAML 1.1 a line also
+    # ends at U+0085, U+2028 and U+2029, which it would read back as a space.
+    return text if text.splitlines() == [text] else _dumped(value, '"')
 
 
 def _dumped(value: Any, style: str | None) -> str:

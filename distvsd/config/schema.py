@@ -258,7 +258,7 @@ class LogConfig:
     images_every: Count = 0
     """Rounds between contact sheets; 0 is only at the end."""
     wandb: Literal["off", "offline", "online"] = "off"
-    """Whether metrics also go to Weights and Biases."""
+    """Whether metrics also go to Weights and Biases; this version has off only."""
 
 
 @dataclass(frozen=True)

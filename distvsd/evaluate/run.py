@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from distvsd.cameras import Cameras, OrbitSampler
+from distvsd.cameras import Cameras
 from distvsd.config.schema import Config
 from distvsd.evaluate import diversity
 from distvsd.evaluate.labels import (
@@ -28,31 +27,13 @@ from distvsd.evaluate.labels import (
     majority,
     view_accuracy,
 )
+from distvsd.evaluate.views import Restored, groups, render_group, ring
 from distvsd.prior.shapes.classifier import SCENES, Classifier, Predictions, load_classifier
 
-VIEWS = 8
-ELEVATION_DEG = 15.0
-BACKGROUND = 0.5
 EMPTY_OPACITY, FOG_OPACITY = (
     0.01,
     0.98,
 )  # mean opacity over all views below which nothing, above which only fog is there
-PIXELS_AT_ONCE = 1 << 22  # of one render call, so that memory does not grow with the number of particles
-
-
-class Restored(Protocol):
-    """The particles of a run as its newest checkpoint holds them."""
-
-    @property
-    def config(self) -> Config: ...
-
-    @property
-    def ids(self) -> list[int]: ...
-
-    def render(self, ids: list[int], cameras: Cameras, resolution: int, background: float) -> tuple[Tensor, Tensor]:
-        """Images `[P, V, 3, H, W]` and opacity `[P, V, 1, H, W]` of the particles from cameras `[P, V]`, no
-        gradient."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -75,7 +56,7 @@ def evaluate_run(run_dir: Path, report: Callable[[str], None] = lambda text: Non
     result = evaluate_particles(load_particles(run_dir), load_classifier(), report)
     staged = run_dir / "evaluation.json.staged"
     staged.write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(staged, run_dir / "evaluation.json")
+    staged.replace(run_dir / "evaluation.json")
     return result
 
 
@@ -84,7 +65,7 @@ def evaluate_particles(
 ) -> dict[str, Any]:
     """The content of evaluation.json: counts and shares over all particles, then one entry a particle."""
     config, ids = restored.config, list(restored.ids)
-    cameras = evaluation_cameras(config)
+    cameras = ring(config)
     turns = cameras.azimuth[0].rad2deg()
     expected = {i: expected_labels(config.prompts[i]) for i in ids}
     readings = read_particles(restored, cameras, classifier, report)
@@ -112,49 +93,19 @@ def evaluate_particles(
     return result | {"particles_detail": details}
 
 
-def evaluation_cameras(config: Config, num_views: int = VIEWS, elevation_deg: float = ELEVATION_DEG) -> Cameras:
-    """Cameras `[1, V]` of the evaluation: a ring from the front at the run's middle distance and field of view.
-
-    Images have one view, because they do not depend on the camera.
-    """
-    if config.particles.kind == "image":
-        num_views = 1
-    ranges = config.cameras
-    sampler = OrbitSampler(ranges.elevation, ranges.azimuth, ranges.distance, ranges.fovy)
-    return sampler.ring(1, num_views, elevation_deg)
-
-
 def read_particles(
     restored: Restored, cameras: Cameras, classifier: Classifier, report: Callable[[str], None]
 ) -> dict[int, Readings]:
-    """Renders every particle from cameras `[1, V]`, in groups that fit in memory, and classifies every view."""
-    resolution = final_resolution(restored.config)
+    """Renders every particle from cameras `[1, V]` and classifies every view; by particle id."""
     readings = {}
-    num_views = cameras.shape[1]
-    for group in groups(restored.ids, num_views * resolution**2):
-        rows = torch.zeros(len(group), dtype=torch.int64)
-        images, opacity = restored.render(group, cameras[rows], resolution, BACKGROUND)
-        finite = images.isfinite().all(-1).all(-1).all(-1).all(-1) & opacity.isfinite().all(-1).all(-1).all(-1).all(-1)
+    for group in groups(restored.config, restored.ids, cameras.shape[1]):
+        images, opacity = render_group(restored, group, cameras)
+        finite = images.isfinite().flatten(1).all(1) & opacity.isfinite().flatten(1).all(1)
         for row, i in enumerate(group):
-            readings[i] = Readings(
-                classifier.classify(images[row]),
-                classifier.embed(images[row]),
-                float(opacity[row].mean()),
-                bool(finite[row]),
-            )
+            seen = classifier.classify(images[row]), classifier.embed(images[row])
+            readings[i] = Readings(*seen, float(opacity[row].mean()), bool(finite[row]))
         report(f"read {len(readings)} of {len(restored.ids)} particles")
     return readings
-
-
-def groups(ids: Sequence[int], pixels_each: int) -> list[list[int]]:
-    """The ids in order, in groups whose pixels stay below a limit; one particle at least."""
-    size = max(1, PIXELS_AT_ONCE // max(pixels_each, 1))
-    return [list(ids[first : first + size]) for first in range(0, len(ids), size)]
-
-
-def final_resolution(config: Config) -> int:
-    """Pixels along an edge in the last round."""
-    return config.render.resolution_at(config.schedule.rounds - 1)
 
 
 def _labels(reading: Readings, turns: Tensor) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Contact sheets (PNG) and turntables (MP4) from images; Pillow and imageio are imported when they are used."""
+"""Contact sheets (PNG) and turntables (MP4) from images; Pillow and imageio's ffmpeg are imported when used."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def contact_sheet(images: Tensor, labels: Sequence[str] | None = None) -> Image:
         raise ValueError(f"contact_sheet got {len(labels)} labels for {count} particles; give one each or none")
     columns = num_views if num_views > 1 else math.ceil(math.sqrt(count))
     rows = math.ceil(count * num_views / columns)
-    scale = cell_scale(*images.shape[-2:], rows * columns)
+    scale = cell_scale(images.shape[-2], images.shape[-1], rows * columns)
     height, width = (max(1, round(edge * scale)) for edge in images.shape[-2:])
     texts = [_wrapped(label, width if num_views == 1 else None) for label in labels or []]
     left, below = _label_room(texts, beside=num_views > 1)
@@ -109,31 +109,28 @@ def mosaic(images: Tensor, edge: int = 2 * VIDEO_EDGE) -> Tensor:
 def turntable(frames: Tensor, path: Path) -> Path:
     """Writes frames `[F, 3, H, W]` in [0, 1] as an H.264 MP4 of even size, small frames enlarged; returns the path.
 
-    Raises BackendError where imageio with its ffmpeg is not installed.
+    Raises BackendError where imageio's ffmpeg is not installed.
     """
     try:
-        import imageio.v2 as imageio
-        import imageio_ffmpeg  # noqa: F401  (imageio finds it by itself, but says little where it is absent)
+        from imageio_ffmpeg import write_frames
     except ImportError as error:
         raise BackendError(
-            f"turntables need imageio and its ffmpeg, and {error.name} is not installed; pip install 'imageio[ffmpeg]'"
+            f"turntables need ffmpeg, and {error.name} is not installed; pip install 'imageio[ffmpeg]'"
         ) from error
     scale = max(1, VIDEO_EDGE // max(frames.shape[-2:]))
     width, height = (edge * scale // 2 * 2 for edge in (frames.shape[-1], frames.shape[-2]))
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A block size of 1 keeps the size as it is: the writer would stretch to multiples of 16.
-    with imageio.get_writer(
-        path, format="FFMPEG", mode="I", fps=FRAMES_PER_SECOND, codec="libx264", quality=8, macro_block_size=1
-    ) as writer:
+    # A block size of 2 keeps the size as it is: the writer would stretch to multiples of 16.
+    writer = write_frames(
+        str(path), (width, height), fps=FRAMES_PER_SECOND, codec="libx264", quality=8, macro_block_size=2
+    )
+    writer.send(None)
+    try:
         for frame in frames:
-            writer.append_data(_pixels(to_image(frame).resize((width, height), _filter(scale))))
+            writer.send(to_image(frame).resize((width, height), _filter(scale)).tobytes())
+    finally:
+        writer.close()
     return path
-
-
-def _pixels(image: Image) -> object:
-    import numpy
-
-    return numpy.asarray(image)
 
 
 def _filter(scale: float) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +15,17 @@ from distvsd.prior.folder import PipelineFolder, open_folder
 from distvsd.prior.load import build_scheduler, load_prior, prediction_type_of
 
 
-def describe(
-    path: str, measure: bool = False, samples: int = 500, report: Callable[[str], None] = lambda line: None
-) -> dict[str, Any]:
+def describe(path: str) -> dict[str, Any]:
     """What the prior at `path` is, as one JSON object; reads headers and hashes files, loads no model.
 
-    measure: also draws `samples` images a caption level and counts what they show ("measured"; only a prior of the
-    shapes world has labels to count), with progress lines to `report`. Raises PriorError as `load_prior` does.
+    Raises PriorError as `load_prior` does.
     """
     folder = open_folder(path)
     scheduler = build_scheduler(folder)
     schedule = scheduler.alphas_cumprod
     components = {name: _component(folder, name) for name in ("unet", "vae", "text_encoder")}
     side = folder.native_resolution // folder.downscale
-    description: dict[str, Any] = {
+    return {
         "path": str(folder.path),
         "pipeline": folder.index.get("_class_name"),
         "identity": folder.identity(),
@@ -43,11 +39,6 @@ def describe(
         "resolution": folder.native_resolution,
         "latent_shape": [folder.latent_channels, side, side],
     }
-    if measure:
-        from distvsd.evaluate.prior import measure_prior
-
-        description["measured"] = measure_prior(path, samples, report)
-    return description
 
 
 def sample(

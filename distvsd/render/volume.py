@@ -80,4 +80,5 @@ def _nerfacc_weights(starts: Tensor, ends: Tensor, density: Tensor) -> Tensor:
     # nerfacc takes [rays, samples]; only its dense path runs without CUDA.
     flat = density.reshape(-1, density.shape[-1])
     weights, _, _ = render_weight_from_density(starts.reshape_as(flat), ends.reshape_as(flat), flat)
-    return weights.reshape(density.shape)
+    shaped: Tensor = weights.reshape(density.shape)
+    return shaped

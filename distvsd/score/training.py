@@ -121,7 +121,9 @@ class ScoreTraining:
 
     def _batch(self, union: Samples, step: int, lane: int) -> Samples:
         extra = round(len(union) * self.options.replay_share / (1 - self.options.replay_share))
-        if extra == 0 or self.score.replay.oldest() is None:
+        old = self.score.replay.oldest()
+        # After a change of resolution the kept renders do not fit; they are dropped when this union is pushed.
+        if extra == 0 or old is None or old.latents.shape[1:] != union.latents.shape[1:]:
             return union
         return Samples.cat([union, self.score.replay.draw(extra, self.seed, step, lane)])
 

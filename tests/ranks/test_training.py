@@ -96,6 +96,19 @@ def test_more_ranks_than_particles_is_legal(tmp_path, prior_folder):
     assert len([name for name in digests(few.run.dir) if name.startswith("particle")]) == 2
 
 
+def test_a_rank_without_particles_follows_a_change_of_resolution(tmp_path, prior_folder):
+    """It gives no rows, but of the width that the others' rows have by then."""
+    found = []
+    for size in (1, 3):
+        changing = {"particles.count": 2, "render.resolution": "{0: 16, 2: 24}", "parallel.numerics": "exact"}
+        run = config(tmp_path / f"w{size}", prior_folder, **changing)
+        run_ranks(lambda world, run=run: train(run), size)
+        found.append(digests(run.run.dir))
+    assert found[0] == found[1]
+    lines = (Path(run.run.dir) / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["resolution"] for line in lines] == [16, 24]
+
+
 def test_a_resumed_run_equals_one_that_was_not_interrupted(tmp_path, prior_folder):
     whole = config(tmp_path / "whole", prior_folder, **{"parallel.numerics": "exact"})
     run_ranks(lambda world: train(whole), 2)

@@ -1,6 +1,7 @@
-"""Trains the embedded prior from nothing: images of the world, a text encoder, a UNet; written as a diffusers pipeline.
+"""Trains the embedded prior from nothing: images of the world, a text encoder, a UNet, and the classifier beside them.
 
-One command (`distvsd prior build`), resumable, deterministic by seed on one machine with one number of threads.
+One command (`distvsd prior build`), resumable, deterministic by seed on one machine with one number of threads. The
+result is an ordinary diffusers pipeline.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from distvsd.cameras import Cameras
+from distvsd.errors import UsageError
 from distvsd.prior.codec import PatchCodec
 from distvsd.prior.shapes import world
 from distvsd.prior.shapes.captions import MAX_TOKENS, draw_captions, save_tokenizer, tokenize
+from distvsd.prior.shapes.train_classifier import train_classifier
 from distvsd.vsd.rng import Purpose, generator, seeded
 
 PATCH = 4
@@ -57,7 +60,7 @@ def build(folder: Path, config: BuildConfig, device: str, report: Callable[[str]
     """Trains and writes the pipeline to `folder`; `folder/build-state` holds what resuming needs and can be deleted
     after.
 
-    Call it again with the same arguments to continue. Raises ValueError if the folder holds another configuration's
+    Call it again with the same arguments to continue. Raises UsageError if the folder holds another configuration's
     state.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,6 +76,7 @@ def build(folder: Path, config: BuildConfig, device: str, report: Callable[[str]
     trainer.load(state / "training.safetensors")
     train(trainer, images, labels, cameras, folder, config, report, save_every)
     trainer.write(folder)
+    train_classifier(folder, config.seed, report=report)
     report(f"written {folder}")
 
 
@@ -275,7 +279,7 @@ def _scheduler() -> Any:
 def _check_same(path: Path, config: BuildConfig) -> None:
     current = json.loads(json.dumps(asdict(config)))
     if path.exists() and json.loads(path.read_text()) != current:
-        raise ValueError(f"{path} was begun with another configuration; give the same one or another folder")
+        raise UsageError(f"{path} was begun with another configuration; give the same one or another folder")
     path.write_text(json.dumps(current, indent=2) + "\n")
 
 

@@ -77,6 +77,7 @@ def configs(draw: st.DrawFn) -> Config:
         ),
         score=replace(config.score, replay_rounds=config.score.replay_rounds + 1),
         render=replace(config.render, backend="auto"),
+        log=replace(config.log, wandb="off"),
     )
 
 
@@ -92,6 +93,15 @@ def test_every_configuration_reads_back_from_its_yaml(config: Config) -> None:
     assert diff(config, again) == []
 
 
+@pytest.mark.parametrize("ending", ["\n", "\r", "\x0b", "\x85", "\u2028", "\u2029", "\ufeff"])
+@pytest.mark.parametrize("text", ["a{}b", "a{}", "{}b", "a: {}- b", "a\n{}\n"])
+def test_texts_with_any_line_ending_read_back_the_same(tmp_path: Path, text: str, ending: str) -> None:
+    config = replace(Config(), prompt=text.format(ending))
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config), encoding="utf-8")
+    assert load_config(path) == config
+
+
 def test_pairs_and_whole_numbers_are_written_as_people_do() -> None:
     text = to_yaml(Config())
     assert "  elevation: [-10, 45]\n" in text
@@ -103,7 +113,6 @@ def test_pairs_and_whole_numbers_are_written_as_people_do() -> None:
     [
         "run.dir=elsewhere",
         "log.every=3",
-        "log.wandb=offline",
         "checkpoint.every=1",
         "checkpoint.keep=9",
         "parallel.timeout_s=5",

@@ -78,6 +78,7 @@ BAD = [
         ["render.resolution changes", "latent images"],
     ),
     ("log: {wandb: on}", 1, ["log.wandb", "off, offline, online"]),
+    ("log:\n  wandb: online", 2, ["log.wandb is online", "metrics.jsonl only", "set off"]),
     ("run: {seed: 1}\nrun: {seed: 2}", 2, ["'run' is given twice", "run.yaml:1"]),
     ("run:\n  seed: 1\n  seed: 1", 3, ["'seed' is given twice", "run.yaml:2"]),
     ("prompt: a\nrun: {seed: !!python/name:os.system x}", 2, ["python/name:os.system", "leave it out"]),

@@ -1,0 +1,310 @@
+"""What each phase of a round costs: time, floating-point operations, peak memory; and particle updates per second.
+
+The rounds are the trainer's own (`distvsd.loop`), of any configuration, on the CPU or on GPUs, alone and on ranks. It
+trains nothing worth keeping and writes no run directory:
+
+    python benchmarks/phases.py configs/quickstart.yaml particles.count=16 --ranks 1 2 --json phases.json
+
+Ranks share the machine: each gets its part of the cores. See `_measure` for how each column is taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from torch.autograd.profiler import record_function
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from distvsd.build import build_run
+from distvsd.config import digest, load_config
+from distvsd.loop import Loop
+from distvsd.parallel.collectives import barrier, gather_objects
+from distvsd.parallel.world import World, open_world
+from distvsd.particles import Ensemble
+from distvsd.score.training import ScoreTraining
+
+PHASES = ("render", "encode", "exchange", "prior", "score", "update", "score training", "reduction", "rest")
+MARK = "phase of a round: "
+Meter = Callable[[str], AbstractContextManager[None]]
+Shape = Sequence[int]
+
+
+def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    count: int = sdpa_flop_count(query, key, value)
+    return count
+
+
+def _attention_backward(out: Shape, query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    count: int = sdpa_backward_flop_count(out, query, key, value)
+    return count
+
+
+# torch 2.13 counts every fused attention but the CPU's.
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+class Clock:
+    """Seconds by phase, each without the phases inside it. Waits for the device at every border."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds = device, dict.fromkeys(PHASES, 0.0)
+        self._open, self._last = ["rest"], self._now()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        self.lap()
+        self._open.append(phase)
+        yield
+        self.lap()
+        self._open.pop()
+
+    def lap(self) -> None:
+        """Gives the time since the last border to the innermost open phase."""
+        now = self._now()
+        self.seconds[self._open[-1]] += now - self._last
+        self._last = now
+
+    def _now(self) -> float:
+        synchronise(self.device)
+        return time.perf_counter()
+
+
+class Flops:
+    """Operations by phase, backward passes too: matrix products, convolutions and attention (2 per multiply-add).
+
+    Element-wise work and gathers count nothing, as everywhere: the render of a hash grid is mostly that.
+    """
+
+    def __init__(self) -> None:
+        self.operations = dict.fromkeys(PHASES, 0)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+            yield
+        self.operations[phase] += counter.get_total_flops()
+
+
+class CudaPeaks:
+    """Most bytes allocated during each phase, above what was allocated when the round began."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.bytes = device, dict.fromkeys(PHASES, 0)
+        synchronise(device)
+        self._before = torch.cuda.memory_allocated(device)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        torch.cuda.reset_peak_memory_stats(self.device)
+        yield
+        synchronise(self.device)
+        peak = torch.cuda.max_memory_allocated(self.device) - self._before
+        self.bytes[phase] = max(self.bytes[phase], peak)
+
+
+@contextmanager
+def marked(phase: str) -> Iterator[None]:
+    """Only leaves a mark in a profile."""
+    with record_function(MARK + phase):
+        yield
+
+
+def cpu_peaks(recorded: profile) -> dict[str, int]:
+    """`CudaPeaks` for the host, from the allocations in a profile whose phases are marked."""
+    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
+    events = recorded.profiler.kineto_results.events()
+    spans = [(e.name().removeprefix(MARK), e.start_ns(), e.end_ns()) for e in events if e.name().startswith(MARK)]
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    peaks, live = dict.fromkeys(PHASES, 0), 0
+    for at, change in changes:
+        live += change
+        for phase, first, last in spans:
+            if first <= at <= last:
+                peaks[phase] = max(peaks[phase], live)
+    return peaks
+
+
+def measured(loop: Loop, meter: Meter) -> Loop:
+    """The same loop with every part inside `meter`. The reduction of the score's gradients counts by itself."""
+
+    def within(phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def metered(*args: Any, **kwargs: Any) -> Any:
+            with meter(phase):
+                return call(*args, **kwargs)
+
+        return metered
+
+    def exchange(samples: Any) -> Any:
+        pending = within("exchange", loop.exchange)(samples)
+        return SimpleNamespace(wait=within("exchange", pending.wait))
+
+    ensemble, objective, training = loop.ensemble, loop.objective, loop.training
+    parts = SimpleNamespace(render=within("render", ensemble.render), update=within("update", ensemble.update))
+    objective = dataclasses.replace(
+        objective, prior_eps=within("prior", objective.prior_eps), score_eps=within("score", objective.score_eps)
+    )
+    learner = None
+    if training is not None:
+        training = dataclasses.replace(training, reduce=within("reduction", training.reduce))
+        learner = cast(ScoreTraining, SimpleNamespace(round=within("score training", training.round)))
+    return dataclasses.replace(
+        loop,
+        ensemble=cast(Ensemble, parts),
+        encode=within("encode", loop.encode),
+        objective=objective,
+        exchange=exchange,
+        training=learner,
+    )
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _measure(world: World, loop: Loop, warmup: int, rounds: int) -> dict[str, Any]:
+    """This rank's figures; every rank calls it. Each column is taken in rounds of its own, for measuring disturbs.
+
+    First `rounds` rounds as they are, for the throughput; as many with a clock that waits for the device at every
+    border; one with the operations counted; one with the allocations recorded.
+    """
+    loop = dataclasses.replace(loop, lag_due=lambda step: False)
+    loop.run(0, warmup)
+    synchronise(world.device)
+    barrier(world)
+    began = time.perf_counter()
+    loop.run(warmup, warmup + rounds)
+    synchronise(world.device)
+    barrier(world)
+    seconds, step = (time.perf_counter() - began) / rounds, warmup + rounds
+    clock = Clock(world.device)
+    measured(loop, clock).run(step, step + rounds)
+    clock.lap()
+    step += rounds
+    flops = Flops()
+    measured(loop, flops).run(step, step + 1)
+    return {
+        "round_s": seconds,
+        "phase_s": {phase: total / rounds for phase, total in clock.seconds.items()},
+        "flops": flops.operations,
+        "peak_bytes": _peaks(world.device, loop, step + 1),
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def _peaks(device: torch.device, loop: Loop, step: int) -> dict[str, int]:
+    if device.type == "cuda":
+        peaks = CudaPeaks(device)
+        measured(loop, peaks).run(step, step + 1)
+        return peaks.bytes
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        measured(loop, marked).run(step, step + 1)
+    return cpu_peaks(recorded)
+
+
+def work(args: argparse.Namespace) -> None:
+    """One rank: builds the run, measures it, and on rank 0 writes what all ranks found to `args.worker`."""
+    config = load_config(args.config, args.overrides)
+    with open_world(config.parallel.timeout_s) as world:
+        run = build_run(config, world, lambda done: False)
+        found = gather_objects(world, _measure(world, run.loop, args.warmup, args.rounds))
+        if world.rank == 0:
+            device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.machine()
+            total = {
+                "ranks": world.size,
+                "device": f"{world.device.type}: {device}",
+                "threads": torch.get_num_threads(),
+                "particles": config.particles.count,
+                "config_digest": digest(config),
+                "round_s": max(rank["round_s"] for rank in found),
+                "updates_per_s": config.particles.count / max(rank["round_s"] for rank in found),
+                "phase_s": _by_phase(found, "phase_s", lambda values: sum(values) / len(values)),
+                "flops": _by_phase(found, "flops", sum),
+                "peak_bytes": _by_phase(found, "peak_bytes", max),
+                "peak_rss_bytes": max(rank["peak_rss_bytes"] for rank in found),
+            }
+            Path(args.worker).write_text(json.dumps(total), encoding="utf-8")
+
+
+def _by_phase(found: list[dict[str, Any]], column: str, join: Callable[[list[Any]], Any]) -> dict[str, Any]:
+    return {phase: join([rank[column][phase] for rank in found]) for phase in PHASES}
+
+
+def launch(args: argparse.Namespace, ranks: int) -> dict[str, Any]:
+    """Starts `work` on so many ranks of this machine, through torchrun where there are several."""
+    cores = len(os.sched_getaffinity(0))
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // ranks))}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "found.json"
+        options = ["--worker", str(out), "--rounds", str(args.rounds), "--warmup", str(args.warmup)]
+        command = [sys.executable, *torchrun, __file__, args.config, *args.overrides, *options]
+        subprocess.run(command, env=environment, check=True)
+        found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """Markdown: mean milliseconds of a rank, their share, operations of all ranks, the largest peak of a rank."""
+    lines = [
+        f"{found['ranks']} rank(s) x {found['threads']} thread(s), {found['device']}, {found['particles']} particles: "
+        f"{found['updates_per_s']:.2f} particle updates/s, {1000 * found['round_s']:.1f} ms a round, "
+        f"peak RSS {found['peak_rss_bytes'] / 2**20:.0f} MiB a rank",
+        "",
+        "| phase | ms | share | GFLOP | GFLOP/s | peak MiB |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    whole = sum(found["phase_s"].values())
+    for phase in PHASES:
+        seconds, operations = found["phase_s"][phase], found["flops"][phase]
+        rate = f"{operations / seconds / found['ranks'] / 1e9:.1f}" if operations and seconds else "-"
+        lines.append(
+            f"| {phase} | {1000 * seconds:.2f} | {seconds / whole:.1%} | {operations / 1e9:.3f} | {rate} "
+            f"| {found['peak_bytes'][phase] / 2**20:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields to set last")
+    default = [1, 2] if not torch.cuda.is_available() or torch.cuda.device_count() > 1 else [1]
+    parser.add_argument("--ranks", type=int, nargs="+", default=default, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=10, help="rounds a column (default: %(default)s)")
+    parser.add_argument("--warmup", type=int, default=3, help="rounds before it (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
+    parser.add_argument("--worker", metavar="FILE", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.worker:
+        work(args)
+        return
+    found = [launch(args, ranks) for ranks in args.ranks]
+    print("\n\n".join(map(table, found)))
+    text = json.dumps({"torch": torch.__version__, "processor": platform.processor(), "worlds": found})
+    print(f"\n{text}")
+    if args.json:
+        args.json.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

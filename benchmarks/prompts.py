@@ -1,0 +1,76 @@
+"""Label accuracy of 3-D VSD on the embedded prior: prompts x particles x views, counted by the classifier.
+
+    python benchmarks/prompts.py --out runs/prompts [--prompts 10] [--particles 8] [--seed 0] [--ranks 2] [key=value]
+
+The prompts are drawn by the seed from the 30 colours and shapes, so nobody chose them. All particles train in one run:
+one score network serves every prompt. Prints a table and one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from distvsd.evaluate.run import evaluate_run
+from distvsd.prior.shapes.captions import article
+from distvsd.prior.shapes.world import COLORS, SHAPES
+
+QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+
+
+def draw_prompts(count: int, seed: int) -> list[str]:
+    """`count` different prompts with every colour and every shape as often as any other, up to one."""
+    rng = random.Random(seed)
+    every = [(color, shape) for color in COLORS for shape in SHAPES]
+    chosen: list[tuple[str, str]] = []
+    while len(chosen) < count:
+        rest = [pair for pair in every if pair not in chosen]
+        used = {name: sum(name in pair for pair in chosen) for name in (*COLORS, *SHAPES)}
+        rng.shuffle(rest)
+        chosen.append(min(rest, key=lambda pair: used[pair[0]] + used[pair[1]]))
+    return [f"{article(color)} {shape}" for color, shape in chosen]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="run directory")
+    parser.add_argument("--prompts", type=int, default=10)
+    parser.add_argument("--particles", type=int, default=8, help="particles a prompt")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args()
+    prompts = draw_prompts(args.prompts, args.seed)
+    each = [prompt for prompt in prompts for _ in range(args.particles)]
+    overrides = [
+        f"run.dir={args.out}",
+        f"run.seed={args.seed}",
+        f"prompt={json.dumps(each)}",
+        f"particles.count={len(each)}",
+        *args.overrides,
+    ]
+    start = time.monotonic()
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks)]
+    command = [sys.executable, *launcher, "-m", "distvsd.train", str(QUICKSTART), *overrides]
+    threads = max((os.cpu_count() or 1) // args.ranks, 1)
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+    seconds = time.monotonic() - start
+    result = evaluate_run(args.out)
+    print("\n| prompt | colour | shape | labels of the particles |\n|---|---|---|---|")
+    for prompt in prompts:
+        mine = [detail for detail in result["particles_detail"] if detail["prompt"] == prompt]
+        color, shape = (sum(d["view_accuracy"][head] for d in mine) / len(mine) for head in ("color", "shape"))
+        labels = ", ".join(f"{d['labels'].get('color', '?')} {d['labels'].get('shape', '?')}" for d in mine)
+        print(f"| {prompt} | {color:.1%} | {shape:.1%} | {labels} |")
+    keys = ("particles", "views", "label_accuracy", "view_accuracy", "empty", "diverged")
+    print(json.dumps({key: result[key] for key in keys} | {"train_s": round(seconds)}))
+
+
+if __name__ == "__main__":
+    main()

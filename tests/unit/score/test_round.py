@@ -1,0 +1,256 @@
+"""One round of the score network: how many steps, on what, at which rate, and what is left out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from distvsd.score.lora import LoraScore
+from distvsd.score.training import LAG_SAMPLES, Fit, ScoreTraining
+from distvsd.vsd.samples import Samples
+
+from .conftest import draw
+
+
+@dataclass(frozen=True)
+class Options:
+    steps_per_round: int = 1
+    learning_rate: float = 1e-2
+    learning_rate_scaling: str = "none"
+    camera_drop: float = 0.0
+    replay_share: float = 0.0
+
+
+@dataclass(frozen=True)
+class Sum:
+    gradient: Tensor
+    sums: Tensor
+    usable: bool
+
+
+@dataclass
+class OneRank:
+    """The reduction of a world of one rank, which remembers what it was given."""
+
+    gradients: list[Tensor] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+
+    def __call__(self, vectors: Sequence[Tensor], flags: int, sums: Tensor) -> Sum:
+        total = torch.stack(list(vectors)).sum(0)
+        self.gradients.append(total)
+        self.rows.append(len(sums))
+        return Sum(total, sums.sum(0), bool(total.isfinite().all() and sums.isfinite().all()))
+
+
+def training(
+    score: LoraScore, reduce: Any, share: Callable[[int], slice] = lambda n: slice(0, n), **options: Any
+) -> ScoreTraining:
+    return ScoreTraining(score, reduce, share, Options(**options), seed=3, micro_batch=0)
+
+
+def union_of(count: int, lane: int = 2, size: int = 8) -> Samples:
+    """Renders of eight particles at most, no two unions of different lanes the same."""
+    return Samples(
+        draw(lane, count, 4, size, size),
+        draw(lane + 50, count, 16),
+        torch.arange(count) % 8,
+        torch.zeros(count, dtype=torch.int64),
+        torch.ones(count),
+    )
+
+
+def seen_by(score: LoraScore, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Samples, Tensor, Tensor, Tensor]]:
+    """What every call of `gradients` is given: samples, timesteps, noise, kept cameras."""
+    calls: list[tuple[Samples, Tensor, Tensor, Tensor]] = []
+    original = score.gradients
+
+    def gradients(samples: Samples, timesteps: Tensor, noise: Tensor, keep: Tensor, *rest: Any) -> Any:
+        calls.append((samples, timesteps, noise, keep))
+        return original(samples, timesteps, noise, keep, *rest)
+
+    monkeypatch.setattr(score, "gradients", gradients)
+    return calls
+
+
+def flat(score: LoraScore) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in score.trainable.values()])
+
+
+def test_k_steps_draw_fresh_times_and_noise_for_the_same_samples(unet, make_score, monkeypatch) -> None:
+    score, reduce = make_score(unet, shaken=True), OneRank()
+    calls = seen_by(score, monkeypatch)
+    fit = training(score, reduce, steps_per_round=3).round(union_of(5), 7)
+    assert score.num_steps == 3 and len(reduce.gradients) == 3 and fit.skipped == 0
+    assert all(torch.equal(samples.latents, union_of(5).latents) for samples, *_ in calls)
+    noises = [noise for _, _, noise, _ in calls]
+    assert not torch.equal(noises[0], noises[1]) and not torch.equal(noises[1], noises[2])
+    assert len({tuple(timesteps.tolist()) for _, timesteps, _, _ in calls}) == 3
+
+
+def test_the_first_step_is_the_gradient_of_the_mean_loss_and_the_fit_its_value(unet, make_score, monkeypatch) -> None:
+    score, reduce = make_score(unet, shaken=True), OneRank()
+    calls = seen_by(score, monkeypatch)
+    twin = make_score(unet, shaken=True)
+    fit = training(score, reduce).round(union_of(5), 7)
+    loss = twin.loss(*calls[0]).mean()
+    expected = torch.autograd.grad(loss, list(twin.trainable.values()))
+    assert fit.loss == pytest.approx(loss.item(), rel=1e-6)
+    assert torch.allclose(reduce.gradients[0], torch.cat([g.flatten() for g in expected]), atol=1e-6)
+
+
+def test_times_cover_the_whole_range_and_not_that_of_the_particles(unet, make_score, monkeypatch) -> None:
+    score = make_score(unet)
+    calls = seen_by(score, monkeypatch)
+    step = training(score, OneRank(), steps_per_round=8)
+    step.round(union_of(64, size=2), 0)
+    times = torch.cat([timesteps for _, timesteps, _, _ in calls])
+    assert times.min() < 5 and times.max() > 94  # of 0..99, 512 draws: missed with probability 1e-11
+
+
+def test_cameras_are_dropped_with_the_given_probability(unet, make_score, monkeypatch) -> None:
+    score = make_score(unet)
+    calls = seen_by(score, monkeypatch)
+    for drop in (0.0, 0.25, 1.0):
+        training(score, OneRank(), steps_per_round=8, camera_drop=drop).round(union_of(64, size=2), 0)
+    kept = [torch.cat([keep for *_, keep in calls[first : first + 8]]).float().mean().item() for first in (0, 8, 16)]
+    assert kept[0] == 1 and kept[2] == 0
+    assert kept[1] == pytest.approx(0.75, abs=4 * (0.25 * 0.75 / 512) ** 0.5)
+
+
+def test_each_rank_trains_on_its_slice_with_the_draws_of_its_rows(unet, make_score, monkeypatch) -> None:
+    """So that what the ranks sum does not depend on how many there are."""
+    whole_score, part_score = make_score(unet, shaken=True), make_score(unet, shaken=True)
+    whole, part = seen_by(whole_score, monkeypatch), seen_by(part_score, monkeypatch)
+    reduces = [OneRank() for _ in range(3)]
+    training(whole_score, reduces[0]).round(union_of(5), 4)
+    training(part_score, reduces[1], lambda n: slice(0, 2)).round(union_of(5), 4)
+    other = make_score(unet, shaken=True)
+    training(other, reduces[2], lambda n: slice(2, n)).round(union_of(5), 4)
+    for ours, theirs in zip(part[0][1:], whole[0][1:], strict=True):
+        assert torch.equal(ours, theirs[:2])
+    assert [reduce.rows for reduce in reduces] == [[5], [2], [3]]
+    summed = reduces[1].gradients[0] + reduces[2].gradients[0]
+    assert torch.allclose(summed, reduces[0].gradients[0], atol=1e-6)
+
+
+def test_a_share_of_each_batch_comes_from_earlier_rounds(unet, make_score, monkeypatch) -> None:
+    score = make_score(unet)
+    calls = seen_by(score, monkeypatch)
+    step = training(score, OneRank(), replay_share=0.25)
+    step.round(union_of(6), 0)
+    step.round(union_of(6, lane=20), 1)
+    first, second = calls[0][0], calls[1][0]
+    assert len(first) == 6  # nothing was kept before
+    assert len(second) == 8  # 2 of 8 are a quarter
+    assert torch.equal(second.latents[:6], union_of(6, lane=20).latents)
+    old = union_of(6).latents
+    assert all(any(torch.equal(row, kept) for kept in old) for row in second.latents[6:])
+    assert score.replay.rounds == [0, 1]
+
+
+def test_without_a_share_nothing_is_replayed_but_kept_for_the_lag(unet, make_score, monkeypatch) -> None:
+    score = make_score(unet, replay_rounds=2)
+    calls = seen_by(score, monkeypatch)
+    step = training(score, OneRank())
+    for number in range(4):
+        step.round(union_of(3, lane=number), number)
+    assert [len(samples) for samples, *_ in calls] == [3, 3, 3, 3]
+    assert score.replay.rounds == [2, 3]
+
+
+def test_renders_of_another_resolution_are_not_replayed(unet, make_score, monkeypatch) -> None:
+    score = make_score(unet)
+    calls = seen_by(score, monkeypatch)
+    step = training(score, OneRank(), replay_share=0.5)
+    step.round(union_of(3, size=4), 0)
+    step.round(union_of(3, size=8), 1)
+    step.round(union_of(3, size=8), 2)
+    assert [len(samples) for samples, *_ in calls] == [3, 3, 6]
+    assert score.replay.rounds == [1, 2]
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_counted(unet, make_score) -> None:
+    score, reduce = make_score(unet, shaken=True), OneRank()
+    before, calls = flat(score), iter(range(9))
+
+    def second_fails(vectors: Sequence[Tensor], flags: int, sums: Tensor) -> Sum:
+        reduced = reduce(vectors, flags, sums)
+        return Sum(reduced.gradient * math.nan, reduced.sums, False) if next(calls) == 1 else reduced
+
+    fit = training(score, second_fails, steps_per_round=3).round(union_of(4), 0)
+    assert fit.skipped == 1 and math.isfinite(fit.loss)
+    assert score.num_steps == 2
+    assert flat(score).isfinite().all() and not torch.equal(flat(score), before)
+
+
+def test_masked_samples_change_neither_gradient_nor_loss(unet, make_score) -> None:
+    clean, poisoned = union_of(5), union_of(5)
+    clean.weight[2] = poisoned.weight[2] = 0.0
+    poisoned.latents[2] = math.nan
+    poisoned.cameras[2] = math.inf
+    found: list[tuple[Fit, Tensor]] = []
+    for union in (clean, poisoned):
+        score = make_score(unet, shaken=True)
+        found.append((training(score, OneRank()).round(union, 0), flat(score)))
+        assert len(score.replay) == 4
+    assert found[0][0] == found[1][0] and found[0][0].skipped == 0
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_a_round_without_a_valid_sample_moves_nothing_and_calls_nobody(unet, make_score) -> None:
+    union = union_of(3)
+    union.weight.zero_()
+    score, reduce = make_score(unet, shaken=True), OneRank()
+    before = flat(score)
+    fit = training(score, reduce, steps_per_round=2).round(union, 0)
+    assert math.isnan(fit.loss) and fit.skipped == 2
+    assert not reduce.gradients and torch.equal(flat(score), before) and len(score.replay) == 0
+
+
+@pytest.mark.parametrize(("scaling", "factor"), [("none", 1.0), ("sqrt", 3.0), ("linear", 9.0)])
+def test_the_rate_grows_with_the_batch_as_asked(unet, make_score, monkeypatch, scaling: str, factor: float) -> None:
+    score = make_score(unet)
+    rates: list[float] = []
+    monkeypatch.setattr(score, "step", lambda gradient, rate: rates.append(rate))
+    training(score, OneRank(), learning_rate_scaling=scaling).round(union_of(9, size=2), 0)
+    assert rates == [pytest.approx(1e-2 * factor)]
+
+
+def test_the_lag_needs_something_older_and_is_zero_for_the_same_renders(unet, make_score) -> None:
+    score = make_score(unet, shaken=True)
+    step = training(score, OneRank())
+    assert step.lag(union_of(4), 0) is None
+    step.round(union_of(4), 0)
+    assert step.lag(union_of(4), 1) == 0
+    other = step.lag(union_of(4, lane=20), 1)
+    assert other is not None and other != 0
+    assert step.lag(union_of(4, size=4), 1) is None  # another resolution cannot be compared
+
+
+def test_the_lag_is_positive_for_renders_the_score_was_not_trained_on(unet, make_score) -> None:
+    """Trained long on old renders it knows them better than new ones of the same kind."""
+    score = make_score(unet, "v_prediction")
+    step = training(score, OneRank(), steps_per_round=4, learning_rate=2e-2)
+    for number in range(10):
+        step.round(union_of(4), number)
+    lags = [step.lag(union_of(4, lane=20), number) for number in range(10, 20)]
+    assert sum(lag > 0 for lag in lags if lag is not None) >= 8
+
+
+def test_the_lag_looks_at_a_bounded_number_of_samples(unet, make_score, monkeypatch) -> None:
+    score = make_score(unet)
+    step = training(score, OneRank())
+    union = union_of(8, size=2)
+    many = Samples.cat([union] * (LAG_SAMPLES // 8 + 3))
+    score.replay.push(many, 0)
+    sizes: list[int] = []
+    loss = score.loss
+    monkeypatch.setattr(score, "loss", lambda samples, *rest: sizes.append(len(samples)) or loss(samples, *rest))
+    step.lag(many, 1)
+    assert sizes == [LAG_SAMPLES, LAG_SAMPLES]

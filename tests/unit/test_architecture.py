@@ -1,0 +1,229 @@
+"""Which room may import which, read from the source: `docs/architecture.md` draws the table that is written down here.
+
+Lazy imports count like the others: a direction is about what a room knows, not about when it loads it.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "distvsd"
+
+# errors is for everyone. A name with a dot is one module of a room, and nothing else of it.
+INNER: dict[str, set[str]] = {
+    "errors": set(),
+    "config": set(),
+    "vsd": set(),
+    "parallel": set(),
+    "runtime": set(),
+    "cameras": {"vsd"},
+    "render": {"vsd"},
+    "particles": {"render", "cameras", "vsd"},
+    "prior": {"cameras", "vsd"},
+    "score": {"vsd"},
+    "checkpoint": {"parallel.collectives", "parallel.world"},
+    "loop": {"vsd", "particles", "score.training"},
+}
+ROOMS = {name for name in INNER if name != "loop"}
+OUTER: dict[str, set[str]] = {
+    "build": ROOMS | {"loop"},
+    "export": {"config", "cameras"},
+    "evaluate": {"build", "cameras", "config", "export", "prior", "vsd"},
+    "render_run": {"build", "cameras", "config", "evaluate", "export"},
+    "plan": {"config", "parallel.assign", "prior"},
+    "plan_text": {"config"},
+    "doctor": {"prior"},
+    "train": {"build", "checkpoint", "cli", "config", "loop", "parallel", "render_run", "runtime"},
+    "commands": ROOMS | {"doctor", "evaluate", "export", "plan", "plan_text", "render_run", "train"},
+    "cli": {"commands", "config"},
+    "__main__": {"cli"},
+    "__init__": {"build", "config", "particles.base", "prior.base", "score.base", "train"},
+    "testing": ROOMS | {"build", "loop", "train"},
+}
+
+# Third-party packages and the modules that may name them; a prefix stands for a whole room. torch: see NO_TORCH.
+THIRD_PARTY: dict[str, tuple[str, ...]] = {
+    "torch.distributed": ("parallel",),
+    "accelerate": ("parallel.world",),
+    "diffusers": ("prior", "testing.pipelines"),
+    "transformers": ("prior", "testing.pipelines"),
+    "tokenizers": ("prior", "testing.pipelines"),
+    "peft": ("score",),
+    "nerfacc": ("render",),
+    "safetensors": ("checkpoint", "prior", "testing.pipelines"),
+    "yaml": ("config",),
+    "PIL": ("export", "prior.info"),
+    "imageio": ("export",),
+    "imageio_ffmpeg": ("export",),
+}
+NO_TORCH = ("config", "errors", "cli", "commands", "__main__", "__init__")
+# torch and what is small may be imported with a module; these make `import` slow, or may be missing.
+LAZY = {"accelerate", "diffusers", "transformers", "tokenizers", "peft", "nerfacc", "PIL", "imageio", "imageio_ffmpeg"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """module imports target; both dotted, those of the package without `distvsd.`. lazy: not with the module."""
+
+    module: str
+    target: str
+    line: int
+    lazy: bool
+    own: bool
+
+    @property
+    def place(self) -> str:
+        return f"distvsd/{self.module.replace('.', '/')}:{self.line}"
+
+    @property
+    def room(self) -> str:
+        return self.module.partition(".")[0]
+
+
+def imports_of(path: Path) -> Iterator[Import]:
+    module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    module = module.removesuffix(".__init__")
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    inside = {id(node) for block in late_blocks(tree) for node in ast.walk(block)}
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=names):
+                found = [name.name for name in names]
+            case ast.ImportFrom(module=str(source), names=names, level=0):
+                found = [f"{source}.{name.name}" for name in names]
+            case ast.ImportFrom():
+                raise AssertionError(f"{path}:{node.lineno}: relative import; name the module in full")
+            case _:
+                continue
+        for name in found:
+            own = name.split(".")[0] == "distvsd"
+            yield Import(module, name.removeprefix("distvsd."), node.lineno, id(node) in inside, own)
+
+
+def late_blocks(tree: ast.AST) -> Iterator[ast.AST]:
+    """What does not run with the module: functions, and what only a type checker reads."""
+    for node in ast.walk(tree):
+        for_checkers = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if for_checkers or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+ALL = [found for path in sorted(PACKAGE.rglob("*.py")) for found in imports_of(path)]
+THIRD = [found for found in ALL if not found.own and found.target.split(".")[0] not in sys.stdlib_module_names]
+
+
+def within(name: str, prefixes: tuple[str, ...] | set[str]) -> bool:
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def test_every_room_is_in_the_table() -> None:
+    found = {path.stem for path in PACKAGE.glob("*.py")}
+    found |= {path.name for path in PACKAGE.iterdir() if any(path.glob("*.py"))}
+    assert found == INNER.keys() | OUTER.keys()
+
+
+def test_rooms_import_only_what_the_table_allows() -> None:
+    allowed = INNER | OUTER
+    wrong = [
+        f"{found.place} imports {found.target}"
+        for found in ALL
+        if found.own
+        and not within(found.target, {found.room, "errors", "distvsd", "__version__"} | allowed[found.room])
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_table_itself_has_no_way_back() -> None:
+    """Inner rooms: no cycle, so that each can be read and tested without those that use it."""
+    done: set[str] = set()
+    while waiting := [room for room in INNER if room not in done]:
+        ready = [room for room in waiting if {name.partition(".")[0] for name in INNER[room]} <= done]
+        assert ready, f"{waiting} import each other"
+        done.update(ready)
+    assert not {name.partition(".")[0] for names in INNER.values() for name in names} & OUTER.keys()
+
+
+def test_third_party_packages_stay_in_their_rooms() -> None:
+    wrong = []
+    for found in THIRD:
+        package = found.target.split(".")[0]
+        if within(found.target, {"torch.distributed"}):
+            legal = within(found.module, THIRD_PARTY["torch.distributed"])
+        elif package == "torch":
+            legal = not within(found.room, NO_TORCH)
+        else:
+            legal = within(found.module, THIRD_PARTY.get(package, ()))
+        if not legal:
+            wrong.append(f"{found.place} imports {found.target}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_process_groups_are_not_reached_through_the_torch_module_either() -> None:
+    """`torch.distributed.x` needs no import of its own, once anything has imported it."""
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if path.parent.name != "parallel"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed"
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_heavy_packages_are_imported_where_they_are_used() -> None:
+    wrong = [
+        f"{found.place} imports {found.target} with the module"
+        for found in THIRD
+        if found.target.split(".")[0] in LAZY and not found.lazy
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("module", ["distvsd", "distvsd.config", "distvsd.cli"])
+def test_importing_it_is_fast_because_it_loads_no_torch(module: str) -> None:
+    heavy = sorted(LAZY | {"torch", "numpy", "safetensors"})
+    program = f"import sys, {module}; print(sorted(set({heavy!r}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names_are_those_of_the_package() -> None:
+    import distvsd
+
+    for name in distvsd.__all__:
+        assert getattr(distvsd, name).__module__.startswith("distvsd.")
+    with pytest.raises(AttributeError, match="has no attribute 'trian'; it has Config"):
+        _ = distvsd.trian  # type: ignore[attr-defined]
+
+
+def test_the_reader_sees_what_is_imported_and_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests above are worth nothing if the reader misses imports."""
+    monkeypatch.setitem(globals(), "PACKAGE", tmp_path)
+    (tmp_path / "vsd").mkdir()
+    source = tmp_path / "vsd" / "rng.py"
+    source.write_text(
+        "import os.path, torch.distributed as dist\n"
+        "from distvsd import cameras\n"
+        "def f():\n    from peft import LoraConfig\n"
+        "if True:\n    from distvsd.score.lora import LoraScore\n"
+        "if TYPE_CHECKING:\n    import PIL\n"
+    )
+    assert [(found.target, found.lazy, found.own) for found in sorted(imports_of(source), key=lambda f: f.line)] == [
+        ("os.path", False, False),
+        ("torch.distributed", False, False),
+        ("cameras", False, True),
+        ("peft.LoraConfig", True, False),
+        ("score.lora.LoraScore", False, True),
+        ("PIL", True, False),
+    ]
+    source.write_text("from . import other\n")
+    with pytest.raises(AssertionError, match="relative import"):
+        list(imports_of(source))
