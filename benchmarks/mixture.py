@@ -73,10 +73,10 @@ class Mixture:
 
 
 def ring() -> Mixture:
-    """Eight modes on a circle, weights 1/36 to 8/36 in mixed order, the heaviest twice as narrow, one twice as wide."""
+    """Eight modes on a circle, weights 1/36 to 8/36 in mixed order, the heaviest half as wide as most, one wider."""
     weights = torch.tensor([1.0, 6.0, 3.0, 8.0, 2.0, 5.0, 4.0, 7.0]) / 36
     angles = torch.arange(8) * (math.pi / 4)
-    stds = torch.tensor([0.12, 0.12, 0.12, 0.06, 0.12, 0.24, 0.12, 0.12])
+    stds = torch.tensor([0.12, 0.12, 0.12, 0.06, 0.12, 0.18, 0.12, 0.12])
     return Mixture(weights, math.sqrt(2) * torch.stack((angles.cos(), angles.sin()), 1), stds)
 
 

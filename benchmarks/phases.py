@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -42,23 +41,14 @@ from distvsd.score.training import ScoreTraining
 PHASES = ("render", "encode", "exchange", "prior", "score", "update", "score training", "reduction", "rest")
 MARK = "phase of a round: "
 Meter = Callable[[str], AbstractContextManager[None]]
-Shape = Sequence[int]
 
 
-def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
-    count: int = sdpa_flop_count(query, key, value)
-    return count
-
-
-def _attention_backward(out: Shape, query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
-    count: int = sdpa_backward_flop_count(out, query, key, value)
-    return count
-
-
-# torch 2.13 counts every fused attention but the CPU's.
-CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+# torch 2.13 counts every fused attention but the CPU's. The operands' shapes come first, then what does not matter.
+CPU_ATTENTION: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *of, **_: sdpa_flop_count(*of[:3]),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *of, **_: sdpa_backward_flop_count(
+        *of[:4]
+    ),
 }
 
 
@@ -131,7 +121,7 @@ def marked(phase: str) -> Iterator[None]:
 def cpu_peaks(recorded: profile) -> dict[str, int]:
     """`CudaPeaks` for the host, from the allocations in a profile whose phases are marked."""
     assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
-    events = recorded.profiler.kineto_results.events()
+    events: list[Any] = list(recorded.profiler.kineto_results.events())
     spans = [(e.name().removeprefix(MARK), e.start_ns(), e.end_ns()) for e in events if e.name().startswith(MARK)]
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     peaks, live = dict.fromkeys(PHASES, 0), 0
@@ -228,10 +218,9 @@ def work(args: argparse.Namespace) -> None:
         run = build_run(config, world, lambda done: False)
         found = gather_objects(world, _measure(world, run.loop, args.warmup, args.rounds))
         if world.rank == 0:
-            device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.machine()
             total = {
                 "ranks": world.size,
-                "device": f"{world.device.type}: {device}",
+                "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
                 "threads": torch.get_num_threads(),
                 "particles": config.particles.count,
                 "config_digest": digest(config),
@@ -300,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     found = [launch(args, ranks) for ranks in args.ranks]
     print("\n\n".join(map(table, found)))
-    text = json.dumps({"torch": torch.__version__, "processor": platform.processor(), "worlds": found})
+    text = json.dumps({"torch": torch.__version__, "worlds": found})
     print(f"\n{text}")
     if args.json:
         args.json.write_text(text + "\n", encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,9 +52,8 @@ def build_run(config: Config, world: World, watch: Callable[[Round], bool]) -> R
     """
     exact = config.parallel.numerics == "exact"
     views = config.particles.views
-    if exact and world.device.type == "cpu":
-        # torch may split a sum by the number of threads, and that depends on how many ranks share a machine.
-        torch.set_num_threads(1)
+    if exact:
+        _fix_order_of_sums(world.device)
     # One particle a call makes its arithmetic independent of who else is on the rank, to the last bit.
     prior = load_prior(
         config.prior.path,
@@ -87,6 +87,17 @@ def build_run(config: Config, world: World, watch: Callable[[Round], bool]) -> R
         lambda step: (step + 1) % config.log.every == 0,
     )
     return Run(config, world, prior, ensemble, score, loop)
+
+
+def _fix_order_of_sums(device: torch.device) -> None:
+    """For this process and all that it computes from now on."""
+    if device.type == "cpu":
+        # torch may split a sum by the number of threads, and that depends on how many ranks share a machine.
+        torch.set_num_threads(1)
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first matrix is multiplied
+    # Only warnings: torch counts cumsum among what has no fixed order, though it splits one shape one way.
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def _objective(config: Config, prior: Pipeline, score: LoraScore) -> Objective:
@@ -163,6 +174,7 @@ def _particle(config: Config, latent_shape: Callable[[int], tuple[int, int, int]
                 nerf.blob_density,
                 nerf.blob_radius,
                 nerf.init_scale,
+                nerf.init_color,
                 nerf.density_noise,
                 nerf.entropy,
                 nerf.sparsity,

@@ -14,6 +14,7 @@ from distvsd.build import Restored, Run, build_run, load_particles
 from distvsd.checkpoint.format import particle_file
 from distvsd.checkpoint.saver import Saver
 from distvsd.config import Config, diff, digest, load_config, to_dict, to_yaml
+from distvsd.config.canonical import BOOKKEEPING
 from distvsd.errors import CheckpointError, DistvsdError, RunError
 from distvsd.loop import Round
 from distvsd.parallel.collectives import gather_objects
@@ -198,7 +199,7 @@ def _claimed(world: World, paths: RunPaths, config: Config, resume: Resume) -> I
         lock.acquire()
         try:
             paths.claim(to_yaml(config), resume, _differences(paths, config))
-        except RunError:
+        except DistvsdError:
             lock.release()
             raise
 
@@ -222,9 +223,8 @@ def _differences(paths: RunPaths, config: Config) -> list[str]:
     if not paths.config.is_file():
         return []
     before = load_config(paths.config)
-    if digest(before) == digest(config):
-        return []
-    return [f"{key}: {old!r} became {new!r}" for key, old, new in diff(before, config) if key != "run.dir"]
+    changed = diff(before, config)
+    return [f"{key}: {old!r} became {new!r}" for key, old, new in changed if not key.startswith(BOOKKEEPING)]
 
 
 def _agreed(world: World, action: Callable[[], None]) -> None:

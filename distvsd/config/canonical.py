@@ -11,7 +11,7 @@ from typing import Any
 from distvsd.config.schema import Config, Schedule
 
 # What does not change the mathematics: where a run lies, what is kept and reported, how long ranks are waited for.
-_BOOKKEEPING = ("run.dir", "parallel.timeout_s", "checkpoint.", "log.")
+BOOKKEEPING = ("run.dir", "parallel.timeout_s", "checkpoint.", "log.")
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def to_yaml(config: Config) -> str:
 
 def digest(config: Config) -> str:
     """SHA-256 of the fields that change the mathematics; not where the run lies, nor what it keeps, logs, waits for."""
-    chosen = {key: value for key, value in _flat(to_dict(config)).items() if not key.startswith(_BOOKKEEPING)}
+    chosen = {key: value for key, value in _flat(to_dict(config)).items() if not key.startswith(BOOKKEEPING)}
     text = json.dumps(chosen, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 

@@ -123,6 +123,8 @@ class NerfConfig:
     """Radius at which the initial density changes sign, world units."""
     init_scale: Weight = 1e-4
     """Half-width of the uniform initial values of the grid."""
+    init_color: Weight = 0.0
+    """Half-width of the uniform initial colour of a particle, before its sigmoid; 0 is mid grey for all."""
     density_noise: Weight = 0.0
     """Standard deviation of the noise added to the density before its activation."""
     entropy: Weight = 0.0

@@ -140,7 +140,8 @@ def _labels(predictions: Predictions) -> list[dict[str, int]]:
 def _score(level: Level, read: list[tuple[str, dict[str, int]]]) -> dict[str, Any]:
     scene = "room" if level.name == "room" else "object"
     count = max(len(read), 1)
-    score: dict[str, Any] = {"scene": sum(labels["scene"] == SCENES.index(scene) for _, labels in read) / count}
+    score: dict[str, Any] = {}
+    score["scene"] = round(sum(labels["scene"] == SCENES.index(scene) for _, labels in read) / count, 4)
     for head in level.heads:
         right = sum(labels.get(head) == expected_labels(caption).known()[head] for caption, labels in read)
         score[head] = round(right / count, 4)

@@ -27,7 +27,8 @@ class NerfParticle:
     """A radiance field in the cube [-bound, bound]^3, batched over particles; colour does not depend on the view.
 
     blob_density, blob_radius: lambda and r of sigma(x) = lambda (1 - |x| / r) added before the softplus. init_scale:
-    range of the initial features. density_noise: standard deviation of the training noise before the softplus.
+    range of the initial features. init_color: range of each particle's own initial colour before the sigmoid.
+    density_noise: standard deviation of the training noise before the softplus.
     entropy, sparsity: weights of the regularisers. learned_background: a small network of the ray's direction;
     without it the background is black. random_background: share of the training views on a random plain colour, of
     which `random_grey` makes a grey.
@@ -39,6 +40,7 @@ class NerfParticle:
     blob_density: float
     blob_radius: float
     init_scale: float
+    init_color: float
     density_noise: float
     entropy: float
     sparsity: float
@@ -55,7 +57,8 @@ class NerfParticle:
         width = self.grid.levels * self.grid.features
         parameters = self.grid.init(seed, ids, self.init_scale)
         parameters["decoder_weight"] = _linear_init(seed, ids, 4, width, lane=100)
-        parameters["decoder_bias"] = torch.zeros(len(ids), 4, device=ids.device)
+        colour = (uniform(seed, Purpose.INIT, ids, 0, (3,), lane=103) * 2 - 1) * self.init_color
+        parameters["decoder_bias"] = torch.cat((torch.zeros_like(colour[:, :1]), colour), dim=1)
         if self.learned_background:
             parameters["background_weight0"] = _linear_init(
                 seed, ids, _BACKGROUND_WIDTH, 3 * 2 * _DIRECTION_BANDS, lane=101

@@ -99,10 +99,15 @@ def _warn_of_cut(tokenizer: Any, texts: Sequence[str], length: int) -> None:
     counts = [len(ids) for ids in tokenizer(list(texts)).input_ids]
     cut = [(text, count) for text, count in zip(texts, counts, strict=True) if count > length]
     if cut:
-        shown = ", ".join(f"{text!r} has {count} tokens" for text, count in cut[:5])
+        shown = ", ".join(f"{_short(text)!r} has {count} tokens" for text, count in cut[:5])
         more = f", and {len(cut) - 5} more texts are too long" if len(cut) > 5 else ""
         warnings.warn(
             f"the text encoder reads {length} tokens and what follows is cut, the words for the view first: "
             f"{shown}{more}; shorten the prompt",
             stacklevel=2,
         )
+
+
+def _short(text: str) -> str:
+    """Both ends of a text that would flood a message."""
+    return text if len(text) <= 100 else f"{text[:50]} ... {text[-40:]}"

@@ -109,7 +109,7 @@ class Classifier(nn.Module):
 
 
 def load_classifier(folder: Path = SHIPPED, device: str | torch.device = "cpu") -> Classifier:
-    """The classifier in `folder`, the shipped one unless told: float32, frozen. Raises PriorError where there is none."""
+    """The classifier in `folder`, the shipped one unless told: float32, frozen. Raises PriorError if there is none."""
     if not (folder / "model.safetensors").exists() or not (folder / "config.json").exists():
         raise PriorError(
             f"no classifier in {folder}: config.json and model.safetensors are expected there; "

@@ -63,13 +63,13 @@ def train_classifier(
         model.center.copy_(model.features(_composed(objects, torch.tensor(0.5))).mean(0))
     model.half().float()  # measure the weights that are saved
     model.eval()
-    accuracy = measure_classifier(model, seed, report)
+    accuracy = measure_classifier(model, seed, HELD_OUT_IMAGES, report)
     _save(model, folder / "classifier", {"seed": seed, "steps": steps, "accuracy": accuracy})
     return model
 
 
 def measure_classifier(
-    model: Classifier, seed: int, report: Callable[[str], None], count: int = HELD_OUT_IMAGES
+    model: Classifier, seed: int, count: int, report: Callable[[str], None]
 ) -> dict[str, dict[str, float]]:
     """Accuracy of every head on `count` drawings that no training saw: `clean` as drawn, `degraded` as augmented."""
     drawn, targets = _draw_pool(count, generator(seed, Purpose.BUILD, 103), report)

@@ -17,6 +17,7 @@ NERF = NerfParticle(
     blob_density=10.0,
     blob_radius=0.5,
     init_scale=0.1,
+    init_color=0.0,
     density_noise=0.0,
     entropy=0.0,
     sparsity=0.0,

@@ -1,0 +1,58 @@
+#!/bin/sh
+# 3-D VSD with the embedded prior on two ranks: eight particles of a prompt with a known answer, eight of one with many.
+#
+#   sh launch/demo.sh DIR [key=value ...]        `make demo` sets everything up and calls it with DIR=runs/demo
+#
+# Call it again: a demo that was interrupted goes on, and beside one that finished a new one is made (DIR-2, DIR-3, ...).
+set -eu
+
+if [ $# -lt 1 ]; then
+    echo "usage: sh launch/demo.sh DIR [key=value ...]" >&2
+    exit 2
+fi
+asked=$1
+shift
+config=$(dirname "$0")/../configs/quickstart.yaml
+began=$(date +%s)
+
+folder=$asked
+number=1
+while [ -f "$folder/an-object/evaluation.json" ]; do
+    number=$((number + 1))
+    folder=$asked-$number
+done
+
+if [ "$(python -c 'import torch; print(torch.cuda.device_count())')" -lt 2 ]; then
+    export ACCELERATE_USE_CPU=true # two ranks cannot share one GPU
+fi
+if [ -z "${OMP_NUM_THREADS:-}" ]; then
+    cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+    OMP_NUM_THREADS=$((cores > 2 ? cores / 2 : 1))
+fi
+export OMP_NUM_THREADS
+
+elapsed() {
+    echo "$(($(date +%s) - began)) s"
+}
+
+# make_one NAME PROMPT [key=value ...]: trains, resumes or finds done, and says what came out
+make_one() {
+    run=$folder/$1
+    prompt=$2
+    shift 2
+    echo "== \"$prompt\" on 2 ranks, into $run"
+    torchrun --standalone --nproc-per-node 2 -m distvsd.train "$config" "run.dir=$run" "prompt=$prompt" \
+        particles.count=8 "$@"
+    distvsd evaluate "$run"
+    echo "== $(elapsed)"
+}
+
+make_one a-red-cube "a red cube" "$@"
+make_one an-object "an object" "$@"
+
+echo
+echo "Done in $(elapsed). A row is a particle, seen from eight sides:"
+for run in "$folder/a-red-cube" "$folder/an-object"; do
+    echo "  $run/renders/contact-sheet.png"
+done
+echo "Turntables: distvsd render $folder/an-object"

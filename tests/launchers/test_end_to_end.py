@@ -1,0 +1,245 @@
+"""Whole trainings through real launchers: what a user types, what lies on the disk afterwards, what the exit code says.
+
+The command lines are those of launch/README.md, with a smaller run at their end. Each launch costs seconds a rank for
+imports, so each is looked at from all sides; more is in tests/ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from distvsd.checkpoint.verify import verify_run
+from distvsd.config import load_config
+from distvsd.testing.pipelines import tiny_pipeline
+from distvsd.train import train
+
+ROOT = Path(__file__).parents[2]
+SMOKE = ROOT / "configs" / "smoke.yaml"
+ALONE, TORCHRUN, NODES, ACCELERATE = (
+    "distvsd train",
+    "torchrun --standalone",
+    "torchrun --nnodes",
+    "ACCELERATE_USE_CPU=true accelerate launch",
+)
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the worlds of these tests are of two CPU ranks")
+
+
+@dataclass(frozen=True)
+class Launched:
+    code: int
+    output: str
+
+    def count(self, text: str) -> int:
+        return self.output.count(text)
+
+
+def environment(**more: str) -> dict[str, str]:
+    """As in a user's shell: the commands of this Python's folder on the path, nothing left of a launcher's."""
+    launchers_own = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "ACCELERATE_", "TORCHELASTIC_")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(launchers_own)}
+    path = os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", "")])
+    return inherited | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | more
+
+
+def documented() -> list[str]:
+    """The lines of launch/README.md that are marked as tested."""
+    blocks = re.findall(r"^```sh test\n(.*?)^```", (ROOT / "launch/README.md").read_text(), re.DOTALL | re.MULTILINE)
+    return [line for block in blocks for line in block.splitlines()]
+
+
+def command(beginning: str, settings: list[str]) -> str:
+    """The documented line that begins so, with settings at its end."""
+    (line,) = (line for line in documented() if line.startswith(beginning))
+    return f"{line} {shlex.join(settings)}"
+
+
+def start(line: str, home: Path) -> subprocess.Popen[str]:
+    # An empty HF_HOME: the user's own accelerate configuration must not decide what is tested.
+    return subprocess.Popen(
+        ["/bin/sh", "-c", line],
+        env=environment(HF_HOME=str(home / "hf")),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def launch(*lines: str, home: Path) -> Launched:
+    """Runs lines at the same time, as on several machines; the largest exit code, and all that was printed."""
+    processes = [start(line, home) for line in lines]
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return Launched(max(process.returncode for process in processes), "".join(outputs))
+
+
+@pytest.fixture(scope="module")
+def prior(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_pipeline(tmp_path_factory.mktemp("prior"))
+
+
+def overrides(run: Path, prior: Path, **changes: Any) -> list[str]:
+    settings = {
+        "run.dir": run,
+        "run.seed": 41,
+        "prior.path": prior,
+        "parallel.numerics": "exact",
+        "particles.count": 3,
+        "particles.nerf.samples_per_ray": 4,
+        "particles.nerf.base_resolution": 4,
+        "particles.nerf.max_resolution": 8,
+        "render.resolution": 16,
+        "schedule.rounds": 4,
+        "checkpoint.every": 2,
+    } | changes
+    return [f"{key}={value}" for key, value in settings.items()]
+
+
+def digest(run: Path) -> list[str]:
+    return verify_run(run, digest=True)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, prior: Path) -> list[str]:
+    """The digest of the same run in this one process."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    assert train(load_config(SMOKE, overrides(run, prior))) == 0
+    return digest(run)
+
+
+def test_every_documented_line_is_one_of_those_launched_here() -> None:
+    tested = (ALONE, TORCHRUN, NODES, ACCELERATE)
+    assert len(documented()) == len(tested)
+    for beginning in tested:
+        assert command(beginning, []).count("configs/smoke.yaml run.dir=runs/") == 1
+
+
+def test_the_command_alone_trains_without_a_group(tmp_path: Path, prior: Path, alone: list[str]) -> None:
+    run = tmp_path / "run"
+    done = launch(command(ALONE, overrides(run, prior)), home=tmp_path)
+    assert done.code == 0, done.output
+    is_a_complete_run(run, world_size=1)
+    assert digest(run) == alone
+
+
+def test_torchrun_trains_one_run_on_two_ranks_and_a_second_start_finds_it_done(
+    tmp_path: Path, prior: Path, alone: list[str]
+) -> None:
+    run = tmp_path / "run"
+    first = launch(command(TORCHRUN, overrides(run, prior)), home=tmp_path)
+    assert first.code == 0, first.output
+    is_a_complete_run(run)
+    assert digest(run) == alone
+    # Two ranks print as one.
+    assert [first.count(f"round {number}/4") for number in (1, 2, 3, 4)] == [1, 1, 1, 1]
+    assert "Traceback" not in first.output
+
+    metrics = (run / "metrics.jsonl").read_text()
+    again = launch(command(TORCHRUN, overrides(run, prior)), home=tmp_path)
+    assert again.code == 0, again.output
+    assert "round " not in again.output
+    assert json.loads((run / "STATUS.json").read_text())["state"] == "done"
+    assert (run / "metrics.jsonl").read_text() == metrics and digest(run) == alone
+
+
+def test_accelerate_goes_on_where_one_process_stopped_and_gives_the_same_particles(
+    tmp_path: Path, prior: Path, alone: list[str]
+) -> None:
+    run = tmp_path / "run"
+    assert train(load_config(SMOKE, overrides(run, prior, **{"schedule.rounds": 2}))) == 0
+    # A longer schedule is another configuration: only --resume must takes it.
+    line = command(ACCELERATE, overrides(run, prior)) + " --resume must"
+    done = launch(line, home=tmp_path)
+    assert done.code == 0, done.output
+    is_a_complete_run(run)
+    assert digest(run) == alone
+    assert done.count("round 3/4") == 1 and done.count("round 2/4") == 0
+
+
+def test_torchrun_on_two_machines_makes_one_world(tmp_path: Path, prior: Path, alone: list[str]) -> None:
+    """The same line twice on this machine: two agents with one rank each, which meet at an address."""
+    run = tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    line = command(NODES, overrides(run, prior)).replace("HOST:29500", address)
+    done = launch(line, line, home=tmp_path)
+    assert done.code == 0, done.output
+    is_a_complete_run(run)
+    assert digest(run) == alone
+    assert done.count("round 4/4") == 1
+
+
+def test_a_wrong_configuration_ends_with_2_and_is_told_once(tmp_path: Path, prior: Path) -> None:
+    """What each process ends with; torchrun itself ends with 1 whatever they do, and prints their exit codes."""
+    line = command(TORCHRUN, overrides(tmp_path / "run", prior, **{"particles.cuont": 3}))
+    done = launch(line, home=tmp_path)
+    assert done.code != 0
+    assert done.count("did you mean particles.count?") == 1
+    assert re.search(r"exitcode\s*:\s*2\b", done.output)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_demo_makes_pictures_of_two_prompts_beside_a_finished_one(tmp_path: Path, prior: Path) -> None:
+    small = [setting for setting in overrides(tmp_path, prior) if not setting.startswith("run.dir")]
+    finished = tmp_path / "demo/an-object/evaluation.json"
+    finished.parent.mkdir(parents=True)
+    finished.write_text("{}")
+    done = launch(f"sh launch/demo.sh {shlex.quote(str(tmp_path / 'demo'))} {shlex.join(small)}", home=tmp_path)
+    assert done.code == 0, done.output
+    assert finished.read_text() == "{}"
+    for name in ("a-red-cube", "an-object"):
+        run = tmp_path / "demo-2" / name
+        assert json.loads((run / "evaluation.json").read_text())["particles"] == 3
+        sheet = run / "renders/contact-sheet.png"
+        assert sheet.is_file() and str(sheet) in done.output.split("Done in")[1]
+
+
+def test_the_demo_without_a_folder_says_how_it_is_called(tmp_path: Path) -> None:
+    done = launch("sh launch/demo.sh", home=tmp_path)
+    assert done.code == 2 and "usage: sh launch/demo.sh DIR" in done.output
+
+
+def is_a_complete_run(run: Path, world_size: int = 2) -> None:
+    """Everything a run of 4 rounds and 3 particles leaves, and nothing else."""
+    files = sorted(path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file())
+    checkpoint = [
+        "manifest.json",
+        *(f"particles/{number:06d}.safetensors" for number in range(3)),
+        "score/adapter_config.json",
+        *(f"score/{name}.safetensors" for name in ("adapter_model", "camera", "optimizer", "replay")),
+    ]
+    assert files == sorted(
+        ["STATUS.json", "config.yaml", "health.jsonl", "metrics.jsonl", "renders/contact-sheet.png"]
+        + [f"checkpoints/step-{step:08d}/{name}" for step in (2, 4) for name in checkpoint]
+    )
+    status = json.loads((run / "STATUS.json").read_text())
+    assert (status["state"], status["round"], status["rounds"]) == ("done", 4, 4)
+    newest = run / "checkpoints/step-00000004"
+    assert json.loads((newest / "manifest.json").read_text())["world_size"] == world_size
+    with safe_open(newest / "particles/000002.safetensors", "pt") as particle:
+        assert int(particle.get_tensor("adam_step")) == 4
+    rounds = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in rounds] == [1, 2, 3, 4]
+    assert all(line["healthy"] == 3 for line in rounds)
+    assert load_config(run / "config.yaml").particles.count == 3
+    with Image.open(run / "renders/contact-sheet.png") as sheet:
+        assert sheet.width > 8 * 16

@@ -1,0 +1,241 @@
+"""The check finds every rule that a user's representation can break, and passes the representations of the house."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from distvsd.cameras import Cameras
+from distvsd.particles import ImageParticle, Keys, NerfParticle, Parameters, Rendered
+from distvsd.render import HashGrid
+from distvsd.testing import check_particle
+from distvsd.vsd.rng import Purpose, normal
+
+
+def rate(step: int) -> float:
+    return 0.01
+
+
+def nerf(table_size: int = 2**12, **changes: Any) -> NerfParticle:
+    grid = HashGrid(2, 2, table_size, 4, 8, smoothstep=True)
+    settings: dict[str, Any] = {
+        "grid": grid, "samples_per_ray": 8, "bound": 1.0, "blob_density": 10.0, "blob_radius": 0.5, "init_scale": 0.1,
+        "init_color": 0.5,
+        "density_noise": 0.5, "entropy": 0.1, "sparsity": 0.1, "learned_background": True, "random_background": 0.5,
+        "random_grey": False, "backend": "torch", "grid_learning_rate": rate, "network_learning_rate": rate,
+        "deterministic": True,
+    }  # fmt: skip
+    return NerfParticle(**(settings | changes))
+
+
+PIXELS = ImageParticle((3, 16, 16), False, 0.1, rate)
+
+
+@pytest.mark.parametrize(
+    "particle",
+    [PIXELS, ImageParticle((4, 8, 8), True, 1.0, rate), nerf(), nerf(table_size=64), nerf(learned_background=False)],
+    ids=["pixels", "latents", "dense grid", "hashed grid", "no background"],
+)
+def test_the_representations_of_the_house_conform(particle: Any) -> None:
+    check_particle(particle, ids=[5, 2, 9])
+    check_particle(particle, ids=[0, 2**31 - 1], num_views=1)
+
+
+def test_a_part_that_is_never_shown_is_found_unless_it_is_named() -> None:
+    """Every view before a plain colour: the learned background has no gradient, and that may be meant."""
+    hidden = [name for name in nerf().init(0, torch.tensor([0])) if name.startswith("background")]
+    with pytest.raises(AssertionError, match=r"background_bias0, .* had no gradient in 4 renders"):
+        check_particle(nerf(random_background=1.0))
+    check_particle(nerf(random_background=1.0), without_gradient=hidden)
+
+
+class Broken:
+    """A conforming image, of which a test spoils one method."""
+
+    is_latent = False
+    deterministic = True
+
+    def init(self, seed: int, ids: Tensor) -> Parameters:
+        return {"image": 0.5 + 0.1 * normal(seed, Purpose.INIT, ids, 0, (3, 16, 16))}
+
+    def learning_rates(self, step: int) -> dict[str, float]:
+        return {"image": 0.01}
+
+    def render(self, parameters: Parameters, cameras: Cameras, resolution: int, keys: Keys) -> Rendered:
+        return PIXELS.render(parameters, cameras, resolution, keys)
+
+    def view(self, parameters: Parameters, cameras: Cameras, resolution: int, background: float) -> Rendered:
+        return PIXELS.view(parameters, cameras, resolution, background)
+
+
+def test_the_particle_that_is_spoiled_below_conforms() -> None:
+    check_particle(Broken())
+
+
+def spoiled_init(change: Callable[[Tensor, int, Tensor], Tensor]) -> type[Broken]:
+    class Spoiled(Broken):
+        def init(self, seed: int, ids: Tensor) -> Parameters:
+            return {"image": change(super().init(seed, ids)["image"], seed, ids)}
+
+    return Spoiled
+
+
+def spoiled_render(change: Callable[[Rendered, Parameters, Keys], Rendered]) -> type[Broken]:
+    class Spoiled(Broken):
+        def render(self, parameters: Parameters, cameras: Cameras, resolution: int, keys: Keys) -> Rendered:
+            return change(super().render(parameters, cameras, resolution, keys), parameters, keys)
+
+    return Spoiled
+
+
+def images(change: Callable[[Tensor], Tensor]) -> Callable[[Rendered, Parameters, Keys], Rendered]:
+    return lambda rendered, parameters, keys: dataclasses.replace(rendered, images=change(rendered.images))
+
+
+def own_generator(values: Tensor, seed: int, ids: Tensor) -> Tensor:
+    """Random, but from a generator that goes on from call to call."""
+    return values + torch.rand(values.shape, generator=GENERATOR)
+
+
+GENERATOR = torch.Generator()
+
+
+def change_the_parameters(rendered: Rendered, parameters: Parameters, keys: Keys) -> Rendered:
+    with torch.no_grad():
+        parameters["image"] += 1e-3
+    return rendered
+
+
+def counting(rendered: Rendered, parameters: Parameters, keys: Keys) -> Rendered:
+    COUNTER.append(0)
+    return dataclasses.replace(rendered, images=rendered.images + 1e-3 * len(COUNTER))
+
+
+COUNTER: list[int] = []
+
+INITS: list[tuple[str, Callable[[Tensor, int, Tensor], Tensor], str]] = [
+    ("double", lambda v, seed, ids: v.double(), "init: image is torch.float64"),
+    ("one row", lambda v, seed, ids: v[:1], r"first axis must be that of the 3 particles"),
+    ("nan", lambda v, seed, ids: v / 0 * 0, "init: image is not finite"),
+    ("not repeated", own_generator, "other values when it is called again"),
+    ("no seed", lambda v, seed, ids: 0.5 + normal(0, Purpose.INIT, ids, 0, (3, 16, 16)) / 10, "init ignores its seed"),
+    ("all alike", lambda v, seed, ids: v[:1].expand_as(v).clone() * 0 + seed / 20, "start alike"),
+    ("by row", lambda v, seed, ids: v + torch.arange(len(ids)).reshape(-1, 1, 1, 1) / 99, "differently when it is"),
+    ("neighbours", lambda v, seed, ids: v + v.mean() / 10, "differently when it is made alone"),
+    ("bytes", lambda v, seed, ids: v * 255, r"images of fresh particles lie in .* colours must be in \[0, 1\]"),
+]  # fmt: skip
+
+RENDERS: list[tuple[str, Callable[[Rendered, Parameters, Keys], Rendered], str]] = [
+    ("no view axis", images(lambda v: v[:, 0]), r"images are .*; they must be \[P, V, C, H, W\]"),
+    ("grey", images(lambda v: v[:, :, :1]), r"images are \[3, 2, 1, 16, 16\]; they must be \[3, 2, 3, 16, 16\]"),
+    ("half", images(lambda v: v.half()), "images is torch.float16"),
+    ("nan", images(lambda v: v / 0 * 0), "images is not finite for fresh particles"),
+    ("opacity", lambda r, p, k: dataclasses.replace(r, opacity=2 * r.opacity), r"opacity lies in \[2, 2\]"),
+    ("opacity shape", lambda r, p, k: dataclasses.replace(r, opacity=r.images), r"opacity is .*; it must be .* 1, 16"),
+    ("penalty", lambda r, p, k: dataclasses.replace(r, penalty=r.penalty.sum()), "penalty is .* one number a particle"),
+    ("not repeated", counting, "render gives another image when it is called again"),
+    ("changes", change_the_parameters, "render changes the parameters"),
+    ("neighbours", images(lambda v: v - 0.1 * v.mean().detach()), "images of particle 3 depends on which particles"),
+    ("by row", images(lambda v: v + torch.arange(3).reshape(3, 1, 1, 1, 1) / 99), "depends on which particles"),
+    ("detached", images(lambda v: v.detach()), "no gradient to any parameter; is the render detached"),
+    ("no gradient", images(lambda v: v.detach() + 0 * v), "image had no gradient in 4 renders"),
+    ("root", images(lambda v: v + (v - v.detach()).abs().sqrt()), "the gradient of image is not finite"),
+    ("leak", images(lambda v: v + (v - v.detach()).mean(0)), "have a gradient to image of other particles"),
+    ("nan reaches", images(lambda v: v + 0 * v.detach().mean()), "a NaN in particle 3 reaches images of other"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "complaint"), [case[1:] for case in INITS], ids=[case[0] for case in INITS])
+def test_a_wrong_start_is_found(change: Callable[..., Tensor], complaint: str) -> None:
+    with pytest.raises(AssertionError, match=f"this particle cannot be trained here: .*{complaint}"):
+        check_particle(spoiled_init(change)())
+
+
+@pytest.mark.parametrize(("change", "complaint"), [case[1:] for case in RENDERS], ids=[case[0] for case in RENDERS])
+def test_a_wrong_render_is_found(change: Callable[..., Rendered], complaint: str) -> None:
+    with pytest.raises(AssertionError, match=f"this particle cannot be trained here: .*{complaint}"):
+        check_particle(spoiled_render(change)())
+
+
+def test_a_nan_that_reaches_only_the_gradients_of_others_is_found() -> None:
+    class Leak(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, images: Tensor) -> Tensor:
+            ctx.save_for_backward(images)
+            return images.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+            (saved,) = ctx.saved_tensors
+            return gradient + 0 * saved.mean()
+
+    with pytest.raises(AssertionError, match="a NaN in particle 3 reaches the gradient of image of other"):
+        check_particle(spoiled_render(images(Leak.apply))())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("rates", "complaint"),
+    [
+        ({}, "has none for image"),
+        ({"image": 0.1, "grid": 0.1}, "has one for grid, which init does not make"),
+        ({"image": float("nan")}, "image is not a finite number"),
+        ({"image": -0.1}, "image is not a finite number of at least 0"),
+    ],
+)
+def test_wrong_learning_rates_are_found(rates: dict[str, float], complaint: str) -> None:
+    class Spoiled(Broken):
+        def learning_rates(self, step: int) -> dict[str, float]:
+            return rates
+
+    with pytest.raises(AssertionError, match=complaint):
+        check_particle(Spoiled())
+
+
+def test_a_view_that_is_random_is_found() -> None:
+    class Spoiled(Broken):
+        def view(self, parameters: Parameters, cameras: Cameras, resolution: int, background: float) -> Rendered:
+            drawn = super().view(parameters, cameras, resolution, background)
+            return dataclasses.replace(drawn, images=drawn.images + 0.1 * torch.rand(1, generator=GENERATOR))
+
+    with pytest.raises(AssertionError, match=r"view gives another image .* view must draw nothing random at all"):
+        check_particle(Spoiled())
+
+
+def test_a_draw_from_the_global_random_state_is_found_even_where_it_does_not_show() -> None:
+    def draws(rendered: Rendered, parameters: Parameters, keys: Keys) -> Rendered:
+        torch.rand(1)
+        return rendered
+
+    with pytest.raises(AssertionError, match="torch's global random state was used"):
+        check_particle(spoiled_render(draws)())
+
+
+def test_no_parameters_at_all_are_found_and_so_is_a_single_particle() -> None:
+    class Spoiled(Broken):
+        def init(self, seed: int, ids: Tensor) -> Parameters:
+            return {}
+
+    with pytest.raises(AssertionError, match="there is nothing to optimise"):
+        check_particle(Spoiled())
+    with pytest.raises(AssertionError, match="at least two different"):
+        check_particle(Broken(), ids=[4])
+
+
+def test_latents_need_no_range_and_rounding_is_allowed_where_a_device_adds_in_any_order() -> None:
+    class Latents(Broken):
+        is_latent = True
+        deterministic = False
+
+        def init(self, seed: int, ids: Tensor) -> Parameters:
+            return {"image": 3 * normal(seed, Purpose.INIT, ids, 0, (3, 16, 16))}
+
+        def render(self, parameters: Parameters, cameras: Cameras, resolution: int, keys: Keys) -> Rendered:
+            drawn = super().render(parameters, cameras, resolution, keys)
+            return dataclasses.replace(drawn, images=drawn.images + 1e-6 * torch.rand(1, generator=GENERATOR))
+
+    check_particle(Latents())
