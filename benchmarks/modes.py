@@ -23,7 +23,7 @@ from torch import Tensor
 from distvsd.build import load_particles
 from distvsd.config import load_config
 from distvsd.evaluate import diversity
-from distvsd.evaluate.run import evaluation_cameras
+from distvsd.evaluate.views import evaluation_cameras
 from distvsd.export.images import contact_sheet, save_png
 from distvsd.prior.load import load_prior
 from distvsd.prior.shapes.classifier import SCENES, load_classifier

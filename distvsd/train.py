@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import sys
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,16 @@ def _agreed(world: World, action: Callable[[], None]) -> None:
         raise problem
     raise (RunError if failed[0] == "RunError" else CheckpointError)(failed[1]) from problem
 
+
+class _CallableModule(types.ModuleType):
+    """`distvsd.train` names this module, for `python -m`, and `train`, for `import distvsd`: Python puts a submodule in
+    the place of whatever its package calls so, hence the module itself can be called."""
+
+    def __call__(self, config: Config, resume: Resume = "auto") -> int:
+        return train(config, resume)
+
+
+sys.modules[__name__].__class__ = _CallableModule
 
 if __name__ == "__main__":
     from distvsd.cli import main

@@ -199,9 +199,17 @@ def test_public_names_are_those_of_the_package() -> None:
     import distvsd
 
     for name in distvsd.__all__:
-        assert getattr(distvsd, name).__module__.startswith("distvsd.")
+        assert callable(getattr(distvsd, name))
     with pytest.raises(AttributeError, match="has no attribute 'trian'; it has Config"):
         _ = distvsd.trian  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("first", ["import distvsd", "import distvsd.train", "from distvsd.train import train"])
+def test_train_can_be_called_although_a_module_has_its_name(first: str) -> None:
+    """In any order of imports, and again: a submodule takes the place of a name in its package when it is loaded."""
+    program = f"{first}\nimport distvsd, inspect\nfor _ in 'ab': print(*inspect.signature(distvsd.train).parameters)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.splitlines() == ["config resume"] * 2
 
 
 def test_the_reader_sees_what_is_imported_and_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

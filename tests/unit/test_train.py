@@ -212,6 +212,13 @@ def test_a_finished_run_is_complete_on_the_disk(configured: Callable[..., Config
         assert sheet.width > 8 * 16 and sheet.height > 2 * 16
 
 
+def test_the_package_itself_trains_again_and_again(configured: Callable[..., Config]) -> None:
+    import distvsd
+
+    for name in ("one", "two"):
+        assert distvsd.train(configured(name, schedule__rounds=1)) == 0
+
+
 def test_a_second_start_of_a_finished_run_changes_nothing(configured: Callable[..., Config]) -> None:
     config = configured(log__images_every=1)
     train(config)

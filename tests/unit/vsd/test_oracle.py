@@ -95,7 +95,7 @@ def test_vsd_with_the_exact_score_gives_samples_of_the_target(floor):
 
 
 def test_vsd_with_a_fitted_score_comes_as_near_as_true_samples(floor):
-    found = small("vsd-network", rounds=160, learning_rate=0.05, score_steps=2, score_learning_rate=5e-3)
+    found = small("vsd-network", rounds=120, learning_rate=0.06, score_steps=2, score_learning_rate=5e-3)
     assert found["sliced_wasserstein"] < floor["sliced_wasserstein_max"]
     assert found["mode_total_variation"] < floor["mode_total_variation_max"]
 
@@ -103,5 +103,5 @@ def test_vsd_with_a_fitted_score_comes_as_near_as_true_samples(floor):
 def test_sds_collapses_within_modes_and_misses_their_weights(floor):
     found = small("sds", rounds=350, learning_rate=0.12)
     assert found["spread_median"] < 0.5
-    assert found["sliced_wasserstein"] > 1.25 * floor["sliced_wasserstein_max"]
-    assert found["mode_total_variation"] > floor["mode_total_variation_max"]
+    assert found["sliced_wasserstein"] > floor["sliced_wasserstein_max"]
+    assert found["mode_total_variation"] > 1.3 * floor["mode_total_variation"]
