@@ -293,7 +293,7 @@ def test_a_directory_of_another_configuration_is_refused_with_what_differs(confi
     config = configured()
     train(config)
     other = configured(particles__learning_rate=0.5, log__every=2)
-    with pytest.raises(RunError, match=r"another configuration \(particles.learning_rate: 0.05 became 0.5\)"):
+    with pytest.raises(RunError, match=r"another configuration \(particles.learning_rate: .* became 0.5\)"):
         train(other)
     assert status_of(config)["state"] == "done"
     longer = configured(schedule__rounds=3)
