@@ -16,7 +16,7 @@ from distvsd.checkpoint.format import particle_file
 from distvsd.checkpoint.saver import Saver
 from distvsd.config import Config, diff, digest, load_config, to_dict, to_yaml
 from distvsd.config.canonical import BOOKKEEPING
-from distvsd.errors import CheckpointError, DistvsdError, RunError
+from distvsd.errors import CheckpointError, RunError
 from distvsd.loop import Round
 from distvsd.parallel.collectives import gather_objects
 from distvsd.parallel.world import World, open_world
@@ -230,10 +230,10 @@ def _differences(paths: RunPaths, config: Config) -> list[str]:
 
 def _agreed(world: World, action: Callable[[], None]) -> None:
     """Runs `action` on every rank; where any rank's fails, all raise the first one's error. Communicates."""
-    problem: DistvsdError | None = None
+    problem: Exception | None = None
     try:
         action()
-    except DistvsdError as error:
+    except Exception as error:  # whatever it is: the others wait in the next line, and must not wait for ever
         problem = error
     reports = gather_objects(world, None if problem is None else [type(problem).__name__, str(problem)])
     failed = next((report for report in reports if report is not None), None)
