@@ -200,7 +200,7 @@ def _claimed(world: World, paths: RunPaths, config: Config, resume: Resume) -> I
         lock.acquire()
         try:
             paths.claim(to_yaml(config), resume, _differences(paths, config))
-        except DistvsdError:
+        except Exception:
             lock.release()
             raise
 
