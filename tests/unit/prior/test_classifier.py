@@ -14,8 +14,6 @@ from distvsd.prior.shapes.augment import augment, blank_images
 from distvsd.prior.shapes.classifier import HEADS, SCENES, SHIPPED, Classifier, load_classifier
 from distvsd.vsd.rng import Purpose, generator
 
-shipped = pytest.mark.skipif(not SHIPPED.exists(), reason="the weights are not trained yet")
-
 
 @pytest.fixture(scope="module")
 def fresh():
@@ -25,7 +23,6 @@ def fresh():
     return labels, cameras, world.draw(labels, cameras, torch.rand(200, generator=draw), samples=2)
 
 
-@shipped
 def test_fresh_drawings_are_read_right(fresh):
     labels, cameras, images = fresh
     read = load_classifier().classify(images)
@@ -39,7 +36,6 @@ def test_fresh_drawings_are_read_right(fresh):
     assert (read.face == faces)[decided].float().mean() >= 0.95
 
 
-@shipped
 def test_larger_smaller_and_unclamped_images_are_read_as_well(fresh):
     labels, _, images = fresh
     solid = (labels.shape >= 0).nonzero().squeeze(1)[:60]
@@ -53,7 +49,6 @@ def test_larger_smaller_and_unclamped_images_are_read_as_well(fresh):
     assert (read.shape == labels.shape[solid]).float().mean() >= 0.95
 
 
-@shipped
 def test_nothing_and_noise_are_no_objects_and_broken_values_are_read_too():
     classifier = load_classifier()
     blank = classifier.classify(blank_images(200, generator(5, Purpose.EVALUATE, 1)))
@@ -65,7 +60,6 @@ def test_nothing_and_noise_are_no_objects_and_broken_values_are_read_too():
     assert all(values.isfinite().all() for values in broken.probabilities.values())
 
 
-@shipped
 def test_the_shipped_weights_are_small_and_carry_their_figures():
     weights, config = SHIPPED / "model.safetensors", json.loads((SHIPPED / "config.json").read_text())
     assert weights.stat().st_size <= 700_000
