@@ -23,7 +23,7 @@ from torch import Tensor
 from distvsd.build import load_particles
 from distvsd.config import load_config
 from distvsd.evaluate import diversity
-from distvsd.evaluate.views import evaluation_cameras
+from distvsd.evaluate.views import render_group, ring
 from distvsd.export.images import contact_sheet, save_png
 from distvsd.prior.load import load_prior
 from distvsd.prior.shapes.classifier import SCENES, load_classifier
@@ -31,7 +31,6 @@ from distvsd.train import train
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 PROMPT = "an object"
-RESOLUTION = 64
 
 
 def trained(out: Path, kind: str, count: int, rounds: int, seed: int, overrides: list[str]) -> Tensor:
@@ -52,8 +51,7 @@ def trained(out: Path, kind: str, count: int, rounds: int, seed: int, overrides:
     config = load_config(QUICKSTART, settings)
     train(config)
     restored = load_particles(out)
-    cameras = evaluation_cameras(config)[torch.zeros(count, dtype=torch.int64)]
-    return restored.render(restored.ids, cameras, RESOLUTION, 0.5)[0][:, 0].clamp(0, 1)
+    return render_group(restored, restored.ids, ring(config))[0][:, 0].clamp(0, 1)
 
 
 def measure(images: Tensor) -> dict[str, object]:
