@@ -174,7 +174,7 @@ def _prior_commands(parents: Any) -> None:
     build.add_argument(
         "--num-images", type=_positive, default=30_000, help="size of the drawn data set (default: %(default)s)"
     )
-    build.add_argument("--steps", type=_positive, default=4_200, help="training steps (default: %(default)s)")
+    build.add_argument("--steps", type=_positive, default=6_500, help="training steps (default: %(default)s)")
     build.add_argument("--batch-size", type=_positive, default=32, help="images a step (default: %(default)s)")
     build.add_argument("--device", default="cpu", help="torch device to train on (default: %(default)s)")
 

@@ -68,12 +68,6 @@ def _exact_backend(config: Config) -> str | None:
     return "is nerfacc, whose sums change from run to run, but parallel.numerics is exact; allowed: auto, torch"
 
 
-def _tracker(config: Config) -> str | None:
-    if config.log.wandb == "off":
-        return None
-    return f"is {config.log.wandb}, but this version logs to metrics.jsonl only; set off"
-
-
 RELATIONS = (
     Relation(("prompt", "particles.count"), _prompt_count),
     Relation(("objective.t_min", "objective.t_max"), _time_range),
@@ -81,5 +75,4 @@ RELATIONS = (
     Relation(("score.replay_share", "score.replay_rounds"), _replay),
     Relation(("render.resolution", "particles.kind", "particles.image.space"), _latent_size),
     Relation(("render.backend", "parallel.numerics"), _exact_backend),
-    Relation(("log.wandb",), _tracker),
 )

@@ -140,6 +140,18 @@ class NerfConfig:
 
 
 @dataclass(frozen=True)
+class HealthConfig:
+    """What happens to a particle whose gradients are not finite."""
+
+    max_bad: Positive = 10
+    """Rounds in a row without a finite gradient after which a particle goes back to its last good state."""
+    max_restores: Count = 2
+    """Times a particle goes back before it is quarantined: it stays as it is and takes no part any more."""
+    restore_rate: Annotated[float, Range(0, 1, above=True)] = 0.5
+    """Factor on a particle's learning rates each time it goes back."""
+
+
+@dataclass(frozen=True)
 class ParticlesConfig:
     """What is optimised, how many, and how fast."""
 
@@ -163,6 +175,8 @@ class ParticlesConfig:
     """Read when kind is image."""
     nerf: NerfConfig = NerfConfig()
     """Read when kind is nerf."""
+    health: HealthConfig = HealthConfig()
+    """What happens to particles that stop being finite."""
 
 
 @dataclass(frozen=True)
@@ -217,6 +231,8 @@ class ScoreConfig:
     """How the rate grows with the number of samples gathered over one a round."""
     max_grad_norm: Weight = 0.0
     """Gradients are clipped to this norm; 0 is off."""
+    max_skipped: Positive = 20
+    """Optimiser steps in a row left out because a gradient was not finite, after which the run ends."""
 
 
 @dataclass(frozen=True)
@@ -247,8 +263,12 @@ class CheckpointConfig:
 
     every: Count = 500
     """Rounds between checkpoints; 0 is only at the end."""
-    keep: Positive = 2
-    """Newest checkpoints kept on disk."""
+    keep: Annotated[int, Range(2, 10**9)] = 2
+    """Newest complete checkpoints kept on disk; two, so that one is left when the newest is found damaged."""
+    asynchronous: bool = True
+    """Files are written while the next rounds run; the run stops only for the copy to the host."""
+    max_failures: Positive = 3
+    """Saves that may fail one after another (full disk, I/O errors) before the run ends."""
 
 
 @dataclass(frozen=True)
@@ -260,7 +280,13 @@ class LogConfig:
     images_every: Count = 0
     """Rounds between contact sheets; 0 is only at the end."""
     wandb: Literal["off", "offline", "online"] = "off"
-    """Whether metrics also go to Weights and Biases; this version has off only."""
+    """Whether metrics also go to Weights and Biases; online falls back to offline where it does not answer."""
+    wandb_project: str = "distvsd"
+    """Project in Weights and Biases."""
+    wandb_name: str = ""
+    """Name of the run there; empty is the name of run.dir."""
+    wandb_group: str = ""
+    """Group of the run there, such as a sweep."""
 
 
 @dataclass(frozen=True)

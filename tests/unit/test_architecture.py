@@ -17,7 +17,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "distvsd"
 
-# errors is for everyone. A name with a dot is one module of a room, and nothing else of it.
+# For every room. A name with a dot is one module of a room, and nothing else of it.
+FOR_ALL = {"errors", "testing.faults"}
 INNER: dict[str, set[str]] = {
     "errors": set(),
     "config": set(),
@@ -136,7 +137,7 @@ def test_rooms_import_only_what_the_table_allows() -> None:
         f"{found.place} imports {found.target}"
         for found in ALL
         if found.own
-        and not within(found.target, {found.room, "errors", "distvsd", "__version__"} | allowed[found.room])
+        and not within(found.target, {found.room, "distvsd", "__version__"} | FOR_ALL | allowed[found.room])
     ]
     assert not wrong, "\n".join(wrong)
 
@@ -149,6 +150,11 @@ def test_the_table_itself_has_no_way_back() -> None:
         assert ready, f"{waiting} import each other"
         done.update(ready)
     assert not {name.partition(".")[0] for names in INNER.values() for name in names} & OUTER.keys()
+
+
+def test_what_every_room_may_import_imports_no_room() -> None:
+    own = [found for found in ALL if found.own and within(found.module, FOR_ALL)]
+    assert not [found.place for found in own if not within(found.target, FOR_ALL)]
 
 
 def test_third_party_packages_stay_in_their_rooms() -> None:

@@ -15,7 +15,7 @@ from distvsd.prior.shapes.world import COLORS, SHAPES, Labels
 MAX_TOKENS = 16
 LEVELS = ("full", "shape", "color", "object", "empty")
 LEVEL_WEIGHTS = torch.tensor([0.44, 0.12, 0.12, 0.22, 0.10])
-SUFFIX_SHARE = 0.4  # of the captions name the view
+SUFFIX_SHARE = 0.5  # of the captions name the view
 
 
 def article(noun: str) -> str:

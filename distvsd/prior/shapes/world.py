@@ -41,6 +41,9 @@ SPHERE_RADIUS, CUBE_HALF = 0.36, 0.27
 CYLINDER_RADIUS, CYLINDER_HALF = 0.25, 0.34
 CONE_RADIUS, CONE_TOP, CONE_BOTTOM = 0.36, 0.42, -0.32
 TORUS_RADIUS, TORUS_TUBE = 0.27, 0.14
+# A face is as large as the slimmest shapes, cone and torus, can carry: 130 to 300 of the 4,096 pixels from the front.
+EYE_SIDE, EYE_HEIGHT, EYE_RADIUS = 0.1, 0.05, 0.065
+MOUTH_HEIGHT, MOUTH_HALF_WIDTH, MOUTH_HALF_HEIGHT = -0.09, 0.14, 0.035
 ROOM_HALF, ROOM_BOTTOM, ROOM_TOP = 1.0, -0.6, 0.8
 
 
@@ -61,7 +64,7 @@ class Labels:
         return Labels(*(getattr(self, name)[index] for name in ("shape", "color", "face", "wall", "floor")))
 
 
-def sample_labels(count: int, generator: torch.Generator, rooms: float = 0.1, faces: float = 0.3) -> Labels:
+def sample_labels(count: int, generator: torch.Generator, rooms: float = 0.1, faces: float = 0.5) -> Labels:
     """Independent labels: every shape and colour equally likely; shares `rooms` and `faces` of the images have them."""
 
     def draw(high: int) -> Tensor:
@@ -145,8 +148,8 @@ def _face_mask(points: Tensor, normals: Tensor) -> Tensor:
     """Two eyes and a mouth on the side that looks along +x."""
     x, y, z = points.unbind(-1)
     front = (x > 0.05) & (normals[..., 0] > 0.1)
-    eyes = ((y.abs() - 0.085) ** 2 + (z - 0.055) ** 2) < 0.047**2
-    mouth = (y.abs() < 0.11) & ((z + 0.075).abs() < 0.025)
+    eyes = ((y.abs() - EYE_SIDE) ** 2 + (z - EYE_HEIGHT) ** 2) < EYE_RADIUS**2
+    mouth = (y.abs() < MOUTH_HALF_WIDTH) & ((z - MOUTH_HEIGHT).abs() < MOUTH_HALF_HEIGHT)
     return front & (eyes | mouth)
 
 
