@@ -226,8 +226,17 @@ def distil(mixture: Mixture, settings: Settings, watch: Callable[[int, Tensor], 
             watch(done.step, points())
         return False
 
-    exchange = Exchange(world, [count]).start
-    Loop(ensemble, encode, objective, exchange, training, lambda step: 1, watched, lambda step: False).run(0, rounds)
+    Loop(
+        ensemble,
+        encode,
+        objective,
+        Exchange(world, [count]).start,
+        lambda union, absent: union,  # points are always finite
+        training,
+        lambda step: 1,
+        watched,
+        lambda step: False,
+    ).run(0, rounds)
     return points().clone()
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from distvsd.config import Config, load_config
 from distvsd.errors import BackendError, CheckpointError, RunError
 from distvsd.loop import Loop, Round
 from distvsd.parallel.assign import owners
+from distvsd.parallel.collectives import all_reduce_sum_, gather_objects
 from distvsd.parallel.exchange import Exchange, slice_for
 from distvsd.parallel.reduce import reduce_gradients
 from distvsd.parallel.world import World
@@ -29,6 +32,7 @@ from distvsd.render.volume import VolumeBackend
 from distvsd.runtime.paths import RunPaths
 from distvsd.score.lora import LoraScore
 from distvsd.score.training import ScoreTraining
+from distvsd.testing.faults import poison
 from distvsd.vsd.objectives import Objective
 from distvsd.vsd.samples import Samples
 
@@ -44,9 +48,23 @@ class Run:
     score: LoraScore
     loop: Loop
 
+    @property
+    def num_bytes(self) -> int:
+        """Of this rank's part of a checkpoint; the score network, which all ranks hold, counts on rank 0."""
+        score = self.score.state() if self.world.rank == 0 else {}
+        shared = sum(tensor.nbytes for tensors in score.values() for tensor in tensors.values())
+        return self.ensemble.num_bytes + shared
 
-def build_run(config: Config, world: World, watch: Callable[[Round], bool]) -> Run:
+
+def build_run(
+    config: Config,
+    world: World,
+    watch: Callable[[Round], bool],
+    entered: Callable[[int, str], None] = lambda step, phase: None,
+) -> Run:
     """Loads the prior and makes this rank's particles. Every rank calls it; it does not communicate.
+
+    watch, entered: see `Loop`.
 
     Raises PriorError and BackendError where the configuration asks for what is not there.
     """
@@ -78,13 +96,15 @@ def build_run(config: Config, world: World, watch: Callable[[Round], bool]) -> R
     )
     loop = Loop(
         ensemble,
-        _encoder(prior, ensemble.particle, config),
+        _encoder(prior, ensemble, config.particles.views),
         _objective(config, prior, score),
         Exchange(world, [len(ids) * views for ids in assigned]).start,
+        functools.partial(_exclude, world),
         None if config.objective.kind == "sds" else _score_training(config, world, score),
         config.render.resolution_at,
         watch,
         lambda step: (step + 1) % config.log.every == 0,
+        entered,
     )
     return Run(config, world, prior, ensemble, score, loop)
 
@@ -124,6 +144,7 @@ def _score_training(config: Config, world: World, score: LoraScore) -> ScoreTrai
         config.score,
         config.run.seed,
         micro_batch=1 if numerics == "exact" else 0,
+        gather=functools.partial(gather_objects, world),
     )
 
 
@@ -143,6 +164,7 @@ def make_ensemble(
         particles.eps,
         micro_batch,
         device,
+        particles.health,
     )
 
 
@@ -208,30 +230,48 @@ def _volume_backend(config: Config, device: torch.device) -> VolumeBackend:
     return "nerfacc" if find_spec("nerfacc") else "torch"
 
 
-def _encoder(prior: Pipeline, particle: Particle, config: Config) -> Callable[[list[Views], int], Samples]:
-    """Renders of a resolution to samples: latents with the graph, camera matrices, ids, named views, validity."""
-    num_views = config.particles.views
+def _encoder(prior: Pipeline, ensemble: Ensemble, num_views: int) -> Callable[[list[Views], int], Samples]:
+    """Renders of a resolution to samples: latents with the graph, camera matrices, ids, named views, and weights.
+
+    The weight is 0 for latents that are not finite and for particles in quarantine, else 1.
+    """
+    particle = ensemble.particle
 
     def encode(views: list[Views], resolution: int) -> Samples:
         if not views:
             return _no_samples(prior, resolution)
         parts = []
+        absent = torch.tensor(ensemble.quarantined, dtype=torch.int64, device=prior.device)
         for view in views:
             images = view.rendered.images.flatten(0, 1)
-            latents = images if particle.is_latent else prior.encode(images)
+            ids = view.ids.repeat_interleave(num_views)
+            latents = poison("latent", images if particle.is_latent else prior.encode(images), ids)
             cameras = view.cameras.flatten()
             parts.append(
                 Samples(
                     latents,
                     cameras.extrinsics.flatten(1).float(),
-                    view.ids.repeat_interleave(num_views),
+                    ids,
                     view_indices(cameras.elevation, cameras.azimuth),
-                    latents.detach().flatten(1).isfinite().all(1).float(),
+                    (_finite(latents, num_views) & ~torch.isin(ids, absent)).float(),
                 )
             )
         return parts[0] if len(parts) == 1 else Samples.cat(parts)
 
     return encode
+
+
+def _finite(latents: Tensor, num_views: int) -> Tensor:
+    """Bool `[N]`: whether all views of the row's particle are finite."""
+    rows = latents.detach().flatten(1).isfinite().all(1)
+    return rows.reshape(-1, num_views).all(1).repeat_interleave(num_views)
+
+
+def _exclude(world: World, union: Samples, absent: list[int]) -> Samples:
+    """The union with weight 0 for the particles that any rank reports absent; one small sum over ranks."""
+    rows = torch.isin(union.ids, torch.tensor(absent, dtype=torch.int64, device=union.ids.device))
+    missed = all_reduce_sum_(world, rows.float())
+    return dataclasses.replace(union, weight=union.weight * (missed == 0))
 
 
 def _no_samples(prior: Pipeline, resolution: int) -> Samples:
@@ -256,6 +296,7 @@ class Restored:
     step: int
     ensemble: Ensemble
     decode: Callable[[Tensor], Tensor] | None
+    health: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     @torch.no_grad()
     def render(self, ids: list[int], cameras: Cameras, resolution: int, background: float) -> tuple[Tensor, Tensor]:
@@ -290,5 +331,6 @@ def load_particles(run_dir: Path, device: str = "cpu") -> Restored:
     ids = [entry.id for entry in checkpoint.manifest.particles]
     ensemble = make_ensemble(config, prior.latent_shape if prior else lambda size: (3, size, size), ids, device)
     for entry in checkpoint.manifest.particles:
-        ensemble.load_state(entry.id, checkpoint.read(entry.file))
-    return Restored(config, ids, checkpoint.manifest.step, ensemble, prior.decode if prior else None)
+        ensemble.load_state(entry.id, checkpoint.read(entry.file), entry.health)
+    health = {entry.id: entry.health for entry in checkpoint.manifest.particles}
+    return Restored(config, ids, checkpoint.manifest.step, ensemble, prior.decode if prior else None, health)

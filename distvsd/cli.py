@@ -102,6 +102,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     _json_argument(plan)
 
+    _commands_on_runs(kinds)
+    _prior_commands(kinds)
+    _command(
+        kinds, "doctor", "list versions, devices and what is missing, each with what to do", "", commands.run_doctor
+    )
+    return parser
+
+
+def _commands_on_runs(kinds: Any) -> None:
     evaluate = _command(
         kinds, "evaluate", "measure what the particles of a run are worth", "runs/a --json", commands.run_evaluate
     )
@@ -119,11 +128,20 @@ def _parser() -> argparse.ArgumentParser:
         "--digest", action="store_true", help="print one SHA-256 a component, the whole last, and no path"
     )
 
-    _prior_commands(kinds)
-    _command(
-        kinds, "doctor", "list versions, devices and what is missing, each with what to do", "", commands.run_doctor
+    log = _command(
+        kinds,
+        "log",
+        "send a run's metrics and pictures to Weights and Biases",
+        "runs/a --wandb online",
+        commands.run_log,
     )
-    return parser
+    _run_argument(log)
+    log.add_argument(
+        "--wandb", choices=("offline", "online"), default="offline", help="where to (default: %(default)s)"
+    )
+    log.add_argument(
+        "--results-only", action="store_true", help="only the last pictures, the particles and evaluation.json"
+    )
 
 
 def _prior_commands(parents: Any) -> None:

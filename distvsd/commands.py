@@ -66,6 +66,28 @@ def run_verify(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_log(args: argparse.Namespace) -> int:
+    run = _run_directory(args)
+    from distvsd.config import load_config, to_dict
+    from distvsd.runtime.paths import RunPaths
+    from distvsd.runtime.replay_metrics import replay
+
+    config = load_config(RunPaths(run).config)
+    log = config.log
+    count = replay(
+        run,
+        args.wandb,
+        log.wandb_project,
+        log.wandb_name or run.resolve().name,
+        log.wandb_group,
+        to_dict(config),
+        lambda text: print(text, file=sys.stderr, flush=True),
+        args.results_only,
+    )
+    print(f"{count} notes sent")
+    return 0
+
+
 def run_prior_info(args: argparse.Namespace) -> int:
     with _only_json(args.json):
         from distvsd.prior.info import describe

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+PREEMPTED = 3  # exit code of a run that was told to stop and can be continued
+
 
 class DistvsdError(Exception):
     """Base of every error this program raises on purpose; the command line prints it without a traceback.

@@ -26,6 +26,7 @@ from distvsd.checkpoint.format import (
     step_of,
 )
 from distvsd.errors import CheckpointError
+from distvsd.testing.faults import fault
 
 _log = logging.getLogger("distvsd")
 _CHANGED: Final = "does not match its SHA-256: it was damaged or changed after it was written"
@@ -166,6 +167,7 @@ def _reading(folder: Path, file: str) -> Iterator[io.BufferedReader]:
     """Opens a regular file of a checkpoint and follows no link on the way; every failure is a CheckpointError."""
     path = folder / file
     try:
+        fault("load.read")
         for part in [*reversed(path.relative_to(folder).parents)][1:]:
             if (folder / part).is_symlink():
                 raise CheckpointError(_advice(folder / part, "is a symbolic link"))

@@ -3,83 +3,169 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import platform
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple
-from importlib import metadata as packages
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor
 
 from distvsd.checkpoint import reader, store
-from distvsd.checkpoint.format import (
-    FileEntry,
-    Manifest,
-    NewerFormatError,
-    ParticleEntry,
-    component,
-    content_digest,
-    decode_manifest,
-    encode_tensors,
-    folder_name,
-    is_file_name,
-    particle_of,
-)
+from distvsd.checkpoint.compose import compose, frozen_metadata, plain
+from distvsd.checkpoint.format import NewerFormatError, folder_name, is_file_name, particle_of
+from distvsd.checkpoint.ranks import StorageError, owners_of, refuse_drift, together
+from distvsd.checkpoint.snapshot import HostCopies
+from distvsd.checkpoint.writer import Writer, write_share
 from distvsd.errors import CheckpointError
-from distvsd.parallel.collectives import gather_objects
 from distvsd.parallel.world import World
 
 _log = logging.getLogger("distvsd")
-_RECORDED = ("distvsd", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
+
+# Headers of the tensor files and the manifest come on top of the tensors.
+_MARGIN_BYTES: Final = 2**20
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What this rank gives to a checkpoint, copied: nothing that the caller does later reaches it."""
+
+    step: int
+    files: dict[str, dict[str, Tensor]]
+    texts: dict[str, str]
+    health: dict[str, Any]
+    metadata: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Save:
+    """A save under way, on one rank: its part, the folder, the thread that writes."""
+
+    part: _Part
+    staging: Path
+    writer: Writer
 
 
 class Saver:
-    """The checkpoints of one run. Every method is collective: all ranks call it, in the same order, and either all of
-    them return or all of them raise the same CheckpointError.
+    """The checkpoints of one run. What is not called local is collective: all ranks call it, in the same order, and
+    either all of them return or all of them raise the same CheckpointError.
+
+    A save has two parts. `begin` copies the state into host memory and lets a thread of each rank write it; `finish`
+    waits for the threads, compares, and publishes. A disk that fails loses that save only: it is counted, and the run
+    may go on until `max_failures` failed one after another.
 
     Constructing one deletes what a dead run left half-written, so only the holder of the run's lock may; readers of a
     run that may be alive use `reader.newest`.
     """
 
-    def __init__(self, checkpoints: Path, world: World, keep: int = 2) -> None:
-        """checkpoints: their folder, on a file system all ranks share. keep: how many complete ones stay."""
-        if keep < 1:
-            raise CheckpointError(f"checkpoint.keep is {keep}; at least one checkpoint has to stay")
+    def __init__(
+        self, checkpoints: Path, world: World, keep: int = 2, asynchronous: bool = False, max_failures: int = 3
+    ) -> None:
+        """checkpoints: their folder, on a file system all ranks share. keep: how many complete ones stay, at least 2:
+        the newest may turn out to be damaged. asynchronous: `begin` returns while the files are being written."""
+        if keep < 2:
+            raise CheckpointError(
+                f"checkpoint.keep is {keep}; at least 2 have to stay, for the case that one is damaged"
+            )
         self._checkpoints, self._world, self._keep = checkpoints, world, keep
-        self._staging: Path | None = None
+        self._asynchronous, self._max_failures = asynchronous, max_failures
+        self._copies = HostCopies()
+        self._save: _Save | None = None
+        self._staging: Path | None = None  # on rank 0, the folder that is not published yet
+        self._unsound: set[int] = set()
+        self._failures, self._last_failure = 0, ""
         self._together("clearing away unfinished checkpoints", self._lead(lambda: store.recover(checkpoints)))
 
-    def save(
+    @property
+    def writing(self) -> bool:
+        """Whether this rank still writes files; local, and not the same on all ranks."""
+        return self._save is not None and self._save.writer.is_busy
+
+    @property
+    def pending(self) -> int | None:
+        """The step whose save has begun and is not finished; local, the same on all ranks."""
+        return None if self._save is None else self._save.part.step
+
+    @property
+    def failures(self) -> int:
+        """How many saves have failed since one succeeded; local, the same on all ranks."""
+        return self._failures
+
+    @property
+    def last_failure(self) -> str:
+        """Why the newest failed save failed, "" if none has; local, the same on all ranks."""
+        return self._last_failure
+
+    def preflight(self, num_bytes: int) -> None:
+        """Raises CheckpointError unless the disk has room for the run's checkpoints. num_bytes: of this rank's part."""
+        action = "reserving space for checkpoints"
+        total = sum(self._together(action, lambda: num_bytes)) + _MARGIN_BYTES
+        self._together(action, self._lead(lambda: store.reserve(self._checkpoints, total, self._keep)))
+
+    def begin(
         self,
         step: int,
         files: Mapping[str, Mapping[str, Tensor]],
         texts: Mapping[str, str],
         metadata: Mapping[str, Any],
         health: Mapping[int, Mapping[str, Any]] | None = None,
-    ) -> Path:
-        """Writes the state after `step` rounds and returns its folder; on an error nothing is published.
+    ) -> None:
+        """Starts to save the state after `step` rounds; what the file holds is the state at this moment.
 
-        files, texts: what this rank holds, by the file names of docs/checkpoint-format.md. A particle comes from one
-        rank. A `score/` file may come from several: the lowest writes it, and it is an error if the others hold other
-        content, which is how drifted replicas are found. health: JSON by particle id, for the particles in `files`.
-        metadata: rank 0's is used; config, config_digest, prior_identity, metrics_bytes, and anything else in JSON.
+        Finishes the save before, if that is still under way, and this one too unless `asynchronous`. files, texts: what
+        this rank holds, by the file names of docs/checkpoint-format.md. A particle comes from one rank. A `score/` file
+        may come from several: the lowest writes it, and it is an error if the others hold other content, which is how
+        drifted replicas are found. health: JSON by particle id, for the particles in `files`. metadata: rank 0's is
+        used; config, config_digest, prior_identity, metrics_bytes, and anything else in JSON. Raises CheckpointError
+        for what no checkpoint can hold, and when `max_failures` saves failed in a row.
         """
+        self.finish()
+        action = f"saving {folder_name(step)}"
+        parts: list[_Part] = []
+
+        def announce() -> dict[str, Any]:
+            parts.append(self._copy(step, files, texts, metadata, health or {}))
+            return {"step": step, "files": sorted((*files, *texts)), "staging": self._stage(step)}
+
+        try:
+            opened = self._together(action, announce)
+            owners = owners_of(action, opened)
+        except StorageError as error:
+            self._discard()
+            self._fail(error)
+            return
+        except CheckpointError:
+            self._discard()
+            raise
+        part, staging = parts[0], self._checkpoints / opened[0]["staging"]
+        owned = frozenset(file for file, owner in owners.items() if owner == self._world.rank)
+        self._save = _Save(part, staging, Writer(lambda: write_share(staging, owned, part.files, part.texts)))
+        if not self._asynchronous:
+            self.finish()
+
+    def finish(self) -> Path | None:
+        """Waits until this rank has written, then publishes the checkpoint, verifies it, and deletes what is too old.
+
+        Returns its folder; None when no save was under way, or when this one failed. Raises CheckpointError when
+        replicas have drifted apart, and when `max_failures` saves failed in a row.
+        """
+        save = self._save
+        if save is None:
+            return None
+        step = save.part.step
         action = f"saving {folder_name(step)}"
         try:
-            opened = self._together(action, lambda: self._open(step, files, texts))
-            staging = self._checkpoints / opened[0]["staging"]
-            owners = _owners(action, opened)
-            written = self._together(action, lambda: self._write(staging, owners, files, texts, health or {}))
-            _refuse_drift(action, [report["content"] for report in written])
-            self._together(action, self._lead(lambda: self._publish(staging, step, written, metadata)))
+            written = self._together(action, lambda: save.writer.result() | {"health": save.part.health})
+            refuse_drift(action, [report["content"] for report in written])
+            self._together(action, self._lead(lambda: self._publish(save, written)))
+        except StorageError as error:
+            self._fail(error)
+            return None
         finally:
-            if self._staging is not None:  # on rank 0; published, it has moved away
-                store.discard(self._staging)
-                self._staging = None
+            self._save = None
+            self._discard()
+        self._failures = 0
+        self._unsound.discard(step)
         return self._checkpoints / folder_name(step)
 
     def load(self, step: int | None = None) -> reader.Checkpoint | None:
@@ -100,6 +186,7 @@ class Saver:
                 return checkpoint
             if step is not None:
                 raise CheckpointError(f"{folder_name(step)} cannot be used: {'; '.join(problems)}")
+            self._unsound.add(candidate)  # it must not be counted among those that stay
             skipped.append(reader.skipping(candidate, problems))
             self._lead(lambda: _log.warning(skipped[-1]))()
         reader.raise_if_none_is_sound(self._checkpoints, skipped)
@@ -110,90 +197,58 @@ class Saver:
         return lambda: work() if self._world.rank == 0 else None
 
     def _together(self, action: str, work: Callable[[], Any]) -> list[Any]:
-        """Every rank's result of its work, which must be JSON; any rank's failure is a CheckpointError on all."""
-        value = "null"
-        problem: str | None = None
-        try:
-            value = json.dumps(work())
-        except Exception as error:  # a rank that raised here on its own would leave the others waiting for ever
-            problem = _describe(error)
-        reports = gather_objects(self._world, [value, problem])
-        _refuse(action, [problem for _, problem in reports])
-        return [json.loads(value) for value, _ in reports]
+        return together(self._world, action, work)
 
-    def _open(self, step: int, files: Mapping[str, object], texts: Mapping[str, object]) -> dict[str, Any]:
-        """Announces what this rank will write; rank 0 also makes the folder."""
+    def _copy(
+        self,
+        step: int,
+        files: Mapping[str, Mapping[str, Tensor]],
+        texts: Mapping[str, str],
+        metadata: Mapping[str, Any],
+        health: Mapping[int, Mapping[str, Any]],
+    ) -> _Part:
+        """The part of this rank, checked. No save may be under way: its copies are overwritten."""
         for name in (*files, *texts):
             if not is_file_name(name) or name.endswith(".json") != (name in texts):
                 raise CheckpointError(
                     f"{name!r:.120} is not the name of a file in a checkpoint; see checkpoint-format.md"
                 )
-        if self._world.rank == 0:
-            self._staging = store.stage(self._checkpoints, step)
-        staging = self._staging.name if self._staging else None
-        return {"step": step, "files": sorted((*files, *texts)), "staging": staging}
+        held = [particle for file in files if (particle := particle_of(file)) is not None]
+        records = plain({str(particle): health.get(particle, {}) for particle in held}, "the health of particles")
+        frozen = frozen_metadata(metadata) if self._world.rank == 0 else {}
+        return _Part(step, self._copies.take(files), dict(texts), records, frozen)
 
-    def _write(
-        self,
-        staging: Path,
-        owners: Mapping[str, int],
-        files: Mapping[str, Mapping[str, Tensor]],
-        texts: Mapping[str, str],
-        health: Mapping[int, Mapping[str, Any]],
-    ) -> dict[str, Any]:
-        """Writes the files this rank owns and reports them, with the digest of the content of all it holds."""
-        entries: dict[str, Any] = {}
-        content: dict[str, str] = {}
-        for file, tensors in sorted(files.items()):
-            on_host = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-            content[file] = content_digest(on_host)
-            if owners[file] == self._world.rank:
-                entries[file] = astuple(store.write_file(staging, file, encode_tensors(on_host, file)))
-        for file, text in sorted(texts.items()):
-            content[file] = hashlib.sha256(text.encode()).hexdigest()
-            if owners[file] == self._world.rank:
-                entries[file] = astuple(store.write_file(staging, file, text.encode()))
-        for folder in sorted({file.partition("/")[0] for file in entries}):
-            store.sync_folder(staging / folder)
-        known = {
-            str(particle): health.get(particle, {}) for file in files if (particle := particle_of(file)) is not None
-        }
-        return {"entries": entries, "content": content, "health": known}
+    def _stage(self, step: int) -> str | None:
+        """Makes the folder of a new checkpoint, on rank 0, and returns its name."""
+        if self._world.rank != 0:
+            return None
+        self._staging = store.stage(self._checkpoints, step)
+        return self._staging.name
 
-    def _publish(
-        self, staging: Path, step: int, written: Sequence[Mapping[str, Any]], metadata: Mapping[str, Any]
-    ) -> None:
-        manifest = self._manifest(step, written, metadata)
-        store.publish(staging, manifest)
-        store.prune(self._checkpoints, self._keep, published=step)
+    def _publish(self, save: _Save, written: Sequence[Mapping[str, Any]]) -> None:
+        store.publish(save.staging, compose(save.part.step, self._world.size, written, save.part.metadata))
+        try:
+            store.prune(self._checkpoints, self._keep, save.part.step, self._unsound - {save.part.step})
+        except OSError as error:  # the checkpoint is safe; what is too old is looked for again after the next save
+            _log.warning("%s could not be searched for old checkpoints: %s", self._checkpoints, error)
 
-    def _manifest(self, step: int, written: Sequence[Mapping[str, Any]], metadata: Mapping[str, Any]) -> Manifest:
-        entries = {file: entry for report in written for file, entry in report["entries"].items()}
-        content = {file: digest for report in written for file, digest in report["content"].items()}
-        health = {int(particle): record for report in written for particle, record in report["health"].items()}
-        required = ("config", "config_digest", "prior_identity", "metrics_bytes")
-        if missing := [key for key in required if key not in metadata]:
-            raise CheckpointError(f"the metadata lacks {', '.join(missing)}; rank 0 has to give {', '.join(required)}")
-        manifest = Manifest(
-            step=step,
-            config_digest=metadata["config_digest"],
-            config=metadata["config"],
-            world_size=self._world.size,
-            versions=_versions(),
-            prior_identity=metadata["prior_identity"],
-            files={file: FileEntry(*entries[file]) for file in sorted(entries)},
-            particles=tuple(
-                ParticleEntry(particle, file, health[particle])
-                for file in sorted(entries)
-                if (particle := particle_of(file)) is not None
-            ),
-            components={name: content[file] for file in sorted(entries) if (name := component(file))},
-            metrics_bytes=metadata["metrics_bytes"],
-            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            more={key: value for key, value in metadata.items() if key not in required},
-        )
-        # What no reader would accept must not replace what one would.
-        return decode_manifest(manifest.encode(), f"the manifest of step {step}")
+    def _fail(self, error: StorageError) -> None:
+        """Counts a save that the disk did not take. Raises CheckpointError when it was one too many."""
+        self._failures += 1
+        self._last_failure = str(error)
+        kept = f"the checkpoints in {self._checkpoints} are as they were"
+        if self._failures >= self._max_failures:
+            raise CheckpointError(
+                f"{self._failures} saves in a row failed (checkpoint.max_failures is {self._max_failures}), the "
+                f"newest: {error}. {kept}; when there is room, the same command continues from them"
+            ) from error
+        self._lead(lambda: _log.warning("%s; failure %d in a row, %s", error, self._failures, kept))()
+
+    def _discard(self) -> None:
+        """Deletes the folder of a save that came to nothing, on rank 0; published, it has moved away."""
+        if self._staging is not None:
+            store.discard(self._staging)
+            self._staging = None
 
     def _examine(self, step: int) -> tuple[reader.Checkpoint | None, list[str]]:
         """One checkpoint, its files hashed by all ranks together, and what is wrong with it: the same on every rank."""
@@ -219,63 +274,3 @@ class Saver:
         if not problems and len({report["manifest"] for report in reports}) > 1:
             problems = ["ranks read different manifests; the run directory must lie on a file system that all share"]
         return (opened[0] if opened else None), problems
-
-
-def _owners(action: str, opened: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """The rank that writes each file: the lowest that holds it. The same on every rank."""
-    holders: dict[str, list[int]] = {}
-    for rank, report in enumerate(opened):
-        for file in report["files"]:
-            holders.setdefault(file, []).append(rank)
-    problems: list[str | None] = [None] * len(opened)
-    for rank, report in enumerate(opened):
-        if report["step"] != opened[0]["step"]:
-            problems[rank] = f"is at step {report['step']} and rank 0 at {opened[0]['step']}"
-        if shared := [file for file in report["files"] if particle_of(file) is not None and holders[file][0] != rank]:
-            problems[rank] = (
-                f"holds {shared[0]}, which rank {holders[shared[0]][0]} holds too; a particle has one owner"
-            )
-    _refuse(action, problems)
-    return {file: ranks[0] for file, ranks in holders.items()}
-
-
-def _refuse_drift(action: str, contents: Sequence[Mapping[str, str]]) -> None:
-    """Raises where ranks that hold the same file hold different content."""
-    first: dict[str, tuple[int, str]] = {}
-    problems: list[str | None] = [None] * len(contents)
-    for rank, content in enumerate(contents):
-        for file, digest in content.items():
-            holder, expected = first.setdefault(file, (rank, digest))
-            if digest != expected:
-                problems[rank] = f"holds another {file} than rank {holder}: the replicas have drifted apart"
-    _refuse(action, problems)
-
-
-def _refuse(action: str, problems: Sequence[str | None]) -> None:
-    """Raises one CheckpointError from the problems of all ranks, in the same words on each."""
-    ranks: dict[str, list[str]] = {}
-    for rank, problem in enumerate(problems):
-        if problem is not None:
-            ranks.setdefault(problem, []).append(str(rank))
-    if ranks:
-        told = "; ".join(f"rank {', '.join(where)}: {problem}" for problem, where in ranks.items())
-        raise CheckpointError(f"{action} failed: {told}")
-
-
-def _describe(error: Exception) -> str:
-    match error:
-        case CheckpointError():
-            return str(error)
-        case OSError():
-            return f"{error}; check the free space, the quota and the permissions of the run directory"
-    return f"{type(error).__name__}: {error}"
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in _RECORDED:
-        try:
-            found[name] = packages.version(name)
-        except packages.PackageNotFoundError:
-            continue
-    return found

@@ -18,6 +18,7 @@ from torch import Tensor
 from distvsd.parallel.assign import shares
 from distvsd.parallel.collectives import GatheredRows, all_gather_rows
 from distvsd.parallel.world import World
+from distvsd.testing.faults import fault
 
 
 class Batch(Protocol):
@@ -51,6 +52,7 @@ class Exchange:
         A rank without particles gives zero rows of the right shape, latents `[0, C, h, w]`, and takes part. The shape
         of one row must be the same on every rank, and may change from one call to the next.
         """
+        fault("exchange")
         samples = replace(samples, **{name: column.detach() for name, column in _columns(samples).items()})
         expected = self._rows[self._world.rank]
         lengths = {name: len(column) for name, column in _columns(samples).items()}

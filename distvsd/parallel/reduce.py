@@ -16,6 +16,7 @@ from torch import Tensor
 
 from distvsd.parallel.collectives import all_reduce_sum_
 from distvsd.parallel.world import World
+from distvsd.testing.faults import fault, poison
 
 
 class Flag(enum.IntFlag):
@@ -73,6 +74,8 @@ def reduce_gradients(
         raise ValueError(f"flags is {flags}; it must be a word of at most {NUM_FLAGS} bits")
     rows = extra_sums.to(world.device, torch.float64)
     rows = rows.reshape(-1, rows.shape[-1])
+    fault("reduce")
+    vectors = (poison("reduce", vector) for vector in vectors)
     match numerics:
         case "fast":
             return _reduce_fast(world, vectors, length, flags, rows)

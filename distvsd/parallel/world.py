@@ -10,7 +10,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -19,10 +19,19 @@ import torch.distributed as dist
 
 from distvsd.errors import RankError
 from distvsd.parallel.collectives import barrier, gather_objects, set_timeout
+from distvsd.parallel.opening import fresh_store, mortal
 
 # Ranks reach the opening at very different times (imports from a shared disk); only a later silence is a failure.
 OPENING_TIMEOUT_S = 600.0
 LEAVING_S = 3.0
+
+# Read by torch when an NCCL group opens. 3: a collective that timed out ends the process, without waiting for kernels
+# that never end. The others keep the last collectives of every rank and write them down then (/tmp/nccl_trace_rank_*).
+_NCCL = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+    "TORCH_FR_BUFFER_SIZE": "2000",
+}
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ def open_world(timeout_s: float) -> Iterator[World]:
         yield World(0, 1, 0, 1, _device(launch))
     else:
         _share_cores(launch.local_size)
-        with _group_of_accelerate(launch) as (device, num_processes):
+        with _told_to_the_launcher(), _group_of_accelerate(launch) as (device, num_processes):
             world = _audited(launch, device, num_processes)
             set_timeout(world, timeout_s)
             yield world
@@ -160,8 +169,19 @@ def _group_of_accelerate(launch: Launch) -> Iterator[tuple[torch.device, int]]:
     # With both backends, messages of the host wait for no kernel, and the audit needs no NCCL: that would die of a
     # shared device before saying so.
     backend = "gloo" if launch.use_cpu else "cpu:gloo,cuda:nccl"
+    if not launch.use_cpu:
+        for name, value in _NCCL.items():
+            os.environ.setdefault(name, value)
     try:
-        state = PartialState(cpu=launch.use_cpu, backend=backend, timeout=timedelta(seconds=OPENING_TIMEOUT_S))
+        with mortal():
+            state = PartialState(
+                cpu=launch.use_cpu,
+                backend=backend,
+                store=fresh_store(launch.rank, launch.size, OPENING_TIMEOUT_S),
+                rank=launch.rank,
+                world_size=launch.size,
+                timeout=timedelta(seconds=OPENING_TIMEOUT_S),
+            )
     except (RuntimeError, ValueError) as error:
         raise RankError(
             f"rank {launch.rank} of {launch.size} could not join the others: {error}; check that all of them started "
@@ -192,6 +212,21 @@ def _closing_group() -> Iterator[None]:
         raise
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def _told_to_the_launcher() -> Iterator[None]:
+    """Leaves an error where torchrun looks for it, so that its summary shows the error of the rank that failed first
+    and not only an exit code. Under other launchers it does nothing."""
+    try:
+        yield
+    except Exception as error:
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:
+            from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+            with suppress(OSError):
+                get_error_handler().record_exception(error)
+        raise
 
 
 def _share_cores(local_size: int) -> None:

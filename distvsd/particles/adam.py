@@ -44,8 +44,12 @@ class ParticleAdam:
         gradients: dict[str, Tensor],
         learning_rates: dict[str, float],
         moves: Tensor,
+        factors: Tensor | None = None,
     ) -> None:
-        """Updates in place the particles where `moves` `[P]` is true; the others keep every bit, moments included."""
+        """Updates in place the particles where `moves` `[P]` is true; the others keep every bit, moments included.
+
+        factors: `[P]` float32 on the learning rates; a factor of 1 changes no bit.
+        """
         beta1, beta2 = self.betas
         everyone = bool(moves.all())
         self.count += moves
@@ -61,8 +65,10 @@ class ParticleAdam:
                 gradient = torch.where(moves.reshape(rows), gradient, torch.zeros_like(gradient))
             new_mean = mean * beta1 + gradient * (1 - beta1)
             new_square = square * beta2 + gradient.square() * (1 - beta2)
-            rate = (learning_rates[name] / correction1).reshape(rows)
-            change = rate * new_mean / (new_square.sqrt() / correction2.reshape(rows) + self.eps)
+            rate = learning_rates[name] / correction1
+            if factors is not None:
+                rate = rate * factors
+            change = rate.reshape(rows) * new_mean / (new_square.sqrt() / correction2.reshape(rows) + self.eps)
             if everyone:
                 mean.copy_(new_mean), square.copy_(new_square), value.sub_(change)
             else:

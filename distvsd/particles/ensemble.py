@@ -2,13 +2,15 @@
 
 Particles live in groups that are rendered and updated in one call; a group is all of the rank's particles, or as many
 as `micro_batch` says. With one particle a group, the arithmetic of a particle does not depend on its neighbours to the
-last bit, which `numerics: exact` needs.
+last bit, which `numerics: exact` needs. A group that does not fit into memory is halved for the rest of the run.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,15 +19,14 @@ from distvsd.cameras import Cameras, OrbitSampler
 from distvsd.errors import CheckpointError
 from distvsd.particles.adam import ParticleAdam
 from distvsd.particles.base import Keys, Parameters, Particle, Rendered
+from distvsd.particles.group import Group
+from distvsd.particles.health import DefaultHealth, Health, HealthOptions, Update
+from distvsd.testing.faults import fault, poison
 
+__all__ = ["Ensemble", "Group", "Update", "Views"]
 
-@dataclass
-class Group:
-    """P particles as stacked tensors: ids `[P]`, parameters `[P, ...]` (leaves that require gradients), their Adam."""
-
-    ids: Tensor
-    parameters: Parameters
-    adam: ParticleAdam
+# A particle's last good state lies in the checkpoint beside its present one, under this prefix, where they differ.
+GOOD = "good/"
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,6 @@ class Views:
     ids: Tensor
     cameras: Cameras
     rendered: Rendered
-
-
-@dataclass(frozen=True)
-class Update:
-    """healthy: ids whose gradients were finite, which moved. unhealthy: ids that kept their state this round."""
-
-    healthy: list[int]
-    unhealthy: list[int]
 
 
 class Ensemble:
@@ -59,53 +52,180 @@ class Ensemble:
         eps: float,
         micro_batch: int,
         device: torch.device | str,
+        health: HealthOptions | None = None,
     ) -> None:
-        """micro_batch: particles a group, 0 for all of them in one."""
+        """micro_batch: particles a group, 0 for all of them in one. health: None for the configuration's defaults."""
         self.particle, self.sampler, self.num_views, self.seed = particle, sampler, num_views, seed
         self.ids = list(ids)
+        self._options: HealthOptions = health or DefaultHealth()
+        self._health = {particle_id: Health() for particle_id in self.ids}
+        self._good: dict[int, dict[str, Tensor]] = {}  # on the host; who is not in it goes back to its initial state
+        self._loaded: set[int] = set()  # whose good state is the one they were loaded with, not copied yet
         size = micro_batch or max(len(self.ids), 1)
-        self.groups = []
+        self.groups: list[Group] = []
         for first in range(0, len(self.ids), size):
-            chosen = torch.tensor(self.ids[first : first + size], device=device)
+            own = self.ids[first : first + size]
+            chosen = torch.tensor(own, device=device)
             parameters = {name: value.requires_grad_() for name, value in particle.init(seed, chosen).items()}
-            self.groups.append(Group(chosen, parameters, ParticleAdam.zeros(parameters, betas, eps)))
+            self.groups.append(Group(own, chosen, parameters, ParticleAdam.zeros(parameters, betas, eps)))
+
+    @property
+    def quarantined(self) -> list[int]:
+        """Particles of this rank that take no part any more."""
+        return [particle_id for particle_id, health in self._health.items() if health.quarantined]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of everything in `state`."""
+        return sum(tensor.nbytes for state in self.state().values() for tensor in state.values())
 
     def render(self, step: int, resolution: int) -> list[Views]:
-        """Every particle from `num_views` fresh cameras, one entry a group; keyed by (seed, particle, step)."""
-        views = []
-        for group in self.groups:
+        """Every particle from `num_views` fresh cameras, one entry a group; keyed by (seed, particle, step).
+
+        Out of memory, a group is halved for the rest of the run and drawn again; a single particle that does not fit
+        is NaN in all its views, without a graph. What else a renderer raises passes through.
+        """
+        drawn: list[tuple[Group, Cameras, Rendered | None]] = []
+        while len(drawn) < len(self.groups):
+            at = len(drawn)
+            group = self.groups[at]
             cameras = self.sampler.sample(self.seed, group.ids, step, self.num_views)
+            rendered = self._draw(group, cameras, resolution, step)
+            if rendered is None and len(group.own) > 1:
+                self.groups[at : at + 1] = group.halves()
+            else:
+                drawn.append((group, cameras, rendered))
+        like = next((rendered for _, _, rendered in drawn if rendered is not None), None)
+        return [
+            Views(group.ids, cameras, rendered or self._undrawn(group, cameras, resolution, like))
+            for group, cameras, rendered in drawn
+        ]
+
+    def _draw(self, group: Group, cameras: Cameras, resolution: int, step: int) -> Rendered | None:
+        """None where the memory did not suffice; by then the exception, and the graph that it held, are gone."""
+        try:
+            fault("render", group.own)
             keys = Keys(self.seed, group.ids, step)
-            views.append(Views(group.ids, cameras, self.particle.render(group.parameters, cameras, resolution, keys)))
-        return views
+            rendered = self.particle.render(group.parameters, cameras, resolution, keys)
+        except torch.OutOfMemoryError:
+            return None
+        return dataclasses.replace(rendered, images=poison("render", rendered.images, group.ids))
+
+    def _undrawn(self, group: Group, cameras: Cameras, resolution: int, like: Rendered | None) -> Rendered:
+        """NaN in the place of the views of one particle that could not be drawn. like: what another group drew."""
+        penalty = torch.zeros(1, device=cameras.fovy.device)
+        if like is not None:
+            # In the same layout of memory: a batch of two layouts is laid out anew, and the networks' kernels, and with
+            # them the last bits of everybody in it, depend on the layout.
+            images, opacity = (torch.full_like(part.detach()[:1], torch.nan) for part in (like.images, like.opacity))
+            return Rendered(images, opacity, penalty)
+        image: tuple[int, ...] = (3, resolution, resolution)
+        if self.particle.is_latent:
+            # Only the particle knows the size of its latents; to draw no view of it takes no memory.
+            with torch.no_grad():
+                image = self.particle.view(group.parameters, cameras[:, :0], resolution, 0.0).images.shape[2:]
+        blank = penalty.new_full((*cameras.shape, 1, *image[1:]), torch.nan)
+        return Rendered(blank.expand(-1, -1, image[0], -1, -1), blank, penalty)
 
     def update(self, views: list[Views], latents: Tensor, gradient: Tensor, step: int) -> Update:
         """One Adam step a particle along `gradient` at the latents, plus the regularisers' own gradient.
 
         latents: `[N, C, h, w]` with the graph to this ensemble's parameters, in the order of the groups; gradient: the
-        same shape (Eq. 9: the UNet's Jacobian is left out, the encoder's and the renderer's are not). A particle with
-        a gradient that is not finite keeps its state. Consumes the graph.
+        same shape (Eq. 9: the UNet's Jacobian is left out, the encoder's and the renderer's are not). A particle whose
+        latents, gradient at the latents or gradient is not finite keeps its state, as do all of this rank's when the
+        memory does not suffice for the backward pass; `particles.health` says what happens when that goes on. Consumes
+        the graph.
         """
-        if not views:
-            return Update([], [])
+        if not self.ids:
+            return Update()
+        self._copy_loaded()
+        # The backward pass may swallow a NaN (a ReLU does), so what goes into it is looked at as well.
+        finite = latents.detach().flatten(1).isfinite().all(1) & gradient.flatten(1).isfinite().all(1)
+        sound = finite.reshape(-1, self.num_views).all(1)
+        moved: list[int] = []
+        if self._backward(views, latents, gradient):
+            rates = self.particle.learning_rates(step)
+            for group, is_sound in zip(self.groups, sound.split([len(g.own) for g in self.groups]), strict=True):
+                records = [self._health[particle_id] for particle_id in group.own]
+                taking_part = is_sound.new_tensor([not health.quarantined for health in records])
+                factors = [health.rate(self._options) for health in records]
+                moved += group.move(rates, is_sound & taking_part, factors)
+        else:
+            self.groups = [half for group in self.groups for half in group.halves()]
+        return self._judge(set(moved))
+
+    def _backward(self, views: list[Views], latents: Tensor, gradient: Tensor) -> bool:
+        """Gradients into the parameters' `grad`; False, and none, where the memory did not suffice."""
         penalties = torch.cat([view.rendered.penalty for view in views])
-        roots, seeds = [latents], [gradient]
-        if penalties.requires_grad:
-            roots, seeds = [*roots, penalties], [*seeds, torch.ones_like(penalties)]
-        torch.autograd.backward(roots, seeds)
-        rates = self.particle.learning_rates(step)
-        healthy: list[int] = []
+        # What is NaN because it could not be drawn has no graph.
+        roots = [root for root in (latents, penalties) if root.requires_grad]
+        seeds = [gradient if root is latents else torch.ones_like(root) for root in roots]
+        try:
+            fault("gradient", self.ids)
+            if roots:
+                torch.autograd.backward(roots, seeds)
+        except torch.OutOfMemoryError:
+            for group in self.groups:
+                group.forget_gradients()
+            return False
+        return True
+
+    def _judge(self, moved: set[int]) -> Update:
+        """Brings every record up to date, and puts back who has failed for too long."""
+        update = Update()
+        for particle_id, health in self._health.items():
+            if particle_id not in moved:
+                update.absent.append(particle_id)
+            if health.quarantined:
+                continue
+            verdict = health.judge(particle_id in moved, self._options)
+            (update.healthy if verdict == "healthy" else update.unhealthy).append(particle_id)
+            if verdict == "restore":
+                update.restored.append(particle_id)
+            if verdict == "quarantine":
+                update.quarantined.append(particle_id)
+            if verdict in ("restore", "quarantine"):
+                self._put_back(particle_id)
+        return update
+
+    @torch.no_grad()
+    def _put_back(self, particle_id: int) -> None:
+        """To its last good state; who was never marked good begins anew, with the initial state of its own stream."""
+        group, row = self._find(particle_id)
+        good = self._good.get(particle_id)
+        if good is None:
+            fresh = self.particle.init(self.seed, group.ids[row : row + 1])
+            good = {f"param/{name}": value[0] for name, value in fresh.items()}
+        for name, live in group.state_of(row).items():
+            live.copy_(good.get(name, torch.zeros_like(live)))
+
+    def mark_good(self) -> None:
+        """The present state of every healthy particle becomes the one that it goes back to; copies it to the host.
+
+        Called when a checkpoint of this state was begun, so that a resumed run goes back to the same.
+        """
         for group in self.groups:
-            gradients = {
-                name: torch.zeros_like(value) if value.grad is None else value.grad
-                for name, value in group.parameters.items()
-            }
-            finite = torch.stack([value.flatten(1).isfinite().all(1) for value in gradients.values()]).all(0)
-            group.adam.step(group.parameters, gradients, rates, finite)
-            for value in group.parameters.values():
-                value.grad = None
-            healthy += group.ids[finite].tolist()
-        return Update(healthy, sorted(set(self.ids) - set(healthy)))
+            for row, particle_id in enumerate(group.own):
+                health = self._health[particle_id]
+                if health.quarantined:
+                    self._good.pop(particle_id, None)  # it has moved for the last time
+                elif health.bad == 0:
+                    self._keep(particle_id, group.state_of(row))
+
+    def _copy_loaded(self) -> None:
+        """Not before the first round, because who only looks at particles needs no second copy of them."""
+        for particle_id in self._loaded:
+            group, row = self._find(particle_id)
+            self._keep(particle_id, group.state_of(row))
+        self._loaded.clear()
+
+    def _keep(self, particle_id: int, tensors: dict[str, Tensor]) -> None:
+        """Into the copies that are there already, where they are: a run must not allocate its size at every save."""
+        kept = self._good.setdefault(particle_id, {})
+        for name, value in tensors.items():
+            if name not in kept:
+                kept[name] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+            kept[name].copy_(value, non_blocking=True)  # in the order of the stream: before the next update, not now
 
     @torch.no_grad()
     def view(self, ids: Sequence[int], cameras: Cameras, resolution: int, background: float) -> Rendered:
@@ -119,38 +239,61 @@ class Ensemble:
         group, row = self._find(particle_id)
         return {name: value.detach()[row] for name, value in group.parameters.items()}
 
+    def health(self) -> dict[int, dict[str, Any]]:
+        """Every particle's record by id, as plain values for the manifest."""
+        return {particle_id: health.to_json() for particle_id, health in self._health.items()}
+
     def state(self) -> dict[int, dict[str, Tensor]]:
-        """All that a particle needs to go on, by id: param/*, adam_m/*, adam_v/* and adam_step; views of live
-        tensors."""
+        """All that a particle needs to go on, by id: param/*, adam_m/*, adam_v/* and adam_step; views of live tensors.
+
+        A particle that has been failing also has the state that it would go back to, with names that begin with
+        `good/`, unless that is the initial one.
+        """
         states = {}
         for group in self.groups:
-            for row, particle_id in enumerate(group.ids.tolist()):
-                tensors = {f"param/{name}": value.detach()[row] for name, value in group.parameters.items()}
-                tensors |= {f"adam_m/{name}": value[row] for name, value in group.adam.mean.items()}
-                tensors |= {f"adam_v/{name}": value[row] for name, value in group.adam.square.items()}
-                states[particle_id] = tensors | {"adam_step": group.adam.count[row]}
+            if group.ids.is_cuda:
+                torch.cuda.synchronize(group.ids.device)  # the copies of good states are on the host by now
+            for row, particle_id in enumerate(group.own):
+                good = self._good.get(particle_id, {}) if self._health[particle_id].bad else {}
+                states[particle_id] = group.state_of(row) | {GOOD + name: value for name, value in good.items()}
         return states
 
     @torch.no_grad()
-    def load_state(self, particle_id: int, tensors: dict[str, Tensor]) -> None:
-        """Restores one particle bit for bit. Raises CheckpointError where names or shapes are not this ensemble's."""
+    def load_state(self, particle_id: int, tensors: dict[str, Tensor], health: dict[str, Any] | None = None) -> None:
+        """Restores one particle bit for bit. health: its record in the manifest, None for one that never failed.
+
+        Raises CheckpointError where names or shapes are not this ensemble's.
+        """
         group, row = self._find(particle_id)
-        targets = {f"param/{name}": value[row] for name, value in group.parameters.items()}
-        targets |= {f"adam_m/{name}": value[row] for name, value in group.adam.mean.items()}
-        targets |= {f"adam_v/{name}": value[row] for name, value in group.adam.square.items()}
-        targets |= {"adam_step": group.adam.count[row]}
+        record = Health.from_json(health)
+        targets = group.state_of(row)
+        good = {name.removeprefix(GOOD): value for name, value in tensors.items() if name.startswith(GOOD)}
+        for found in (tensors, good) if good else (tensors,):
+            _refuse_others(particle_id, targets, found)
         for name, target in targets.items():
-            if name not in tensors or tensors[name].shape != target.shape:
-                found = tuple(tensors[name].shape) if name in tensors else "nothing"
-                raise CheckpointError(
-                    f"particle {particle_id}: {name} should be {tuple(target.shape)} but the checkpoint holds {found}; "
-                    "resume with the particles' configuration of that run"
-                )
             target.copy_(tensors[name])
+        self._health[particle_id] = record
+        self._good.pop(particle_id, None)
+        self._loaded.discard(particle_id)
+        # Who is in a bad streak and has no good state beside its present one goes back to its initial one.
+        if good:
+            self._keep(particle_id, {name: good[name] for name in targets})
+        elif not record.bad and not record.quarantined:
+            self._loaded.add(particle_id)
 
     def _find(self, particle_id: int) -> tuple[Group, int]:
         for group in self.groups:
-            rows = (group.ids == particle_id).nonzero()
-            if len(rows):
-                return group, int(rows[0])
+            if particle_id in group.own:
+                return group, group.own.index(particle_id)
         raise KeyError(f"particle {particle_id} is not on this rank, which owns {self.ids}")
+
+
+def _refuse_others(particle_id: int, targets: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+    """Nothing is copied before all of it is known to fit."""
+    for name, target in targets.items():
+        if name not in tensors or tensors[name].shape != target.shape:
+            found = tuple(tensors[name].shape) if name in tensors else "nothing"
+            raise CheckpointError(
+                f"particle {particle_id}: {name} should be {tuple(target.shape)} but the checkpoint holds {found}; "
+                "resume with the particles' configuration of that run"
+            )

@@ -101,7 +101,9 @@ def _load_unet(folder: PipelineFolder, dtype: torch.dtype, device: torch.device)
 def _load_codec(folder: PipelineFolder, dtype: torch.dtype, device: torch.device) -> Codec:
     config = folder.configs["vae"]
     if folder.patch_codec:
-        return PatchCodec(int(config["patch_size"]), float(config["scaling_factor"]))
+        return PatchCodec(
+            int(config["patch_size"]), float(config["scaling_factor"]), float(config.get("detail_gain", 1.0))
+        )
     from diffusers import AutoencoderKL
 
     return VaeCodec(load_model(folder, "vae", AutoencoderKL, dtype, device))

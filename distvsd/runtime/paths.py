@@ -23,6 +23,8 @@ from distvsd.errors import RunError
 Resume = Literal["auto", "must", "never"]
 
 _ATTEMPTS = 20
+# Ranks beat every second; a network file system may show it some seconds later.
+SILENCE_S = 15.0
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,10 @@ class RunPaths:
     @property
     def lock(self) -> Path:
         return self.root / "run.lock"
+
+    @property
+    def heartbeats(self) -> Path:
+        return self.root / "heartbeats"
 
     @property
     def checkpoints(self) -> Path:
@@ -119,12 +125,14 @@ class RunLock:
     """Keeps a second job out of a run directory, as a context manager or with `acquire` and `release`.
 
     The lock file names its holder as host:pid:start, start being when that process began in ticks since boot. A holder
-    on this host that is dead, or whose pid belongs to a younger process by now, is replaced; of one on another host
-    nothing can be known, and it is left in place.
+    on this host that is dead, or whose pid belongs to a younger process by now, is replaced. One on another host is
+    replaced if no rank of its run writes its heartbeat for `SILENCE_S`; without heartbeats to look at nothing can be
+    known of it, and it is left in place.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, heartbeats: Path | None = None, silence_s: float = SILENCE_S) -> None:
+        """heartbeats: the folder into which every rank of a run writes a file again and again."""
+        self._path, self._heartbeats, self._silence_s = path, heartbeats, silence_s
 
     def __enter__(self) -> RunLock:
         self.acquire()
@@ -168,7 +176,7 @@ class RunLock:
             with contextlib.suppress(OSError):
                 fcntl.flock(handle, fcntl.LOCK_EX)
             holder = os.pread(handle, 4096, 0).decode("utf-8", "replace").strip("\0\n ")
-            if holder and holder != _identity() and _may_live(holder):
+            if holder and holder != _identity() and _may_live(holder) and not self._is_silent(holder):
                 raise RunError(
                     f"{self._path} is held by {holder!r:.200} (host:pid:start), so another job uses this run "
                     f"directory: end it or choose another run.dir; delete the file only if that job is surely gone"
@@ -182,6 +190,20 @@ class RunLock:
             return True
         finally:
             os.close(handle)
+
+    def _is_silent(self, holder: str) -> bool:
+        """Whether the run of a holder on another host has left heartbeats and has stopped writing them. Waits."""
+        if holder.partition(":")[0] == socket.gethostname() or self._heartbeats is None:
+            return False
+        before = _contents(self._heartbeats)
+        if not before:
+            return False
+        deadline = time.monotonic() + self._silence_s
+        while time.monotonic() < deadline:
+            time.sleep(min(1.0, self._silence_s))
+            if _contents(self._heartbeats) != before:
+                return False
+        return True
 
 
 def slug(prompt: str) -> str:
@@ -218,6 +240,14 @@ def _changed_lines(before: str, after: str) -> list[str]:
 
 def _identity() -> str:
     return f"{socket.gethostname()}:{os.getpid()}:{_process(os.getpid())[1]}".rstrip(":")
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    found = {}
+    for path in folder.glob("*.json"):
+        with contextlib.suppress(OSError):
+            found[path.name] = path.read_bytes()
+    return found
 
 
 def _is_at(handle: int, path: Path) -> bool:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from distvsd.errors import DivergedError
 from distvsd.score.lora import LoraScore
 from distvsd.score.replay import on_policy_lag
 from distvsd.vsd.objectives import draw_timesteps
@@ -37,6 +38,7 @@ Reduce = Callable[[Sequence[Tensor], int, Tensor], Reduced]
 """(gradients of this rank's micro-batches, flag bits, float64 rows to sum) -> Reduced. Collective."""
 
 LAG_SAMPLES = 64  # of the union, in which the lag is measured: enough to see it, and its cost does not grow
+NAMED_ROWS = 8  # in an error message
 
 
 class TrainingOptions(Protocol):
@@ -52,23 +54,41 @@ class TrainingOptions(Protocol):
     def camera_drop(self) -> float: ...
     @property
     def replay_share(self) -> float: ...
+    @property
+    def max_skipped(self) -> int: ...
 
 
 @dataclass(frozen=True)
 class Fit:
     """loss: mean score loss of the round's steps. skipped: steps left out on all ranks because a gradient was not
-    finite."""
+    finite, or because no sample of any rank was valid."""
 
     loss: float
     skipped: int
 
 
 @dataclass(frozen=True)
+class Draws:
+    """What one rank trains on in one step: its rows of the batch, with a time, noise and a kept camera for each."""
+
+    samples: Samples
+    timesteps: Tensor
+    noise: Tensor
+    keep_camera: Tensor
+
+
+def _alone(value: Any) -> list[Any]:
+    return [value]
+
+
+@dataclass
 class ScoreTraining:
     """Trains the shared score network; every rank calls `round` with the same union.
 
     reduce: the collective sum. slice_of(n): this rank's share of n rows. micro_batch: rows a backward pass, 0 for all;
-    1 makes the sum independent of the number of ranks to the last bit, with an exact reduction.
+    one makes a row's gradient independent of its neighbours, which `numerics: exact` needs with an exact reduction.
+    gather(value): every rank's JSON-able value, by rank; collective, called only before the error that names what went
+    wrong. skipped: steps left out one after another, over rounds; the same on every rank.
     """
 
     score: LoraScore
@@ -77,37 +97,82 @@ class ScoreTraining:
     options: TrainingOptions
     seed: int
     micro_batch: int
+    gather: Callable[[Any], list[Any]] = _alone
+    skipped: int = field(default=0, init=False)
 
     def round(self, union: Samples, step: int) -> Fit:
-        """K optimiser steps, t uniform over the whole range, then the union joins the replay. Communicates K times."""
+        """K optimiser steps, t uniform over the whole range, then the union joins the replay. Communicates K times.
+
+        Raises DivergedError, on all ranks, when `max_skipped` steps in a row had to be left out.
+        """
         losses, skipped = [], 0
         for lane in range(self.options.steps_per_round):
-            batch = self._batch(union, step, lane)
-            valid = float(batch.weight.sum())
-            if valid == 0:
+            loss = self._step(self._batch(union, step, lane), step, lane)
+            if loss is None:
                 skipped += 1
-                continue
-            mine = self.slice_of(len(batch))
-            rows = torch.arange(len(batch), device=batch.ids.device)[mine]
-            u = uniform(self.seed, Purpose.SCORE_TIMESTEP, rows, step, (), lane)
-            noise = normal(self.seed, Purpose.SCORE_NOISE, rows, step, tuple(batch.latents.shape[1:]), lane)
-            keep = uniform(self.seed, Purpose.SCORE_CAMERA_DROP, rows, step, (), lane) >= self.options.camera_drop
-            vectors, row_losses = self.score.gradients(
-                batch[mine],
-                draw_timesteps(u, 0.0, 1.0, self.score.num_timesteps),
-                noise,
-                keep,
-                valid,
-                self._micro_batches(len(rows)),
-            )
-            reduced = self.reduce(vectors, 0, row_losses.double()[:, None])
-            if not reduced.usable:
-                skipped += 1
-                continue
-            self.score.step(reduced.gradient, self._rate(len(batch)))
-            losses.append(float(reduced.sums[0]) / valid)
-        self.score.replay.push(union, step)
+            else:
+                losses.append(loss)
+        self.score.replay.push(self._worth_keeping(union), step)
         return Fit(sum(losses) / len(losses) if losses else math.nan, skipped)
+
+    def _step(self, batch: Samples, step: int, lane: int) -> float | None:
+        """One optimiser step and its mean loss, or None where all ranks leave it out together."""
+        valid = float(batch.weight.sum())
+        if valid == 0:
+            self._leave_out(step, None, None, [])
+            return None
+        draws = self._draw(batch, step, lane)
+        vectors, row_losses = self.score.gradients(
+            draws.samples,
+            draws.timesteps,
+            draws.noise,
+            draws.keep_camera,
+            valid,
+            self._micro_batches(len(draws.samples)),
+        )
+        reduced = self.reduce(vectors, 0, row_losses.double()[:, None])
+        if not reduced.usable:
+            self._leave_out(step, draws, row_losses, vectors)
+            return None
+        self.skipped = 0
+        self.score.step(reduced.gradient, self._rate(len(batch)))
+        return float(reduced.sums[0]) / valid
+
+    def _draw(self, batch: Samples, step: int, lane: int) -> Draws:
+        """This rank's share; the draws are keyed by position in the whole batch."""
+        mine = self.slice_of(len(batch))
+        rows = torch.arange(len(batch), device=batch.ids.device)[mine]
+        u = uniform(self.seed, Purpose.SCORE_TIMESTEP, rows, step, (), lane)
+        return Draws(
+            batch[mine],
+            draw_timesteps(u, 0.0, 1.0, self.score.num_timesteps),
+            normal(self.seed, Purpose.SCORE_NOISE, rows, step, tuple(batch.latents.shape[1:]), lane),
+            uniform(self.seed, Purpose.SCORE_CAMERA_DROP, rows, step, (), lane) >= self.options.camera_drop,
+        )
+
+    def _leave_out(self, step: int, draws: Draws | None, row_losses: Tensor | None, vectors: Sequence[Tensor]) -> None:
+        """Counts a step that was left out; the last that may be communicates, and raises on all ranks."""
+        self.skipped += 1
+        if self.skipped < self.options.max_skipped:
+            return
+        if draws is None or row_losses is None:
+            cause = "no render of any particle was finite"
+        else:
+            bad = ~row_losses.isfinite()
+            rows = torch.stack([draws.samples.ids[bad], draws.timesteps[bad]], 1).tolist()
+            sound = all(bool(vector.isfinite().all()) for vector in vectors)
+            cause = _cause(self.gather([rows, sound]))
+        raise DivergedError(
+            f"the score network's last {self.skipped} optimiser steps were left out (score.max_skipped), up to round "
+            f"{step + 1}: {cause}. Its weights are those of before; resume with a lower score.learning_rate, with "
+            "score.max_grad_norm, or from an older checkpoint"
+        )
+
+    def _worth_keeping(self, union: Samples) -> Samples:
+        """Without a replayed share only the lag looks at kept renders, and it looks at so many of a round."""
+        if self.options.replay_share > 0:
+            return union
+        return union[union.weight > 0][:LAG_SAMPLES]
 
     def lag(self, union: Samples, step: int) -> float | None:
         """Score loss on these renders minus that on the oldest kept ones; None while nothing older is kept. Local.
@@ -138,3 +203,16 @@ class ScoreTraining:
     def _micro_batches(self, count: int) -> list[slice]:
         size = self.micro_batch or max(count, 1)
         return [slice(first, min(first + size, count)) for first in range(0, count, size)]
+
+
+def _cause(reports: list[list[Any]]) -> str:
+    """What was not finite, from each rank's [[particle, timestep] of rows, whether its gradient was finite]."""
+    rows = sorted(tuple(row) for report in reports for row in report[0])
+    if rows:
+        named = ", ".join(f"particle {particle} at timestep {timestep}" for particle, timestep in rows[:NAMED_ROWS])
+        more = f" and {len(rows) - NAMED_ROWS} more rows" if len(rows) > NAMED_ROWS else ""
+        return f"the loss was not finite for {named}{more}"
+    ranks = [str(rank) for rank, (_, sound) in enumerate(reports) if not sound]
+    if ranks:
+        return f"every loss was finite, the gradient was not on rank {', '.join(ranks)}"
+    return "every rank's loss and gradient were finite, their sum over ranks was not or was too large"

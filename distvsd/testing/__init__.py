@@ -1,5 +1,7 @@
 """Shipped for users: what their own tests of particles, priors and strategies need, and faults to test a run with."""
 
+from __future__ import annotations
+
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:

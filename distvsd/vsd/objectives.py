@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from distvsd.testing.faults import poison
 from distvsd.vsd.diffusion import add_noise
 from distvsd.vsd.rng import Purpose, normal, uniform
 from distvsd.vsd.samples import Samples
@@ -66,6 +67,9 @@ class Objective:
     def __call__(self, samples: Samples, step: int) -> Tensor:
         """The gradient at the latents, float32 `[N, C, h, w]`; zero where a sample is masked. Does not communicate.
 
+        What the networks answer for one sample stays in its row: where it is not finite, so is the gradient, and the
+        particle does not move (`Ensemble.update`).
+
         The samples of a particle must be adjacent, `num_views` each: t and noise are keyed by (particle, view, step).
         """
         if len(samples) == 0:
@@ -81,7 +85,7 @@ class Objective:
         # A masked sample enters the networks as zeros: multiplying its result by zero would keep its NaN.
         latents = torch.where(valid, samples.latents, torch.zeros_like(samples.latents))
         noisy = add_noise(latents, noise, abar)
-        eps_prior = self.prior_eps(noisy, timesteps, samples.ids, samples.views)
+        eps_prior = poison("score", self.prior_eps(noisy, timesteps, samples.ids, samples.views), samples.ids)
         eps_other = self._eps_other(noisy, timesteps, samples, noise)
         gradient = distillation_gradient(eps_prior, eps_other, abar, self.num_views)
         return torch.where(valid, gradient, torch.zeros_like(gradient))

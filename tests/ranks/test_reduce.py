@@ -38,7 +38,9 @@ def fingerprint(reduced: Reduced) -> str:
     return hashlib.sha256(reduced.gradient.numpy().tobytes() + reduced.sums.numpy().tobytes()).hexdigest()
 
 
+@pytest.mark.guarantee("G10")
 def test_exact_has_the_same_bits_for_every_world_size() -> None:
+    """The exact sum of gradients has the same bits on 1 to 4 ranks, however the addends lie on them."""
     prints = {fingerprint(result) for size in (1, 2, 3, 4) for result in run_ranks(reduce_share, size, "exact")}
     prints.add(fingerprint(run_ranks(reduce_share, 2, "exact", [[6, 3, 0], [5, 1, 4, 2]])[0]))
     prints.add(fingerprint(run_ranks(reduce_share, 2, "exact", [[], [0, 1, 2, 3, 4, 5, 6]])[0]))
@@ -54,8 +56,10 @@ def test_exact_is_the_correctly_rounded_sum() -> None:
     assert result.flags == 0 and result.usable
 
 
+@pytest.mark.guarantee("G13")
 @pytest.mark.parametrize("counts", [(3, 1), (0, 4), (2, 1, 1)])
 def test_fast_is_the_gradient_of_the_union_up_to_rounding(counts: tuple[int, ...]) -> None:
+    """The fast sum of gradients is that of the union, up to rounding."""
     ends = [sum(counts[: rank + 1]) for rank in range(len(counts))]
     assignment = [list(range(end - count, end)) for end, count in zip(ends, counts, strict=True)]
     results = run_ranks(reduce_share, len(counts), "fast", assignment)
@@ -77,8 +81,11 @@ def test_flags_of_all_ranks_are_united(numerics: Any) -> None:
     assert run_ranks(flag, 3) == [[0b1100 | 1 << NUM_FLAGS - 1, True, [3.0, 3.0]]] * 3
 
 
+@pytest.mark.guarantee("G17")
 @pytest.mark.parametrize("numerics", ["fast", "exact"])
 def test_a_bad_number_on_one_rank_is_known_to_all(numerics: Any) -> None:
+    """A gradient that is not finite on one rank makes the reduction unusable on all."""
+
     def spoil(world: World, where: str, bad: float) -> list[Any]:
         gradient = torch.tensor([1.0, bad if world.rank == 1 and where == "gradient" else 2.0])
         loss = torch.tensor([bad if world.rank == 1 and where == "loss" else 1.0], dtype=torch.float64)

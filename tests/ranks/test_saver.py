@@ -15,6 +15,7 @@ from distvsd.checkpoint import Saver, particle_file, store, verify_run
 from distvsd.checkpoint.format import FileEntry
 from distvsd.errors import CheckpointError
 from distvsd.parallel.world import World
+from distvsd.testing.faults import injected
 from distvsd.testing.ranks import run_ranks
 
 NUM_PARTICLES = 7
@@ -31,7 +32,7 @@ def shard(rank: int, size: int, step: int) -> dict[str, dict[str, Tensor]]:
 
 
 def save(world: World, folder: Path, *steps: int) -> None:
-    saver = Saver(folder, world, keep=9)
+    saver = Saver(folder, world, keep=9, max_failures=1)  # so that a failure raises
     for step in steps:
         files = shard(world.rank, world.size, step)
         texts = {}
@@ -39,7 +40,7 @@ def save(world: World, folder: Path, *steps: int) -> None:
             files[SCORE] = {"lora_A": torch.ones(2, 3) * step}
             texts["score/adapter_config.json"] = "{}"
         health = {particle: {"rank": world.rank} for particle in range(world.rank, NUM_PARTICLES, world.size)}
-        saver.save(step, files, texts, METADATA, health)
+        saver.begin(step, files, texts, METADATA, health)
 
 
 def told(action: Callable[[], Any]) -> str:
@@ -79,8 +80,10 @@ def test_other_ranks_read_what_they_need_from_the_same_checkpoint(tmp_path: Path
     assert results == [(5, 3, [0, 1, 2, 0, 1, 2, 0], 4), (5, 3, [0, 1, 2, 0, 1, 2, 0], 3)]
 
 
+@pytest.mark.guarantee("G5")
 @pytest.mark.parametrize("failing", [0, 1, 2])
 def test_one_rank_that_cannot_write_is_one_error_on_all_and_no_checkpoint(tmp_path: Path, failing: int) -> None:
+    """A rank that cannot write is one error on all ranks; the checkpoints are as they were."""
     folder = tmp_path / "checkpoints"
     run_ranks(save, 3, folder, 4)
     before = verify_run(tmp_path, digest=True)
@@ -109,7 +112,7 @@ def test_a_rank_that_fails_in_an_unforeseen_way_leaves_nobody_waiting(tmp_path: 
         files: Any = shard(world.rank, world.size, 1)
         if world.rank == 1:
             files[particle_file(1)] = {"param/grid0": "not a tensor"}
-        return told(lambda: saver.save(1, files, {}, METADATA))
+        return told(lambda: saver.begin(1, files, {}, METADATA))
 
     messages = run_ranks(fail, 2)
     assert messages[0] == messages[1] and "rank 1: AttributeError" in messages[0]
@@ -131,17 +134,35 @@ def test_what_a_checkpoint_cannot_hold_is_refused_on_all_ranks(tmp_path: Path, c
         files, health = shard(world.rank, world.size, 1), {}
         if world.rank == 1:
             change(files, health)
-        return told(lambda: saver.save(1, files, {}, METADATA, health))
+        return told(lambda: saver.begin(1, files, {}, METADATA, health))
 
     messages = run_ranks(fail, 2)
     assert messages[0] == messages[1] and said in messages[0]
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
+def test_only_errors_of_disks_are_counted_and_survived(tmp_path: Path) -> None:
+    """One rank's disk fails and another's state is not one: nobody may go on as if the disk were all that is wrong."""
+
+    def fail(world: World) -> tuple[str, int]:
+        saver = Saver(tmp_path / "checkpoints", world, max_failures=9)
+        files: Any = shard(world.rank, world.size, 1)
+        with injected("enospc@save.stage:rank=0"):
+            saver.begin(1, files, {}, METADATA)
+            counted = saver.failures
+            if world.rank == 1:
+                files[particle_file(1)] = {"param/grid0": None}
+            return told(lambda: saver.begin(1, files, {}, METADATA)), counted
+
+    messages = run_ranks(fail, 2)
+    assert messages[0] == messages[1] and messages[0][1] == 1
+    assert "rank 0: [Errno 28]" in messages[0][0] and "rank 1: AttributeError" in messages[0][0]
+
+
 def test_ranks_at_different_steps_do_not_save(tmp_path: Path) -> None:
     def fail(world: World) -> str:
         saver = Saver(tmp_path / "checkpoints", world)
-        return told(lambda: saver.save(1 + world.rank, shard(world.rank, world.size, 1), {}, METADATA))
+        return told(lambda: saver.begin(1 + world.rank, shard(world.rank, world.size, 1), {}, METADATA))
 
     messages = run_ranks(fail, 2)
     assert all("rank 1: is at step 2 and rank 0 at 1" in message for message in messages)
@@ -153,7 +174,7 @@ def test_replicas_are_written_once_and_drift_between_them_is_found(tmp_path: Pat
         saver = Saver(tmp_path / "checkpoints", world)
         files = shard(world.rank, world.size, 1)
         files[SCORE] = {"lora_A": torch.ones(4) + (drift if world.rank == 2 else 0)}
-        return told(lambda: saver.save(1, files, {"score/adapter_config.json": "{}"}, METADATA))
+        return told(lambda: saver.begin(1, files, {"score/adapter_config.json": "{}"}, METADATA))
 
     assert run_ranks(replicated, 3, 0.0) == ["no error"] * 3
     before = verify_run(tmp_path, digest=True)
@@ -165,14 +186,16 @@ def test_replicas_are_written_once_and_drift_between_them_is_found(tmp_path: Pat
 def test_missing_metadata_is_an_error_on_all_ranks(tmp_path: Path) -> None:
     def fail(world: World) -> str:
         saver = Saver(tmp_path / "checkpoints", world)
-        return told(lambda: saver.save(1, shard(world.rank, world.size, 1), {}, {"config": {}}))
+        return told(lambda: saver.begin(1, shard(world.rank, world.size, 1), {}, {"config": {}}))
 
     messages = run_ranks(fail, 2)
     assert messages[0] == messages[1] and "lacks config_digest, prior_identity, metrics_bytes" in messages[0]
-    assert list((tmp_path / "checkpoints").iterdir()) == []
+    assert not (tmp_path / "checkpoints").exists()
 
 
+@pytest.mark.guarantee("G4")
 def test_all_ranks_fall_back_to_the_newest_sound_checkpoint(tmp_path: Path) -> None:
+    """All ranks fall back to the same newest checkpoint that all of them find sound."""
     run_ranks(save, 2, tmp_path / "checkpoints", 4, 5, 6)
     draw = random.Random(0)
     for path in (
@@ -195,7 +218,10 @@ def test_all_ranks_fall_back_to_the_newest_sound_checkpoint(tmp_path: Path) -> N
     assert message.startswith("step-00000006 cannot be used") and "000005.safetensors does not match" in message
 
 
+@pytest.mark.guarantee("G4")
 def test_loading_without_a_usable_checkpoint_says_so_on_all_ranks(tmp_path: Path) -> None:
+    """No run starts from nothing while damaged checkpoints are there; the error is the same on all ranks."""
+
     def load(world: World, step: int | None) -> str:
         return told(lambda: Saver(tmp_path / "checkpoints", world).load(step))
 

@@ -54,6 +54,7 @@ def digests(run_dir):
     return dict(line.rsplit(" ", 1) for line in verify_run(Path(run_dir), digest=True) if len(line.split()[-1]) == 64)
 
 
+@pytest.mark.guarantee("G10")
 def test_exact_numerics_give_the_same_bits_on_one_to_four_ranks(tmp_path, prior_folder):
     """7 particles on 1, 2, 3 and 4 ranks: every particle, the adapter, the camera, both optimisers, bit for bit."""
     found = []
@@ -65,7 +66,9 @@ def test_exact_numerics_give_the_same_bits_on_one_to_four_ranks(tmp_path, prior_
     assert found[0] == found[1] == found[2] == found[3]
 
 
+@pytest.mark.guarantee("G10")
 def test_exact_numerics_hold_with_several_views_and_steps_a_round(tmp_path, prior_folder):
+    """Exact numerics: also with several views of a particle and several score steps a round."""
     found = []
     for size in (1, 3):
         run = config(
@@ -96,6 +99,7 @@ def test_more_ranks_than_particles_is_legal(tmp_path, prior_folder):
     assert len([name for name in digests(few.run.dir) if name.startswith("particle")]) == 2
 
 
+@pytest.mark.guarantee("G10")
 def test_a_rank_without_particles_follows_a_change_of_resolution(tmp_path, prior_folder):
     """It gives no rows, but of the width that the others' rows have by then."""
     found = []
@@ -109,7 +113,9 @@ def test_a_rank_without_particles_follows_a_change_of_resolution(tmp_path, prior
     assert [json.loads(line)["resolution"] for line in lines] == [16, 24]
 
 
+@pytest.mark.guarantee("G9", "G11")
 def test_a_resumed_run_equals_one_that_was_not_interrupted(tmp_path, prior_folder):
+    """Two rounds on two ranks and two more on three are four rounds on two, bit for bit."""
     whole = config(tmp_path / "whole", prior_folder, **{"parallel.numerics": "exact"})
     run_ranks(lambda world: train(whole), 2)
     parts = config(tmp_path / "parts", prior_folder, **{"parallel.numerics": "exact"})
@@ -144,9 +150,11 @@ def score_gradient(world, run, samples, counts):
     return taken[0]
 
 
+@pytest.mark.guarantee("G13")
 @pytest.mark.parametrize("counts", [(3, 1), (0, 4), (1, 0, 3)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_score_gradient_of_all_ranks_is_that_of_one_rank_on_the_union(tmp_path, prior_folder, counts, masked):
+    """The score's gradient is that of one rank on all samples, with unequal and empty shares, and with a masked NaN."""
     run = config(tmp_path / "r", prior_folder, **{"particles.count": 4, "score.replay_share": 0})
     generator = torch.Generator().manual_seed(0)
     samples = Samples(

@@ -42,7 +42,9 @@ OUTER: dict[str, set[str]] = {
     "plan": {"config", "parallel.assign", "prior"},
     "plan_text": {"config"},
     "doctor": {"prior"},
-    "train": {"build", "checkpoint", "cli", "config", "loop", "parallel", "render_run", "runtime"},
+    "journal": {"config", "loop", "parallel", "runtime"},
+    "trainer": {"build", "checkpoint", "config", "journal", "loop", "parallel", "render_run", "runtime"},
+    "train": {"cli", "config", "parallel", "runtime", "trainer"},
     "commands": ROOMS | {"doctor", "evaluate", "export", "plan", "plan_text", "render_run", "train"},
     "cli": {"commands", "config"},
     "__main__": {"cli"},
@@ -60,6 +62,7 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "peft": ("score",),
     "nerfacc": ("render",),
     "safetensors": ("checkpoint", "prior", "testing.pipelines"),
+    "wandb": ("runtime.wandb_process",),
     "yaml": ("config",),
     "PIL": ("export", "prior.info"),
     "imageio": ("export",),
@@ -67,7 +70,18 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
 }
 NO_TORCH = ("config", "errors", "cli", "commands", "__main__", "__init__")
 # torch and what is small may be imported with a module; these make `import` slow, or may be missing.
-LAZY = {"accelerate", "diffusers", "transformers", "tokenizers", "peft", "nerfacc", "PIL", "imageio", "imageio_ffmpeg"}
+LAZY = {
+    "accelerate",
+    "diffusers",
+    "transformers",
+    "tokenizers",
+    "peft",
+    "nerfacc",
+    "PIL",
+    "imageio",
+    "imageio_ffmpeg",
+    "wandb",
+}
 
 
 @dataclass(frozen=True)

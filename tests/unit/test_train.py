@@ -15,13 +15,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import distvsd.train as train_module
+import distvsd.trainer as trainer_module
 from distvsd.build import Run, build_run, load_particles
 from distvsd.checkpoint.verify import verify_run
 from distvsd.config import Config, load_config
 from distvsd.errors import CheckpointError, ConfigError, PriorError, RunError
 from distvsd.loop import Round
 from distvsd.parallel.world import World
+from distvsd.testing.faults import injected
 from distvsd.testing.pipelines import tiny_pipeline
 from distvsd.train import train
 
@@ -39,7 +40,7 @@ TINY = {
 }
 METRICS = {
     "round", "time_s", "updates_per_s", "score_loss", "score_steps_skipped", "lag", "healthy", "resolution", "t_max",
-    "phase_s",
+    "phase_s", "quarantined", "save_stall_s", "save_failures", "imbalance",
 }  # fmt: skip
 PHASES = {"render", "encode", "exchange", "objective", "update"}
 
@@ -80,25 +81,15 @@ def digest_of(config: Config) -> str:
     return verify_run(Path(config.run.dir), digest=True)[-1]
 
 
-def built_with(monkeypatch: pytest.MonkeyPatch, change: Callable[[Run], None], fail_after: int = -1) -> None:
-    """Every run from now on is changed just after it is built; `fail_after`: a round after which it dies."""
+def built_with(monkeypatch: pytest.MonkeyPatch, change: Callable[[Run], None]) -> None:
+    """Every run from now on is changed just after it is built."""
 
-    def build(config: Config, world: World, watch: Callable[[Round], bool]) -> Run:
-        def watch_and_die(done: Round) -> bool:
-            stop = watch(done)
-            if done.step == fail_after:
-                raise OSError("the power went")
-            return stop
-
-        run = build_run(config, world, watch_and_die)
+    def build(config: Config, world: World, watch: Callable[[Round], bool], entered: Callable[[int, str], None]) -> Run:
+        run = build_run(config, world, watch, entered)
         change(run)
         return run
 
-    monkeypatch.setattr(train_module, "build_run", build)
-
-
-def nothing(run: Run) -> None:
-    """A change that is none."""
+    monkeypatch.setattr(trainer_module, "build_run", build)
 
 
 def poison(run: Run) -> None:
@@ -229,18 +220,16 @@ def test_a_second_start_of_a_finished_run_changes_nothing(configured: Callable[.
 
 
 def test_a_run_that_died_goes_on_and_logs_no_round_twice(
-    configured: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+    configured: Callable[..., Config],
 ) -> None:
     whole = configured("whole", schedule__rounds=5, checkpoint__every=2)
     train(whole)
-    config = configured(schedule__rounds=5, checkpoint__every=2)
-    with monkeypatch.context() as patched:
-        built_with(patched, nothing, fail_after=2)
-        with pytest.raises(OSError, match="the power went"):
-            train(config)
+    config = configured(schedule__rounds=5, checkpoint__every=2, checkpoint__asynchronous="false")
+    with injected("eio@round:step=3"), pytest.raises(OSError, match="injected at round"):
+        train(config)
     status = status_of(config)
     assert (status["state"], status["round"]) == ("failed", 2)
-    assert "the power went" in status["message"]
+    assert "injected at round" in status["message"]
     assert not (Path(config.run.dir) / "run.lock").exists()
     assert [line["round"] for line in lines_of(config)] == [1, 2, 3]
     assert train(config, resume="must") == 0
@@ -252,11 +241,10 @@ def test_events_of_health_are_written_once_each_across_a_resume(
     configured: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also those between two lines of metrics, when a checkpoint falls between the lines."""
-    config = configured(schedule__rounds=5, checkpoint__every=2, log__every=3)
-    with monkeypatch.context() as patched:
-        built_with(patched, poison, fail_after=2)
-        with pytest.raises(OSError, match="the power went"):
-            train(config)
+    config = configured(schedule__rounds=5, checkpoint__every=2, log__every=3, checkpoint__asynchronous="false")
+    with monkeypatch.context() as patched, injected("eio@round:step=3"), pytest.raises(OSError):
+        built_with(patched, poison)
+        train(config)
     assert [event["round"] for event in lines_of(config, "health.jsonl")] == [1, 2, 3]
     train(config)
     events = lines_of(config, "health.jsonl")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from distvsd.checkpoint import Saver, particle_file
+from distvsd.checkpoint.format import folder_name
 from distvsd.parallel.world import World
 
 METADATA = {
@@ -62,11 +63,10 @@ def save(tmp_path: Path, world: World) -> Callable[..., Path]:
     """Saves steps of a run into `tmp_path` and returns the folder of the last."""
 
     def run(*steps: int, particles: int = 3, keep: int = 9) -> Path:
-        saver = Saver(tmp_path / "checkpoints", world, keep)
-        folder = tmp_path
+        saver = Saver(tmp_path / "checkpoints", world, keep, max_failures=1)  # so that a failure raises
         for step in steps:
             texts = {"score/adapter_config.json": ADAPTER_CONFIG}
-            folder = saver.save(step, full_state(particles, step), texts, METADATA, {1: {"bad_steps": 2}})
-        return folder
+            saver.begin(step, full_state(particles, step), texts, METADATA, {1: {"bad_steps": 2}})
+        return tmp_path / "checkpoints" / folder_name(steps[-1])
 
     return run

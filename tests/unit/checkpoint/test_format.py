@@ -69,7 +69,9 @@ def test_a_manifest_survives_the_round_trip_and_its_spelling_is_the_documented_o
     assert (read.step, read.particles, read.more) == (12, MANIFEST.particles, MANIFEST.more)
 
 
+@pytest.mark.guarantee("G3")
 def test_every_single_flipped_bit_of_a_manifest_is_found() -> None:
+    """Every single flipped bit of a manifest is found."""
     data = MANIFEST.encode()
     for position in range(len(data)):
         for bit in range(8):
@@ -124,8 +126,10 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.guarantee("G32")
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_signed_manifest_cannot_name_a_file_outside_the_layout(name: str) -> None:
+    """A signed manifest cannot make a reader open a file outside its checkpoint."""
     plain = content()
     plain["files"][name] = {"sha256": "a" * 64, "bytes": 1}
     with pytest.raises(CheckpointError, match="which no checkpoint holds"):
@@ -166,7 +170,9 @@ def test_a_signed_manifest_with_wrong_content_is_refused(change: dict[str, Any])
         decode_manifest(signed({**content(), **change}), "m")
 
 
+@pytest.mark.guarantee("G36")
 def test_a_newer_format_is_refused_with_what_to_do() -> None:
+    """A manifest of a newer format is refused, whatever else it says."""
     with pytest.raises(NewerFormatError, match=f"format {FORMAT + 1}.*upgrade"):
         decode_manifest(signed({**content(), "format": FORMAT + 1, "files": "told otherwise there"}), "m")
 

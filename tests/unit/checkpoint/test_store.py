@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from distvsd.checkpoint import Saver, newest, open_checkpoint, store, verify_run
-from distvsd.checkpoint.format import FileEntry, Manifest, NewerFormatError
+from distvsd.checkpoint import newest, open_checkpoint, store, verify_run
+from distvsd.checkpoint.format import FileEntry, NewerFormatError
 from distvsd.checkpoint.reader import steps
 from distvsd.errors import CheckpointError
 from distvsd.parallel.world import World
@@ -42,7 +43,11 @@ def test_the_layout_is_the_documented_one(save: Save) -> None:
     assert [path.name for path in folder.parent.iterdir()] == ["step-00001200"]
 
 
-def test_a_random_flipped_bit_in_any_file_is_found_by_every_reader(save: Save, tmp_path: Path) -> None:
+@pytest.mark.guarantee("G3")
+def test_a_random_flipped_bit_in_any_file_is_found_by_every_reader(
+    save: Save, tmp_path: Path, figure: Callable[[str], None]
+) -> None:
+    """A flipped bit in any file of a checkpoint is found before any tensor of it is used."""
     folder = save(5)
     draw = random.Random(0)
     flips = 0
@@ -65,6 +70,7 @@ def test_a_random_flipped_bit_in_any_file_is_found_by_every_reader(save: Save, t
         path.write_bytes(sound)
     assert flips >= 200
     assert newest(folder.parent) is not None
+    figure(f"{flips} of {flips} random flipped bits found, in every kind of file")
 
 
 def _truncate(path: Path) -> None:
@@ -95,11 +101,13 @@ def _pipe(path: Path) -> None:
     os.mkfifo(path)
 
 
+@pytest.mark.guarantee("G3")
 @pytest.mark.parametrize("damage", [_truncate, _empty, _lengthen, Path.unlink, _link, _folder, _pipe])
 @pytest.mark.parametrize("file", ["particles/000001.safetensors", "score/adapter_config.json", "manifest.json"])
 def test_damaged_files_are_named_with_what_to_do(
     save: Save, tmp_path: Path, damage: Callable[[Path], object], file: str
 ) -> None:
+    """A file that was cut, emptied, lengthened, deleted, or replaced by a link, folder or pipe is found and named."""
     folder = save(5)
     damage(folder / file)
     with pytest.raises(CheckpointError, match=f"{Path(file).name}.*restore it from a copy"):
@@ -110,7 +118,9 @@ def test_damaged_files_are_named_with_what_to_do(
             checkpoint.read_text(file) if file.endswith(".json") else checkpoint.read(file)
 
 
+@pytest.mark.guarantee("G32")
 def test_a_folder_that_became_a_link_is_not_followed(save: Save, tmp_path: Path) -> None:
+    """A link in a checkpoint is never followed out of it."""
     folder = save(5)
     shutil.move(folder / "particles", tmp_path / "elsewhere")
     (folder / "particles").symlink_to(tmp_path / "elsewhere")
@@ -124,8 +134,10 @@ def test_a_folder_that_became_a_link_is_not_followed(save: Save, tmp_path: Path)
         verify_run(tmp_path)
 
 
+@pytest.mark.guarantee("G3")
 @pytest.mark.parametrize("extra", ["note.txt", "particles/000009.safetensors", "score/deep/x.json", ".hidden"])
 def test_a_file_the_manifest_does_not_name_is_reported(save: Save, tmp_path: Path, extra: str) -> None:
+    """A file that a checkpoint's manifest does not name is reported."""
     path = save(5) / extra
     path.parent.mkdir(exist_ok=True)
     path.write_text("?")
@@ -133,7 +145,9 @@ def test_a_file_the_manifest_does_not_name_is_reported(save: Save, tmp_path: Pat
         verify_run(tmp_path)
 
 
+@pytest.mark.guarantee("G32")
 def test_a_file_the_manifest_does_not_name_is_never_read(save: Save, tmp_path: Path) -> None:
+    """Nothing is read from a checkpoint but what its manifest names."""
     folder = save(5)
     shutil.copy(folder / "particles/000001.safetensors", folder / "particles/000009.safetensors")
     with pytest.raises(CheckpointError, match="holds no particles/000009"):
@@ -177,7 +191,9 @@ def test_names_that_only_look_like_checkpoints_are_ignored(save: Save, tmp_path:
     assert len(verify_run(tmp_path)) == 1
 
 
+@pytest.mark.guarantee("G4")
 def test_no_checkpoint_is_none_and_only_unsound_ones_are_an_error(save: Save, tmp_path: Path) -> None:
+    """Where there are checkpoints and none is sound, nothing starts from nothing: it is an error."""
     assert newest(tmp_path / "checkpoints") is None
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         verify_run(tmp_path)
@@ -186,9 +202,11 @@ def test_no_checkpoint_is_none_and_only_unsound_ones_are_an_error(save: Save, tm
         newest(tmp_path / "checkpoints")
 
 
+@pytest.mark.guarantee("G4")
 def test_the_newest_sound_checkpoint_is_used_and_the_skipped_one_named(
     save: Save, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Damaged checkpoints are passed over for the newest sound one, each with a warning that names it."""
     folder = save(5, 6, 7)
     _truncate(folder / "particles/000002.safetensors")
     (folder.with_name("step-00000006") / "manifest.json").unlink()
@@ -198,7 +216,9 @@ def test_the_newest_sound_checkpoint_is_used_and_the_skipped_one_named(
     assert [("00000007" in text, "00000006" in text) for text in caplog.messages] == [(True, False), (False, True)]
 
 
+@pytest.mark.guarantee("G36")
 def test_a_newer_format_is_refused_and_not_skipped(save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint of a newer format is refused with advice, and not skipped for an older one."""
     folder = save(5)
     with monkeypatch.context() as patch:
         patch.setattr("distvsd.checkpoint.format.FORMAT", 2)
@@ -207,7 +227,9 @@ def test_a_newer_format_is_refused_and_not_skipped(save: Save, monkeypatch: pyte
         newest(folder.parent)
 
 
+@pytest.mark.guarantee("G2")
 def test_an_occupied_slot_is_replaced_as_a_whole(save: Save, tmp_path: Path) -> None:
+    """A save of an occupied step replaces the checkpoint there as a whole, and mixes no file of it in."""
     save(5, particles=4)
     folder = save(5, particles=2)
     assert sorted(path.name for path in (folder / "particles").iterdir()) == [
@@ -221,7 +243,9 @@ def test_an_occupied_slot_is_replaced_as_a_whole(save: Save, tmp_path: Path) -> 
     ]
 
 
+@pytest.mark.guarantee("G2")
 def test_a_failed_rename_gives_the_slot_back(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A save of an occupied step that cannot take its place leaves the old checkpoint there."""
     folder = save(5)
     rename = Path.rename
 
@@ -238,39 +262,6 @@ def test_a_failed_rename_gives_the_slot_back(save: Save, tmp_path: Path, monkeyp
     assert len(verify_run(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("after", range(1, 11))
-def test_a_save_that_dies_after_any_write_leaves_the_checkpoints_as_they_were(
-    save: Save, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
-) -> None:
-    """After k writes of 9 files the save stops as by a kill: nothing behind it runs, not even its cleaning up."""
-    before = verify_run(tmp_path, digest=True) if save(5) else []
-    write, count = store.write_file, 0
-
-    def dying(staging: Path, file: str, data: bytes) -> FileEntry:
-        nonlocal count
-        count += 1
-        if count == after:
-            (staging / file).write_bytes(data[: len(data) // 2])
-            raise KeyboardInterrupt
-        return write(staging, file, data)
-
-    def publish_and_die(staging: Path, manifest: Manifest) -> Path:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(store, "write_file", dying)
-        patch.setattr(store, "discard", lambda folder: None)
-        if after == 10:
-            patch.setattr(store, "publish", publish_and_die)
-        with pytest.raises(KeyboardInterrupt):
-            save(6)
-    leftovers = [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.startswith(".staged")]
-    assert len(leftovers) == 1
-    assert verify_run(tmp_path, digest=True) == before
-    Saver(tmp_path / "checkpoints", world)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000005"]
-
-
 def test_a_checkpoint_swapped_aside_by_a_run_that_died_comes_back(save: Save, world: World, tmp_path: Path) -> None:
     folder = save(5)
     digest = verify_run(tmp_path, digest=True)
@@ -283,12 +274,16 @@ def test_a_checkpoint_swapped_aside_by_a_run_that_died_comes_back(save: Save, wo
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
+@pytest.mark.guarantee("G6")
 def test_only_the_newest_complete_checkpoints_stay(save: Save, tmp_path: Path) -> None:
+    """Of the complete checkpoints the newest `checkpoint.keep` stay."""
     save(1, 2, 3, 4, keep=2)
     assert steps(tmp_path / "checkpoints") == [4, 3]
 
 
+@pytest.mark.guarantee("G6")
 def test_a_damaged_checkpoint_does_not_count_as_kept(save: Save, tmp_path: Path) -> None:
+    """A damaged checkpoint is not counted among those that stay."""
     folder = save(1, 2, 3)
     _truncate(folder / "particles/000000.safetensors")
     save(4, keep=2)
@@ -296,33 +291,127 @@ def test_a_damaged_checkpoint_does_not_count_as_kept(save: Save, tmp_path: Path)
 
 
 def test_the_checkpoint_just_published_is_never_pruned(save: Save, tmp_path: Path) -> None:
-    save(100, 200)
-    save(50, keep=1)
-    assert steps(tmp_path / "checkpoints") == [200, 50]
+    save(100, 200, 300)
+    save(50, keep=2)
+    assert steps(tmp_path / "checkpoints") == [300, 200, 50]
 
 
+@pytest.mark.guarantee("G6")
 def test_a_failed_delete_is_a_warning(
     save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """An old checkpoint that cannot be deleted is a warning and no failed save."""
+
     def fail(folder: Path) -> None:
         raise OSError(13, "Permission denied")
 
-    save(1, 2)
+    save(1, 2, 3)
     monkeypatch.setattr(shutil, "rmtree", fail)
-    save(3, keep=1)
-    assert steps(tmp_path / "checkpoints") == [3]
+    save(4, keep=2)
+    assert steps(tmp_path / "checkpoints") == [4, 3]
     assert "Permission denied" in caplog.text
 
 
+@pytest.mark.guarantee("G6")
 def test_pruning_waits_for_the_publication(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save(1, 2)
+    """No old checkpoint is deleted for one that was not published."""
+    save(1, 2, 3)
     monkeypatch.setattr(
         store, "sync_folder", lambda folder: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     )
     with pytest.raises(CheckpointError, match=r"No space left.*free space"):
-        save(3, keep=1)
+        save(4, keep=2)
     monkeypatch.undo()
-    assert steps(tmp_path / "checkpoints") == [2, 1]
+    assert steps(tmp_path / "checkpoints") == [3, 2, 1]
+
+
+@pytest.mark.guarantee("G6")
+@pytest.mark.parametrize("occupied", [False, True])
+def test_a_checkpoint_that_cannot_be_verified_in_its_place_is_taken_back(
+    save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, occupied: bool
+) -> None:
+    """Old checkpoints go only after the new one was verified where it was published; else it is taken back."""
+    save(1, 2, 3)
+    new = 3 if occupied else 4
+    before = verify_run(tmp_path, digest=True)
+    sync = store.sync_folder
+
+    def lossy(folder: Path) -> None:
+        sync(folder)
+        if folder.name == "checkpoints":
+            _truncate(folder / f"step-{new:08d}/particles/000000.safetensors")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "sync_folder", lossy)
+        with pytest.raises(CheckpointError, match=r"what was published is not what was written.*000000"):
+            save(new, particles=1, keep=2)
+    assert verify_run(tmp_path, digest=True) == before
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == [
+        "step-00000001",
+        "step-00000002",
+        "step-00000003",
+    ]
+
+
+@pytest.mark.guarantee("G6")
+def test_a_disk_that_gives_back_other_bytes_than_it_was_given_is_noticed(
+    save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file is read back from the disk before its checkpoint is published."""
+    save(1)
+    sync = os.fsync
+
+    def lossy(handle: int) -> None:
+        sync(handle)
+        path = Path(f"/proc/self/fd/{handle}").readlink()
+        if path.name == "camera.safetensors":
+            with path.open("r+b") as stream:
+                stream.seek(-1, os.SEEK_END)
+                stream.write(b"\xff")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lossy)
+        with pytest.raises(CheckpointError, match=r"gives back other bytes.*camera.safetensors"):
+            save(2)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+@pytest.mark.parametrize("thing", ["file", "link", "folder"])
+def test_whatever_lies_in_a_checkpoints_place_makes_room(save: Save, tmp_path: Path, thing: str) -> None:
+    place = save(4).with_name("step-00000005")
+    match thing:
+        case "file":
+            place.write_text("?")
+        case "link":
+            place.symlink_to(tmp_path)
+        case "folder":
+            (place / "particles").mkdir(parents=True)
+    save(5)
+    assert [path.name for path in sorted(place.parent.iterdir())] == ["step-00000004", "step-00000005"]
+    assert len(verify_run(tmp_path)) == 2
+
+
+def test_fewer_than_two_checkpoints_are_not_kept(save: Save) -> None:
+    with pytest.raises(CheckpointError, match="at least 2"):
+        save(1, keep=1)
+
+
+@pytest.mark.guarantee("G5")
+def test_a_run_whose_checkpoints_cannot_fit_is_refused_before_it_starts(save: Save, tmp_path: Path) -> None:
+    """Before the first round it is proved that the disk has room for the run's checkpoints."""
+    folder = save(1).parent
+    free = shutil.disk_usage(tmp_path).free
+    store.reserve(folder, 2**20, keep=2)
+    with pytest.raises(CheckpointError, match=rf"{2 * free} bytes are needed for 2 more.* and \d+ are free; make room"):
+        store.reserve(folder, free, keep=2)  # one is there: two more, while the third is written
+    assert [path.name for path in folder.iterdir()] == ["step-00000001"]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, resource.RLIM_INFINITY))
+    try:
+        with pytest.raises(CheckpointError, match=r"2097152 bytes are needed.*\(File too large\)"):
+            store.reserve(folder, 2**21, keep=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert [path.name for path in folder.iterdir()] == ["step-00000001"]
 
 
 def test_a_vanished_file_is_noticed_before_the_manifest_is_written(

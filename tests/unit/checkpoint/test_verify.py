@@ -43,7 +43,7 @@ def test_equal_states_have_equal_digests_whatever_the_run_was_called_or_configur
 ) -> None:
     for name in ("first", "second"):
         changed = {**metadata, "config": {"run": {"dir": name}}, "config_digest": name, "metrics_bytes": len(name)}
-        Saver(tmp_path / name / "checkpoints", world).save(5, state(2, 5), {}, changed)
+        Saver(tmp_path / name / "checkpoints", world).begin(5, state(2, 5), {}, changed)
     assert verify_run(tmp_path / "first", digest=True) == verify_run(tmp_path / "second", digest=True)
 
 
@@ -51,9 +51,9 @@ def test_one_changed_bit_of_a_tensor_changes_its_component_and_the_whole_only(
     world: World, tmp_path: Path, state: Callable[..., dict[str, dict[str, Tensor]]], metadata: dict[str, Any]
 ) -> None:
     files = state(2, 5)
-    Saver(tmp_path / "a" / "checkpoints", world).save(5, files, {}, metadata)
+    Saver(tmp_path / "a" / "checkpoints", world).begin(5, files, {}, metadata)
     files["particles/000001.safetensors"]["param/grid0"][0, 0] *= -1
-    Saver(tmp_path / "b" / "checkpoints", world).save(5, files, {}, metadata)
+    Saver(tmp_path / "b" / "checkpoints", world).begin(5, files, {}, metadata)
     pairs = zip(verify_run(tmp_path / "a", digest=True), verify_run(tmp_path / "b", digest=True), strict=True)
     assert [one.split()[0] for one, other in pairs if one != other] == ["particle/000001", "all"]
 

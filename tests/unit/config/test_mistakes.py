@@ -78,7 +78,7 @@ BAD = [
         ["render.resolution changes", "latent images"],
     ),
     ("log: {wandb: on}", 1, ["log.wandb", "off, offline, online"]),
-    ("checkpoint: {keep: 1}", 1, ["checkpoint.keep is 1", ">= 2"]),
+    ("checkpoint: {keep: 1}", 1, ["checkpoint.keep is 1", "at least 2"]),
     ("particles: {health: {restore_rate: 0}}", 1, ["particles.health.restore_rate"]),
     ("run: {seed: 1}\nrun: {seed: 2}", 2, ["'run' is given twice", "run.yaml:1"]),
     ("run:\n  seed: 1\n  seed: 1", 3, ["'seed' is given twice", "run.yaml:2"]),
@@ -102,10 +102,12 @@ def refusal(path: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
+@pytest.mark.guarantee("G30")
 @pytest.mark.parametrize(("text", "line", "hints"), BAD, ids=[text[:40] for text, _, _ in BAD])
 def test_a_mistake_is_refused_with_its_place_and_what_to_do(
     tmp_path: Path, text: str, line: int, hints: list[str]
 ) -> None:
+    """Wrong keys, types, ranges and combinations are refused with file, line and what is allowed."""
     path = tmp_path / "run.yaml"
     path.write_text(text, encoding="utf-8")
     message = refusal(path)
@@ -114,6 +116,7 @@ def test_a_mistake_is_refused_with_its_place_and_what_to_do(
         assert hint in message
 
 
+@pytest.mark.guarantee("G30")
 @pytest.mark.parametrize(
     ("override", "hints"),
     [
@@ -132,6 +135,7 @@ def test_a_mistake_is_refused_with_its_place_and_what_to_do(
     ],
 )
 def test_a_wrong_override_is_named_as_it_was_written(tmp_path: Path, override: str, hints: list[str]) -> None:
+    """A wrong override on the command line is refused as it was written."""
     path = tmp_path / "run.yaml"
     path.write_text("prompt: a\n")
     message = refusal(path, override)

@@ -28,12 +28,16 @@ def test_accelerate_on_cpu_is_read_when_it_was_told_so() -> None:
     assert read_launch(TORCHRUN | ACCELERATE, has_cuda=True) == Launch(3, 4, 1, 2, use_cpu=False)
 
 
+@pytest.mark.guarantee("G31")
 def test_accelerate_with_gpu_processes_and_no_gpu_is_refused_with_the_right_command() -> None:
+    """accelerate's GPU processes without a GPU, which would each train alone, are refused."""
     with pytest.raises(RankError, match="ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 4"):
         read_launch(TORCHRUN | ACCELERATE, has_cuda=False)
 
 
+@pytest.mark.guarantee("G31")
 def test_the_one_process_of_a_multi_cpu_config_is_refused() -> None:
+    """The one process that accelerate starts for a MULTI_CPU configuration is refused."""
     environment = ACCELERATE | {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     with pytest.raises(RankError, match=r"asked for several processes .* but started this one alone"):
         read_launch(environment, has_cuda=False)
@@ -52,14 +56,18 @@ def test_half_an_environment_is_refused_by_name() -> None:
         read_launch({"WORLD_SIZE": "two"}, has_cuda=False)
 
 
+@pytest.mark.guarantee("G31")
 def test_three_counts_of_the_world_must_agree() -> None:
+    """The launcher's, torch's and accelerate's number of ranks must be one number."""
     refuse_other_world(4, 4, 4)
     for counts in ((4, 1, 1), (4, 4, 1), (2, 4, 4)):
         with pytest.raises(RankError, match=r"not one world: WORLD_SIZE is \d, torch\.distributed counts \d ranks"):
             refuse_other_world(*counts)
 
 
+@pytest.mark.guarantee("G31")
 def test_ranks_on_one_device_are_named() -> None:
+    """Ranks that share a GPU are refused by name."""
     refuse_shared_devices([None, None])
     refuse_shared_devices(["GPU-a of h", "GPU-a of i"])
     with pytest.raises(RankError, match=r"ranks 0, 2 share GPU-a of h; start at most one process for each GPU"):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from distvsd.errors import PriorError
 from distvsd.prior import Pipeline, load_prior
+from distvsd.prior.codec import PatchCodec
 from distvsd.vsd.rng import Purpose, normal, uniform
 
 
@@ -77,6 +78,23 @@ def test_the_patch_codec_is_lossless_and_its_gradient_is_the_scaled_upstream_gra
     (gradient,) = torch.autograd.grad(latents.sum(), images)
     # d latent / d pixel = 2 * 1.6 for exactly one latent each.
     torch.testing.assert_close(gradient, torch.full_like(gradient, 3.2))
+
+
+def test_the_detail_gain_amplifies_what_differs_from_the_mean_of_a_patch_and_nothing_else() -> None:
+    """One 2 x 2 patch a channel, by hand: pixels 0, 0, 0, 1 are -1, -1, -1, 1 with mean -0.5; gain 3 about the mean."""
+    image = torch.zeros(1, 3, 2, 2)
+    image[0, 1, 1, 1] = 1.0
+    latents = PatchCodec(2, 1.0, 3.0).encode(image)
+    expected = torch.full((1, 12, 1, 1), -1.0)
+    expected[0, 4:8, 0, 0] = torch.tensor([-2.0, -2.0, -2.0, 4.0])
+    torch.testing.assert_close(latents, expected)
+
+
+def test_the_patch_codec_with_a_detail_gain_is_lossless_in_float64() -> None:
+    images = pictures(3, 16).double()
+    codec = PatchCodec(4, 1.3, 4.0)
+    torch.testing.assert_close(codec.decode(codec.encode(images)), images, rtol=0, atol=1e-14)
+    assert torch.autograd.gradcheck(codec.encode, images[:1, :, :4, :4].clone().requires_grad_())
 
 
 @pytest.mark.parametrize("layout", ("sd15", "shapes"))

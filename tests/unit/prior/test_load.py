@@ -155,9 +155,11 @@ def test_weights_saved_only_as_the_fp16_variant_load(own_pipeline: Callable[...,
         assert torch.equal(one, other)
 
 
+@pytest.mark.guarantee("G35")
 def test_the_identity_follows_the_content_and_not_the_place_dtype_or_prompt(
     shared_pipeline: Callable[..., Path], own_pipeline: Callable[..., Path]
 ) -> None:
+    """A prior's identity is that of its weights and configuration, wherever they lie."""
     shared, own = shared_pipeline("shapes"), own_pipeline("shapes")
     identity = load_prior(str(shared), ["a red cube"]).identity()
     assert len(identity) == 64

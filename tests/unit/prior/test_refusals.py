@@ -75,7 +75,9 @@ def test_a_missing_file_is_named(name: str, own_pipeline: Callable[..., Path]) -
     assert "missing" in message
 
 
+@pytest.mark.guarantee("G32")
 def test_weights_that_are_only_a_pickle_are_not_read(own_pipeline: Callable[..., Path]) -> None:
+    """A prior whose weights are a pickle is refused, not unpickled."""
     folder = own_pipeline("sd15")
     (folder / UNET).rename(folder / "unet/diffusion_pytorch_model.bin")
     message = refusal(folder)

@@ -48,7 +48,9 @@ def test_what_is_not_json_is_refused_and_writes_nothing(tmp_path: Path, value: A
     assert path.read_bytes() == b""
 
 
+@pytest.mark.guarantee("G29")
 def test_a_resumed_run_has_no_round_twice_and_none_missing(tmp_path: Path) -> None:
+    """A file cut to what the checkpoint counted has every round once, also after half a line."""
     path = tmp_path / "metrics.jsonl"
     with JsonLines(path) as metrics:
         for round in range(10):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import socket
@@ -45,15 +46,19 @@ HOSTILE_PROMPTS = [
 ]
 
 
+@pytest.mark.guarantee("G33")
 @pytest.mark.parametrize("prompt", HOSTILE_PROMPTS)
 def test_a_prompt_becomes_a_plain_name(prompt: str, tmp_path: Path) -> None:
+    """Any prompt becomes one plain name of at most 57 characters: no path, no option, never empty."""
     name = slug(prompt)
     assert re.fullmatch(r"[a-z0-9](?:[a-z0-9-]{0,46}[a-z0-9])?-[0-9a-f]{8}", name)
     (tmp_path / name).mkdir()
     assert (tmp_path / name).parent == tmp_path and [path.name for path in tmp_path.iterdir()] == [name]
 
 
+@pytest.mark.guarantee("G33")
 def test_different_prompts_have_different_names_and_the_same_prompt_the_same() -> None:
+    """Prompts that look alike as names stay apart."""
     assert len({slug(prompt) for prompt in HOSTILE_PROMPTS}) == len(HOSTILE_PROMPTS)
     assert slug("a red cube") == slug("a red cube") and slug("a red cube").startswith("a-red-cube-")
     assert slug("Caf\u00e9!").startswith("cafe-")
@@ -127,8 +132,10 @@ def test_the_lock_names_its_holder_and_goes_with_it(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+@pytest.mark.guarantee("G34")
 @pytest.mark.parametrize("form", ["host:pid", "host:pid:start"])
 def test_a_living_holder_is_refused_by_name(tmp_path: Path, form: str) -> None:
+    """A directory held by a living process is refused, with who holds it."""
     path = tmp_path / "run.lock"
     code = (
         "import sys; from pathlib import Path; from distvsd.runtime.paths import RunLock; "
@@ -158,8 +165,10 @@ def _dead_pid() -> int:
     return child.pid
 
 
+@pytest.mark.guarantee("G34")
 @pytest.mark.parametrize("end", ["", ":123456", "\n", "\0\0\0"])
 def test_the_lock_of_a_dead_process_is_taken_over(tmp_path: Path, end: str) -> None:
+    """The lock of a process that is gone is taken over."""
     path = tmp_path / "run.lock"
     path.write_text(f"{socket.gethostname()}:{_dead_pid()}{end}")
     with RunLock(path):
@@ -190,7 +199,9 @@ def test_a_holder_that_cannot_be_judged_is_refused(tmp_path: Path, text: str) ->
     assert path.read_text() == text
 
 
+@pytest.mark.guarantee("G34")
 def test_of_many_jobs_that_find_one_dead_holder_one_gets_the_lock(tmp_path: Path) -> None:
+    """Of many jobs that find the same dead holder, one gets the directory."""
     path = tmp_path / "run.lock"
     path.write_text(f"{socket.gethostname()}:{_dead_pid()}")
     taken, refused = _race(path, 8)
@@ -263,3 +274,37 @@ def test_a_failed_write_leaves_the_old_text_and_no_rest(tmp_path: Path, monkeypa
     with pytest.raises(RunError, match="No space left"):
         write_atomically(path, "new")
     assert path.read_text() == "old" and [entry.name for entry in tmp_path.iterdir()] == ["STATUS.json"]
+
+
+@pytest.mark.guarantee("G34")
+def test_a_holder_on_another_host_keeps_the_lock_while_its_ranks_beat(tmp_path: Path) -> None:
+    """A holder on another host keeps its lock while its ranks beat, and loses it when they are silent."""
+    lock, beats = tmp_path / "run.lock", tmp_path / "heartbeats"
+    beats.mkdir()
+    lock.write_text("elsewhere:7:1")
+    stop = threading.Event()
+
+    def beat() -> None:
+        for count in itertools.count():
+            (beats / "rank-00000.json").write_text(str(count))
+            if stop.wait(0.02):
+                return
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        with pytest.raises(RunError, match="held by 'elsewhere:7:1'"):
+            RunLock(lock, beats, silence_s=0.3).acquire()
+    finally:
+        stop.set()
+        thread.join()
+    with RunLock(lock, beats, silence_s=0.3):
+        assert lock.read_text().startswith(f"{socket.gethostname()}:{os.getpid()}"), "its ranks are silent: taken over"
+
+
+def test_a_holder_on_another_host_without_heartbeats_is_left_in_place(tmp_path: Path) -> None:
+    lock = tmp_path / "run.lock"
+    lock.write_text("elsewhere:7:1")
+    for beats in (None, tmp_path / "none"):
+        with pytest.raises(RunError, match="elsewhere:7"):
+            RunLock(lock, beats, silence_s=0.1).acquire()

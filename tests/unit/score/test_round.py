@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from distvsd.errors import DivergedError
 from distvsd.score.lora import LoraScore
 from distvsd.score.training import LAG_SAMPLES, Fit, ScoreTraining
 from distvsd.vsd.samples import Samples
@@ -25,6 +27,7 @@ class Options:
     learning_rate_scaling: str = "none"
     camera_drop: float = 0.0
     replay_share: float = 0.0
+    max_skipped: int = 20
 
 
 @dataclass(frozen=True)
@@ -187,6 +190,84 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(unet, make_score) -> 
     assert fit.skipped == 1 and math.isfinite(fit.loss)
     assert score.num_steps == 2
     assert flat(score).isfinite().all() and not torch.equal(flat(score), before)
+
+
+def test_steps_left_out_in_a_row_end_the_run_and_the_text_names_particle_round_and_timestep(
+    unet, make_score, monkeypatch
+) -> None:
+    """Row 5 has finite latents, and a velocity whose square is not."""
+    score, asked = make_score(unet, "v_prediction", shaken=True), []
+    calls = seen_by(score, monkeypatch)
+    before, union = flat(score), union_of(6)
+    union.latents[5] = 1e30
+
+    def gather(report: list[Any]) -> list[Any]:
+        asked.append(report)
+        return [[[], True], report]
+
+    step = training(score, OneRank(), max_skipped=3)
+    step.gather = gather
+    assert [step.round(union, number).skipped for number in (10, 11)] == [1, 1]
+    assert not asked
+    with pytest.raises(DivergedError) as caught:
+        step.round(union, 12)
+    timestep = int(calls[-1][1][5])
+    assert "last 3 optimiser steps were left out (score.max_skipped), up to round 13" in str(caught.value)
+    assert f"not finite for particle 5 at timestep {timestep}. " in str(caught.value)
+    assert asked == [[[[5, timestep]], False]]
+    assert torch.equal(flat(score), before) and score.num_steps == 0
+
+
+def test_a_step_that_is_taken_ends_the_count(unet, make_score) -> None:
+    score, reduce = make_score(unet, shaken=True), OneRank()
+    usable = iter([False, False, True, False, False, False])
+
+    def at_times(vectors: Sequence[Tensor], flags: int, sums: Tensor) -> Sum:
+        return dataclasses.replace(reduce(vectors, flags, sums), usable=next(usable))
+
+    step = training(score, at_times, max_skipped=3)
+    for number in range(5):
+        step.round(union_of(4), number)
+    assert step.skipped == 2
+    with pytest.raises(DivergedError, match="every rank's loss and gradient were finite, their sum over ranks was not"):
+        step.round(union_of(4), 5)
+
+
+def test_rounds_without_a_single_valid_sample_end_the_run_too(unet, make_score) -> None:
+    step, union = training(make_score(unet), OneRank(), max_skipped=2), union_of(3)
+    union.weight.zero_()
+    step.round(union, 0)
+    with pytest.raises(DivergedError, match="up to round 2: no render of any particle was finite"):
+        step.round(union, 1)
+
+
+def test_a_gradient_that_overflows_behind_a_finite_loss_is_blamed_on_its_rank(unet, make_score, monkeypatch) -> None:
+    score = make_score(unet, shaken=True)
+    original = score.gradients
+
+    def overflows(*arguments: Any) -> Any:
+        vectors, losses = original(*arguments)
+        return [vector * math.inf for vector in vectors], losses
+
+    monkeypatch.setattr(score, "gradients", overflows)
+    step = training(score, OneRank(), max_skipped=1)
+    step.gather = lambda report: [[[], True], report]
+    with pytest.raises(DivergedError, match="every loss was finite, the gradient was not on rank 1"):
+        step.round(union_of(3), 0)
+
+
+def test_without_a_share_only_what_the_lag_looks_at_is_kept(unet, make_score) -> None:
+    """The lag must be the same number as with everything kept, which a share of the replay asks for."""
+    many = Samples.cat([union_of(8, lane=lane, size=2) for lane in range(LAG_SAMPLES // 8 + 3)])
+    many.weight[3] = 0.0
+    later = Samples.cat([union_of(8, lane=lane + 20, size=2) for lane in range(LAG_SAMPLES // 8 + 3)])
+    little, whole = make_score(unet, shaken=True), make_score(unet, shaken=True)
+    steps = training(little, OneRank()), training(whole, OneRank(), replay_share=0.01)
+    for step in steps:
+        step.round(many, 0)
+    assert len(little.replay) == LAG_SAMPLES and len(whole.replay) == len(many) - 1
+    lags = [step.lag(later, 1) for step in steps]
+    assert lags[0] is not None and lags[0] == lags[1] != 0
 
 
 def test_masked_samples_change_neither_gradient_nor_loss(unet, make_score) -> None:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from distvsd.testing.faults import injected
 from distvsd.vsd.objectives import Objective, draw_timesteps
 from distvsd.vsd.rng import Purpose, normal, uniform
 from distvsd.vsd.samples import Samples
@@ -106,3 +107,21 @@ def test_timesteps_fill_their_range_evenly_and_never_leave_it():
     counts = torch.bincount(t)[20:]
     assert counts.min() >= 20 and counts.max() <= 22  # 10,000 / 481 = 20.8 each
     assert draw_timesteps(torch.tensor([0.0, 1 - 2**-24]), 0.0, 1.0, 1000).tolist() == [0, 999]
+
+
+@pytest.mark.parametrize("kind", ["sds", "vsd", "esd"])
+def test_an_answer_that_is_not_finite_stays_in_the_rows_of_its_particle(kind):
+    batch = samples()
+    clean = objective(kind)(batch, STEP)
+    with injected("nan@score:particle=21"):
+        struck = objective(kind)(batch, STEP)
+    of_particle = batch.ids == 21
+    assert struck[of_particle].isnan().all() and torch.equal(struck[~of_particle], clean[~of_particle])
+
+
+def test_a_masked_particle_does_not_even_pass_on_an_answer_that_is_not_finite():
+    batch = samples()
+    batch.weight[batch.ids == 21] = 0
+    with injected("nan@score:particle=21"):
+        gradient = objective("vsd")(batch, STEP)
+    assert torch.equal(gradient[batch.ids == 21], torch.zeros(VIEWS, 4, 3, 3)) and gradient.isfinite().all()

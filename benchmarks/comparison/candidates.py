@@ -1,0 +1,273 @@
+"""Four ways to save and resume the task, each written as its own documentation and the loops around it are written.
+
+All keep two checkpoints, all restore their random state where their files have one, and none is given a weakness that
+its pattern does not have by itself: what is asked of a pattern is written at its class.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.comparison.task import FEATURES, PARTICLES, SEED, Task
+from distvsd.parallel.world import World
+
+KEEP = 2
+
+
+class Candidate(ABC):
+    """One rank of a run that is saved one way; every method is called by all ranks."""
+
+    name: str
+    written_as: str  # where the pattern is from
+
+    def __init__(self, folder: Path, world: World) -> None:
+        self.folder, self.world = folder, world
+        self.task = Task(world.rank, world.size)
+
+    @abstractmethod
+    def step(self, number: int, broken: int | None = None) -> None:
+        """A round; `broken`: a particle whose render is NaN in it."""
+
+    @abstractmethod
+    def save(self, step: int) -> None: ...
+
+    @abstractmethod
+    def load(self) -> int:
+        """Restores what a program that was started again takes for its newest checkpoint; returns its step."""
+
+
+class Loop(Candidate):
+    """What the three loops share: DDP for the network, the global generator for noise, seeded by rank."""
+
+    def __init__(self, folder: Path, world: World) -> None:
+        super().__init__(folder, world)
+        self.wrapped = self._wrap()
+        torch.manual_seed(SEED + 1 + world.rank)
+
+    def _wrap(self) -> nn.Module:
+        if self.world.size == 1:
+            return self.task.network
+        return nn.parallel.DistributedDataParallel(self.task.network)
+
+    def step(self, number: int, broken: int | None = None) -> None:
+        task, samples, noises = self.task, [], []
+        for particle in task.ids:
+            noise = torch.randn(FEATURES)
+            features = task.features(particle, noise)
+            if particle == broken:
+                features = features * torch.nan
+            task.move(particle, features)
+            samples.append(features.detach())
+            noises.append(noise)
+        task.network_optimizer.zero_grad()
+        loss = (self.wrapped(torch.stack(samples)) - torch.stack(noises)).square().mean()
+        self._backward(loss)
+        task.network_optimizer.step()
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def _particles(self) -> dict[str, Tensor]:
+        return {name: value for name, value in self.task.state().items() if name.startswith("particle/")}
+
+    def _restore_particles(self, saved: dict[str, Tensor]) -> None:
+        """A particle that this rank has now and its file has not is a KeyError, not a particle left as it was."""
+        for name, value in self._particles().items():
+            value.copy_(saved[name])
+
+
+class Accelerate(Loop):
+    """`Accelerator.save_state` into `checkpoint-STEP`, the folder with the highest number resumed, old ones deleted
+    before the new one is written: the loop of every training script of diffusers. What differs between ranks is not
+    among what save_state saves from every rank, so that each writes its particles beside it."""
+
+    name = "accelerate"
+    written_as = "`examples/text_to_image/train_text_to_image_lora.py` of diffusers; particles by rank beside it"
+
+    def __init__(self, folder: Path, world: World) -> None:
+        from accelerate import Accelerator
+
+        self.accelerator = Accelerator(cpu=True)
+        super().__init__(folder, world)
+        task = self.task
+        task.network_optimizer = self.accelerator.prepare_optimizer(task.network_optimizer)
+
+    def _wrap(self) -> nn.Module:
+        wrapped: nn.Module = self.accelerator.prepare_model(self.task.network)
+        return wrapped
+
+    def _backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss)
+
+    def save(self, step: int) -> None:
+        if self.accelerator.is_main_process:
+            for old in self._folders()[: -(KEEP - 1)]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+        folder = self.folder / f"checkpoint-{step}"
+        self.accelerator.save_state(str(folder))
+        torch.save(self._particles(), folder / f"particles_{self.world.rank}.pt")
+        self.accelerator.wait_for_everyone()
+
+    def load(self) -> int:
+        newest = self._folders()[-1]
+        self.accelerator.load_state(str(newest))
+        particles = torch.load(newest / f"particles_{self.world.rank}.pt", weights_only=True)
+        self._restore_particles(particles)
+        return int(newest.name.partition("-")[2])
+
+    def _folders(self) -> list[Path]:
+        return sorted(self.folder.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+
+
+class TorchSave(Loop):
+    """One `torch.save` a rank, `ckpt_STEP_rankR.pt`, with everything in it, the random state too; deleted after."""
+
+    name = "DDP + torch.save"
+    written_as = "PyTorch's tutorial on saving a general checkpoint; `ckpt_{step}_rank{rank}.pt` as gsplat's trainer"
+
+    def save(self, step: int) -> None:
+        task = self.task
+        state = {
+            "step": step,
+            "particles": self._particles(),
+            "network": task.network.state_dict(),
+            "optimizer": task.network_optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+        }
+        torch.save(state, self._path(step))
+        for old in self._steps()[:-KEEP]:
+            self._path(old).unlink(missing_ok=True)
+
+    def load(self) -> int:
+        step = self._steps()[-1]
+        saved: dict[str, Any] = torch.load(self._path(step), weights_only=True)
+        self.task.network.load_state_dict(saved["network"])
+        self.task.network_optimizer.load_state_dict(saved["optimizer"])
+        self._restore_particles(saved["particles"])
+        torch.set_rng_state(saved["rng"])
+        return int(saved["step"])
+
+    def _steps(self) -> list[int]:
+        """Of any rank: ranks that took their own newest file would mix steps."""
+        found = [re.fullmatch(r"ckpt_(\d+)_rank\d+\.pt", path.name) for path in self.folder.iterdir()]
+        return sorted({int(match.group(1)) for match in found if match})
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"ckpt_{step}_rank{self.world.rank}.pt"
+
+
+class Dcp(Loop):
+    """`torch.distributed.checkpoint` into `step-N`; the newest folder with a `.metadata` is resumed, old ones are
+    deleted after. Particles are keyed by id, which makes them elastic; the random state is a rank's own."""
+
+    name = "torch DCP"
+    written_as = "PyTorch's DCP recipe with `get_state_dict`; newest folder and pruning as torchtitan's"
+
+    def save(self, step: int) -> None:
+        from torch.distributed.checkpoint.state_dict_saver import save
+
+        save(self._state(), checkpoint_id=self.folder / f"step-{step}")
+        if self.world.rank == 0:
+            for old in self._steps()[:-KEEP]:
+                shutil.rmtree(self.folder / f"step-{old}")
+
+    def load(self) -> int:
+        from torch.distributed.checkpoint.filesystem import FileSystemReader
+        from torch.distributed.checkpoint.state_dict import set_state_dict
+        from torch.distributed.checkpoint.state_dict_loader import load
+
+        step = self._steps()[-1]
+        folder, state = self.folder / f"step-{step}", self._state()
+        known = FileSystemReader(folder).read_metadata().state_dict_metadata
+        if f"rng/{self.world.rank}" not in known:  # more ranks than before
+            del state[f"rng/{self.world.rank}"]
+        load(state, checkpoint_id=folder)
+        set_state_dict(
+            self.task.network,
+            self.task.network_optimizer,
+            model_state_dict=state["network"],
+            optim_state_dict=state["optimizer"],
+        )
+        if f"rng/{self.world.rank}" in state:
+            torch.set_rng_state(state[f"rng/{self.world.rank}"])
+        return step
+
+    def _state(self) -> dict[str, Any]:
+        from torch.distributed.checkpoint.state_dict import get_state_dict
+
+        network, optimizer = get_state_dict(self.task.network, self.task.network_optimizer)
+        shared = {"network": network, "optimizer": optimizer, f"rng/{self.world.rank}": torch.get_rng_state()}
+        return shared | self._particles()
+
+    def _steps(self) -> list[int]:
+        found = [path.parent.name for path in self.folder.glob("step-*/.metadata")]
+        return sorted(int(name.partition("-")[2]) for name in found)
+
+
+class Distvsd(Candidate):
+    """distvsd's own Saver, keyed random numbers and fixed-point reduction, around the same task."""
+
+    name = "distvsd"
+    written_as = "`distvsd.checkpoint.Saver`, `distvsd.vsd.rng`, `distvsd.parallel.reduce_gradients(numerics='exact')`"
+
+    def __init__(self, folder: Path, world: World) -> None:
+        from distvsd.checkpoint.saver import Saver
+
+        super().__init__(folder, world)
+        self.saver = Saver(folder, world, KEEP)
+
+    def step(self, number: int, broken: int | None = None) -> None:
+        from distvsd.parallel.reduce import reduce_gradients
+        from distvsd.vsd.rng import Purpose, normal
+
+        task, parameters = self.task, list(self.task.network.parameters())
+        vectors = []
+        for particle in task.ids:
+            noise = normal(SEED, Purpose.NOISE, [particle], number, (FEATURES,))[0]
+            features = task.features(particle, noise)
+            task.move(particle, features)
+            loss = (task.network(features.detach()[None])[0] - noise).square().mean()
+            vectors.append(nn.utils.parameters_to_vector(torch.autograd.grad(loss, parameters)))
+        sums = torch.zeros(len(vectors), 1, dtype=torch.float64)
+        length = sum(parameter.numel() for parameter in parameters)
+        total = reduce_gradients(self.world, vectors, length, 0, "exact", sums)
+        parts = total.gradient.div(PARTICLES).split([parameter.numel() for parameter in parameters])
+        for parameter, gradient in zip(parameters, parts, strict=True):
+            parameter.grad = gradient.reshape(parameter.shape)
+        task.network_optimizer.step()
+
+    def save(self, step: int) -> None:
+        metadata = {"config": {}, "config_digest": "0" * 64, "prior_identity": "0" * 64, "metrics_bytes": 0}
+        self.saver.begin(step, self._files(), {}, metadata)
+        self.saver.finish()
+
+    def load(self) -> int:
+        checkpoint = self.saver.load()
+        if checkpoint is None:
+            raise FileNotFoundError(f"no checkpoint in {self.folder}")
+        for file, tensors in self._files().items():
+            saved = checkpoint.read(file)
+            for name, tensor in tensors.items():
+                tensor.copy_(saved[name])
+        return checkpoint.manifest.step
+
+    def _files(self) -> dict[str, dict[str, Tensor]]:
+        from distvsd.checkpoint.format import particle_file
+
+        files: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in self.task.state().items():
+            kind, key, *_ = name.split("/")
+            file = particle_file(int(key)) if kind == "particle" else f"score/{kind}.safetensors"
+            files.setdefault(file, {})[name] = tensor
+        return files
+
+
+CANDIDATES: dict[str, type[Candidate]] = {kind.name: kind for kind in (Distvsd, Accelerate, TorchSave, Dcp)}

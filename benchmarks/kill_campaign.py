@@ -1,0 +1,252 @@
+"""SIGKILL at random instants of real trainings: what is lost, what cannot be read, what hangs, what comes out.
+
+    python -m benchmarks.kill_campaign --kills 300 [--seed 0] [--ranks 2] [--page benchmarks/kill_campaign.md]
+
+Each training saves after every round. At an instant drawn uniformly from the length of an undisturbed training, rank 0,
+another rank or all ranks are killed; then the newest checkpoint is opened and every file of it verified, and the same
+command resumes, until the training is done. Its final state must have the same bits as one that was never disturbed.
+Half of the trainings save in the background. Prints a line a training and the sums; --page writes them down.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import platform
+import random
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from distvsd.build import build_run
+from distvsd.checkpoint import newest, verify_run
+from distvsd.config import Config, load_config
+from distvsd.errors import CheckpointError, RankError
+from distvsd.parallel.world import World
+from distvsd.testing.pipelines import tiny_pipeline
+from distvsd.testing.ranks import run_ranks
+from distvsd.train import train
+
+SMOKE = Path(__file__).parents[1] / "configs" / "smoke.yaml"
+TIMEOUT_S = 120.0
+# A training that is killed this often without an end has stopped getting anywhere.
+MOST_ATTEMPTS = 60
+
+
+@dataclass
+class Tally:
+    """What the kills did. lost: of each kill, rounds reported and not in the newest checkpoint after it."""
+
+    trainings: int = 0
+    kills: int = 0
+    in_a_save: int = 0
+    unreadable: int = 0
+    hangs: int = 0
+    different: int = 0
+    lost: list[int] = field(default_factory=list)
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(
+            self.trainings + other.trainings,
+            self.kills + other.kills,
+            self.in_a_save + other.in_a_save,
+            self.unreadable + other.unreadable,
+            self.hangs + other.hangs,
+            self.different + other.different,
+            self.lost + other.lost,
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kills} kills in {self.trainings} trainings ({self.in_a_save} in the middle of a save): "
+            f"{self.unreadable} unreadable, at most {max(self.lost, default=0)} rounds lost, {self.hangs} hangs, "
+            f"{self.different} trainings with other bits at the end"
+        )
+
+
+def small_training(prior: Path, run: Path, asynchronous: bool, rounds: int = 10) -> Config:
+    """A real training of three image particles that saves after every round; seconds long."""
+    settings = {
+        "run.dir": run,
+        "prior.path": prior,
+        "particles.kind": "image",
+        "particles.count": 3,
+        "render.resolution": 16,
+        "schedule.rounds": rounds,
+        "score.replay_share": 0.25,
+        "checkpoint.every": 1,
+        "checkpoint.asynchronous": str(asynchronous).lower(),
+        "parallel.numerics": "exact",
+    }
+    return load_config(SMOKE, [f"{key}={value}" for key, value in settings.items()])
+
+
+def warm_up(config: Config) -> None:
+    """Loads in this process what a training imports, so that ranks forked from it start in a fraction of a second."""
+    build_run(config, World(0, 1, 0, 1, torch.device("cpu")), lambda done: False)
+
+
+def campaign(
+    folder: Path, config_in: Callable[[Path], Config], kills: int, draw: random.Random, ranks: int = 2
+) -> Tally:
+    """At least `kills` kills of trainings in `folder`, each training to its end. config_in: the training in a run.dir.
+
+    Forks, so the caller must have one thread; `warm_up` makes it fast. Raises RankError where a training fails that
+    nobody killed.
+    """
+    undisturbed = config_in(folder / "undisturbed")
+    began = time.monotonic()
+    run_ranks(lambda world: train(undisturbed), ranks, timeout_s=TIMEOUT_S)
+    seconds = time.monotonic() - began
+    expected = verify_run(Path(undisturbed.run.dir), digest=True)
+    total = Tally()
+    while total.kills < kills:
+        config = config_in(folder / f"killed-{total.trainings}")
+        tally = Tally(trainings=1)
+        for _ in range(MOST_ATTEMPTS):
+            victims = draw.choice([[0], [ranks - 1], list(range(ranks))])
+            if attempt(config, folder / "pids", ranks, victims, draw.uniform(0, seconds), tally):
+                break
+        else:
+            raise RankError(f"{MOST_ATTEMPTS} attempts and no end: kills come faster than rounds ({seconds:.1f} s)")
+        if verify_run(Path(config.run.dir), digest=True) != expected:
+            tally.different += 1
+        total += tally
+        shutil.rmtree(config.run.dir)
+    return total
+
+
+def attempt(config: Config, pids: Path, ranks: int, victims: list[int], delay_s: float, tally: Tally) -> bool:
+    """Trains until the end (True), or until the kill (False), which is then looked at and counted."""
+    shutil.rmtree(pids, ignore_errors=True)
+    pids.mkdir()
+
+    def rank(world: World) -> None:
+        (pids / f"{world.rank}.part").write_text(str(os.getpid()))
+        (pids / f"{world.rank}.part").rename(pids / f"{world.rank}.pid")
+        train(config)
+
+    # Forked before the ranks, as threads and forks do not go together; it ends with the attempt.
+    killer = multiprocessing.get_context("fork").Process(target=_kill, args=(pids, ranks, victims, delay_s))
+    killer.start()
+    try:
+        run_ranks(rank, ranks, timeout_s=TIMEOUT_S)
+    except RankError as error:
+        told = str(error)
+        if "exit code -9" not in told:
+            raise
+        tally.hangs += "hangs: no result" in told or "did not notice" in told
+    else:
+        return True
+    finally:
+        killer.kill()
+        killer.join()
+    _examine(Path(config.run.dir), tally)
+    return False
+
+
+def _kill(pids: Path, ranks: int, victims: list[int], delay_s: float) -> None:
+    while len(list(pids.glob("*.pid"))) < ranks:
+        time.sleep(0.001)
+    time.sleep(delay_s)
+    for victim in victims:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int((pids / f"{victim}.pid").read_text()), signal.SIGKILL)
+
+
+def _examine(run: Path, tally: Tally) -> None:
+    """What a kill left: is the newest checkpoint sound in every file, and how old is it?"""
+    tally.kills += 1
+    checkpoints = run / "checkpoints"
+    unfinished = (".staged-", ".replaced-", ".removed-")
+    names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
+    tally.in_a_save += any(name.startswith(unfinished) for name in names)
+    try:
+        checkpoint = newest(checkpoints)
+    except CheckpointError:
+        tally.unreadable += 1
+        return
+    # `newest` passes over what is damaged; a kill may leave nothing that has to be passed over.
+    if checkpoint is not None and any(name > checkpoint.folder.name for name in names if name.startswith("step-")):
+        tally.unreadable += 1
+    tally.lost.append(max(0, last_reported(run) - (checkpoint.manifest.step if checkpoint else 0)))
+
+
+def last_reported(run: Path) -> int:
+    """The round of the last whole line of metrics.jsonl; 0 before the first."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    return int(json.loads(lines[-1])["round"]) if lines else 0
+
+
+def page(arguments: argparse.Namespace, tallies: dict[str, Tally], seconds: float) -> str:
+    """The results page."""
+    rows = "\n".join(
+        f"| {name} | {tally.trainings} | {tally.kills} | {tally.in_a_save} | {tally.unreadable} | "
+        f"{max(tally.lost, default=0)} | {sum(tally.lost) / max(len(tally.lost), 1):.2f} | {tally.hangs} | "
+        f"{tally.different} |"
+        for name, tally in tallies.items()
+    )
+    command = f"python -m benchmarks.kill_campaign --kills {arguments.kills} --seed {arguments.seed}"
+    return f"""# SIGKILL at random instants
+
+{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} cores {platform.machine()}, torch {torch.__version__}, Python \
+{platform.python_version()}, {arguments.ranks} ranks, {seconds / 60:.0f} minutes.
+
+    {command} --ranks {arguments.ranks} --page benchmarks/kill_campaign.md
+
+Real trainings of three image particles with a tiny prior, saved after every round. Each is killed at instants drawn
+uniformly from the length of an undisturbed training (rank 0, the last rank, or all), and resumed with the same
+configuration until it is done.
+
+| saves | trainings | kills | of these in a save | unreadable checkpoints | most rounds lost | rounds lost, mean \
+| hangs | other bits at the end |
+|---|---:|---:|---:|---:|---:|---:|---:|---:|
+{rows}
+
+- **In a save**: an unfinished folder was there after the kill.
+- **Unreadable**: no sound checkpoint, or one that had to be passed over. Every file is verified after every kill.
+- **Rounds lost**: the last round reported in `metrics.jsonl` minus the round of the newest checkpoint. A save in the
+  background ends when the next round has been reported, so that it can be two.
+- **Hangs**: ranks that did not notice within 5 s that another one had died.
+- **Other bits**: the final state differs from that of a training that nobody disturbed, in any tensor.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--page", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    draw, began = random.Random(arguments.seed), time.monotonic()
+    tallies: dict[str, Tally] = {}
+    with tempfile.TemporaryDirectory(prefix="distvsd-kills-") as name:
+        folder = Path(name)
+        tiny_pipeline(folder / "prior", "shapes", "v_prediction", 0)
+        warm_up(small_training(folder / "prior", folder / "warm", True))
+        for kind, is_asynchronous in (("in the foreground", False), ("in the background", True)):
+
+            def config_in(run: Path, is_asynchronous: bool = is_asynchronous) -> Config:
+                return small_training(folder / "prior", run, is_asynchronous)
+
+            tallies[kind] = campaign(folder / kind, config_in, arguments.kills // 2, draw, arguments.ranks)
+            print(f"saves {kind}: {tallies[kind]}", flush=True)
+    if arguments.page:
+        arguments.page.write_text(page(arguments, tallies, time.monotonic() - began), encoding="ascii")
+
+
+if __name__ == "__main__":
+    main()

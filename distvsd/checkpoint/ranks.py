@@ -1,0 +1,85 @@
+"""What ranks do together: each its part, and any rank's failure is the same error on all of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from distvsd.checkpoint.format import particle_of
+from distvsd.errors import CheckpointError
+from distvsd.parallel.collectives import gather_objects
+from distvsd.parallel.world import World
+
+
+class StorageError(CheckpointError):
+    """The disk failed (full, over quota, an I/O error), not the program: the same save may succeed a little later."""
+
+
+def together(world: World, action: str, work: Callable[[], Any]) -> list[Any]:
+    """Every rank's result of its work, which must be JSON, by rank; communicates once.
+
+    Where any rank's work fails, all raise one CheckpointError in the same words that says which did not and why: a
+    StorageError if only disks failed. A rank that raised on its own would leave the others waiting for ever.
+    """
+    value = "null"
+    problem: str | None = None
+    by_disk = False
+    try:
+        value = json.dumps(work())
+    except Exception as error:  # whatever it is, the others are waiting to hear of it
+        problem, by_disk = _describe(error), isinstance(error, OSError)
+    reports = gather_objects(world, [value, problem, by_disk])
+    failed = [by_disk for _, problem, by_disk in reports if problem is not None]
+    refuse(action, [problem for _, problem, _ in reports], StorageError if all(failed) else CheckpointError)
+    return [json.loads(value) for value, _, _ in reports]
+
+
+def refuse(action: str, problems: Sequence[str | None], error: type[CheckpointError] = CheckpointError) -> None:
+    """Raises one error from the problems of all ranks, if there are any. Does not communicate."""
+    ranks: dict[str, list[str]] = {}
+    for rank, problem in enumerate(problems):
+        if problem is not None:
+            ranks.setdefault(problem, []).append(str(rank))
+    if ranks:
+        told = "; ".join(f"rank {', '.join(where)}: {problem}" for problem, where in ranks.items())
+        raise error(f"{action} failed: {told}")
+
+
+def owners_of(action: str, opened: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """The rank that writes each file: the lowest that holds it. The same on every rank."""
+    holders: dict[str, list[int]] = {}
+    for rank, report in enumerate(opened):
+        for file in report["files"]:
+            holders.setdefault(file, []).append(rank)
+    problems: list[str | None] = [None] * len(opened)
+    for rank, report in enumerate(opened):
+        if report["step"] != opened[0]["step"]:
+            problems[rank] = f"is at step {report['step']} and rank 0 at {opened[0]['step']}"
+        if shared := [file for file in report["files"] if particle_of(file) is not None and holders[file][0] != rank]:
+            problems[rank] = (
+                f"holds {shared[0]}, which rank {holders[shared[0]][0]} holds too; a particle has one owner"
+            )
+    refuse(action, problems)
+    return {file: ranks[0] for file, ranks in holders.items()}
+
+
+def refuse_drift(action: str, contents: Sequence[Mapping[str, str]]) -> None:
+    """Raises where ranks that hold the same file hold different content."""
+    first: dict[str, tuple[int, str]] = {}
+    problems: list[str | None] = [None] * len(contents)
+    for rank, content in enumerate(contents):
+        for file, digest in content.items():
+            holder, expected = first.setdefault(file, (rank, digest))
+            if digest != expected:
+                problems[rank] = f"holds another {file} than rank {holder}: the replicas have drifted apart"
+    refuse(action, problems)
+
+
+def _describe(error: Exception) -> str:
+    match error:
+        case CheckpointError():
+            return str(error)
+        case OSError():
+            return f"{error}; check the free space, the quota and the permissions of the run directory"
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,72 @@
+"""One rank's part of a save, in a thread of its own that touches nothing but files: no collective, no device."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from distvsd.checkpoint import store
+from distvsd.checkpoint.format import content_digest, encode_tensors
+from distvsd.errors import CheckpointError
+
+
+class Writer:
+    """Runs a function once in a thread and keeps what comes of it.
+
+    The thread does not keep a process alive: one that has lost the others must be able to end although its disk hangs.
+    """
+
+    def __init__(self, work: Callable[[], dict[str, Any]]) -> None:
+        self._work = work
+        self._result: dict[str, Any] | None = None
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the function has not ended yet."""
+        return self._thread.is_alive()
+
+    def result(self) -> dict[str, Any]:
+        """Waits for the function; returns or raises what it did."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        if self._result is None:
+            raise CheckpointError("the writer of the checkpoint ended without a result; start the run again")
+        return self._result
+
+    def _run(self) -> None:
+        try:
+            self._result = self._work()
+        except Exception as error:  # raised again in `result`, where somebody hears it
+            self._error = error
+
+
+def write_share(
+    staging: Path,
+    owned: frozenset[str],
+    files: Mapping[str, Mapping[str, Tensor]],
+    texts: Mapping[str, str],
+) -> dict[str, Any]:
+    """Writes the files a rank owns and reports them, with the content digest of all it holds. Raises OSError."""
+    entries: dict[str, Any] = {}
+    content: dict[str, str] = {}
+    for file, tensors in sorted(files.items()):
+        content[file] = content_digest(tensors)
+        if file in owned:
+            entries[file] = astuple(store.write_file(staging, file, encode_tensors(tensors, file)))
+    for file, text in sorted(texts.items()):
+        content[file] = hashlib.sha256(text.encode()).hexdigest()
+        if file in owned:
+            entries[file] = astuple(store.write_file(staging, file, text.encode()))
+    for folder in sorted({file.partition("/")[0] for file in entries}):
+        store.sync_folder(staging / folder)
+    return {"entries": entries, "content": content}

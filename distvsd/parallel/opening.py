@@ -1,0 +1,84 @@
+"""How ranks that a launcher has just started find each other, also when it starts them for the second time.
+
+torchrun and accelerate keep one store over their restarts, and torch writes every rank's address into it under names
+that do not change (torch 2.13, `_create_c10d_store`). After a restart a rank would read the address of a process that
+is dead. So all ranks first agree on a name that nobody has used, and the group lives under that.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from distvsd.errors import RankError
+
+_START = "distvsd/start"
+_POLL_S = 0.1
+
+
+def fresh_store(rank: int, size: int, timeout_s: float) -> dist.Store:
+    """The store that the launcher's environment (MASTER_ADDR, MASTER_PORT) leads to, empty. Every rank calls it.
+
+    Raises RankError when ranks do not come within `timeout_s`, RuntimeError when the store cannot be reached.
+    """
+    timeout = timedelta(seconds=timeout_s)
+    store, _, _ = next(iter(dist.rendezvous("env://", rank, size, timeout=timeout)))
+    return dist.PrefixStore(agreed_name(store, rank, size, timeout_s), store)
+
+
+def agreed_name(store: dist.Store, rank: int, size: int, timeout_s: float) -> str:
+    """A name that is the same on every rank and was never agreed on before in this store. Every rank calls it.
+
+    Rank 0 makes it up and publishes it; the others answer with numbers of their own, and go on only when rank 0 has
+    repeated theirs. What an earlier start has left cannot do that. Raises RankError after `timeout_s`.
+    """
+    mine = uuid.uuid4().hex
+    deadline = time.monotonic() + timeout_s
+    if rank == 0:
+        store.set(_START, mine)
+        keys = {other: f"distvsd/{mine}/{other}" for other in range(1, size)}
+        while missing := [other for other, key in keys.items() if not store.check([key])]:
+            _pause(deadline, f"ranks {', '.join(map(str, missing[:16]))} of {size} did not come")
+        store.set(f"distvsd/{mine}/all", " ".join(store.get(key).decode() for key in keys.values()))
+        return mine
+    answered = None
+    while True:
+        name = store.get(_START).decode() if store.check([_START]) else None
+        if name is not None and name != answered:
+            store.set(f"distvsd/{name}/{rank}", mine)
+            answered = name
+        all_of_them = f"distvsd/{name}/all"
+        if name is not None and store.check([all_of_them]) and mine in store.get(all_of_them).decode().split():
+            return name
+        _pause(deadline, f"rank 0 of {size} did not come, or waits for others")
+
+
+@contextmanager
+def mortal() -> Iterator[None]:
+    """For the block SIGTERM and SIGINT end the process at once, whatever handlers there are.
+
+    A process that waits for the others inside torch never gets to its handlers, and has nothing to save yet; a launcher
+    that gives up would otherwise wait until it may kill it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _pause(deadline: float, problem: str) -> None:
+    if time.monotonic() > deadline:
+        raise RankError(f"{problem} to the opening of the world in time; the logs of those ranks say why")
+    time.sleep(_POLL_S)

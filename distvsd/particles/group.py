@@ -1,0 +1,78 @@
+"""Particles that are drawn and moved in one call: their stacked parameters and the state of their optimiser."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distvsd.particles.adam import ParticleAdam
+from distvsd.particles.base import Parameters
+from distvsd.testing.faults import poison
+
+# Adam squares the gradient. A square that overflows would make the second moment infinite and hold the particle still
+# for ever without a NaN to be seen, so a gradient from here on counts as not finite: (1e18)^2 is far below 3e38.
+LARGEST_GRADIENT = 1e18
+
+
+@dataclass
+class Group:
+    """P particles. own: their ids, on the host; ids: the same `[P]` on the device; parameters `[P, ...]`, leaves that
+    require gradients; their Adam."""
+
+    own: list[int]
+    ids: Tensor
+    parameters: Parameters
+    adam: ParticleAdam
+
+    def move(self, rates: dict[str, float], may_move: Tensor, factors: list[float]) -> list[int]:
+        """One step of those in `may_move` `[P]` whose gradients are finite; returns their ids, and forgets `grad`.
+
+        factors: on each particle's learning rates.
+        """
+        gradients = {
+            name: torch.zeros_like(value) if value.grad is None else value.grad
+            for name, value in self.parameters.items()
+        }
+        self.forget_gradients()
+        first = next(iter(gradients))
+        gradients[first] = poison("gradient", gradients[first], self.ids)
+        # The largest magnitude of each particle; NaN passes through a maximum, and compares as false.
+        largest = [torch.linalg.vector_norm(value.flatten(1), torch.inf, 1) for value in gradients.values()]
+        moves = may_move & torch.stack([norm < LARGEST_GRADIENT for norm in largest]).all(0)
+        self.adam.step(self.parameters, gradients, rates, moves, largest[0].new_tensor(factors))
+        return [particle_id for particle_id, moved in zip(self.own, moves.tolist(), strict=True) if moved]
+
+    def forget_gradients(self) -> None:
+        for value in self.parameters.values():
+            value.grad = None
+
+    def halves(self) -> list[Group]:
+        """The same particles as two groups, or the group itself where it has one; on the same memory, for this is
+        called when there is none to spare."""
+        middle = len(self.own) // 2
+        return [self._part(slice(0, middle)), self._part(slice(middle, None))] if middle else [self]
+
+    def _part(self, rows: slice) -> Group:
+        adam = self.adam
+        return Group(
+            self.own[rows],
+            self.ids[rows],
+            {name: value.detach()[rows].requires_grad_() for name, value in self.parameters.items()},
+            ParticleAdam(
+                adam.betas,
+                adam.eps,
+                {name: value[rows] for name, value in adam.mean.items()},
+                {name: value[rows] for name, value in adam.square.items()},
+                adam.count[rows],
+            ),
+        )
+
+    def state_of(self, row: int) -> dict[str, Tensor]:
+        """All that a particle needs to go on: param/*, adam_m/*, adam_v/* and adam_step; views of live tensors, which
+        may be written to."""
+        tensors = {f"param/{name}": value.detach()[row] for name, value in self.parameters.items()}
+        tensors |= {f"adam_m/{name}": value[row] for name, value in self.adam.mean.items()}
+        tensors |= {f"adam_v/{name}": value[row] for name, value in self.adam.square.items()}
+        return tensors | {"adam_step": self.adam.count[row]}

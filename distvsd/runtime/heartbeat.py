@@ -1,0 +1,215 @@
+"""Signs of life: a small file that each rank rewrites every second, so that a report can name the rank that is silent.
+
+A collective that fails tells only that somebody is gone. The files say who, where, and in which phase of which round.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+from distvsd.errors import RankError
+from distvsd.runtime.paths import _may_live, _process
+
+_POLL_S: Final = 0.1
+
+
+@dataclass(frozen=True)
+class _Beat:
+    """One rank's file, as read."""
+
+    rank: int
+    host: str
+    pid: int
+    start: str
+    round: int
+    phase: str
+    beats: int
+    ended: str
+
+    @property
+    def place(self) -> tuple[int, str]:
+        return self.round, self.phase
+
+    def process(self) -> str:
+        """What is known of the process: "gone", "stopped", "exists", or "" on another host."""
+        if self.host != socket.gethostname():
+            return ""
+        if not _may_live(f"{self.host}:{self.pid}:{self.start}".rstrip(":")):
+            return "gone"
+        return "stopped" if _process(self.pid)[0] in ("T", "t") else "exists"
+
+    def __str__(self) -> str:
+        where = f"host {self.host}, pid {self.pid}"
+        return f"rank {self.rank} ({where}, last seen in phase {self.phase!r} of round {self.round})"
+
+
+class Heartbeat:
+    """One rank's sign of life while entered, `RUN/heartbeats/rank-00003.json`; a daemon thread writes it.
+
+    The file holds rank, host, pid, start (of the process, in ticks since boot), round, phase, beats (a count) and, once
+    the block was left by an error, `ended`. Left without an error it is deleted. Nothing here raises: a full disk must
+    not end a run. Under a launcher (WORLD_SIZE above 1 in the environment) the thread also watches the parent: once
+    the launcher has died, `on_orphan` is called, on that thread, and a process that still lives `grace_s` later ends
+    with code 1, so that no device stays taken by processes that nobody can stop.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        size: int,
+        on_orphan: Callable[[], None],
+        interval_s: float = 1.0,
+        grace_s: float = 120.0,
+    ) -> None:
+        """folder: on a disk that all ranks share."""
+        self._folder, self._rank, self._size = folder, rank, size
+        self._on_orphan, self._interval_s, self._grace_s = on_orphan, interval_s, grace_s
+        self._place: tuple[int, str] = (0, "start")
+        self._beats, self._ended = 0, ""
+        self._parent = os.getppid() if os.environ.get("WORLD_SIZE", "1") not in ("", "1") else None
+        self._orphan_since: float | None = None
+        self._leaving = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> Heartbeat:
+        with contextlib.suppress(OSError):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for left_over in self._folder.glob("rank-*.json") if self._rank == 0 else ():
+                if left_over not in map(self._path, range(self._size)):  # a run on more ranks before this one
+                    left_over.unlink()
+        self._write()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._leaving.set()
+        self._thread.join(self._interval_s)  # it may hang on a disk that does not answer; leave it to its daemon's end
+        if value is None:
+            with contextlib.suppress(OSError):
+                self._path(self._rank).unlink()
+                self._folder.rmdir()  # fails until the last rank leaves
+            return
+        # A lost peer is the consequence of what another rank's file tells.
+        self._ended = f"{type(value).__name__}: {value}"[:500]
+        self._write()
+
+    def at(self, round: int, phase: str) -> None:
+        """Where this rank is from now on. Cheap: nothing is written before the next beat."""
+        self._place = round, phase
+
+    def silent(self, wait_s: float = 3.0) -> str:
+        """Which ranks do not beat any more, in one sentence; "" if all do and all are at the same place.
+
+        For after a failed collective, inside the block, on whichever ranks are left. Reads every rank's file, again
+        after `wait_s` seconds unless a process was already found dead or stopped, and compares counts, never the clocks
+        of two hosts. Where all ranks beat, those that are elsewhere than this one are named: one may be slower than
+        the timeout allows. Never raises.
+        """
+        self._write()  # so that the others see at once where this rank waits
+        others = [rank for rank in range(self._size) if rank != self._rank]
+        before = {rank: self._read(rank) for rank in others}
+        if any(beat is not None and _is_plainly_lost(beat) for beat in before.values()):
+            before = {}  # the others had no time to beat again, and are not judged by it
+        else:
+            time.sleep(wait_s)
+        after = {rank: self._read(rank) for rank in others}
+        lost = [_describe(rank, before.get(rank), after[rank]) for rank in others]
+        found = [text for text in lost if text] or self._elsewhere(after)
+        return "; ".join(found)
+
+    def _elsewhere(self, beats: dict[int, _Beat | None]) -> list[str]:
+        round, phase = self._place
+        return [
+            f"{beat} still beats while this rank waits in phase {phase!r} of round {round}"
+            for beat in beats.values()
+            if beat is not None and not beat.ended and beat.place != self._place
+        ]
+
+    def _run(self) -> None:
+        next_beat = time.monotonic() + self._interval_s
+        while not self._leaving.wait(min(_POLL_S, self._interval_s)):
+            if time.monotonic() >= next_beat:
+                self._write()
+                next_beat = time.monotonic() + self._interval_s
+            self._watch_parent()
+
+    def _watch_parent(self) -> None:
+        if self._parent is None or os.getppid() == self._parent:
+            return
+        now = time.monotonic()
+        if self._orphan_since is None:
+            self._orphan_since = now
+            self._on_orphan()
+        elif now - self._orphan_since > self._grace_s:
+            with contextlib.suppress(OSError):
+                os.write(2, f"rank {self._rank}: its launcher died {self._grace_s:g} s ago; ending\n".encode())
+            os._exit(1)
+
+    def _path(self, rank: int) -> Path:
+        return self._folder / f"rank-{rank:05d}.json"
+
+    def _write(self) -> None:
+        round, phase = self._place
+        self._beats += 1
+        record: dict[str, Any] = {
+            "rank": self._rank,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "start": _process(os.getpid())[1],
+            "round": round,
+            "phase": phase,
+            "beats": self._beats,
+            "ended": self._ended,
+        }
+        path = self._path(self._rank)
+        staged = path.with_name(f".{path.name}-{os.getpid()}-{threading.get_ident()}")
+        try:
+            staged.write_text(json.dumps(record), encoding="utf-8")
+            staged.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                staged.unlink()
+
+    def _read(self, rank: int) -> _Beat | None:
+        """None where the file is missing or is not one of ours."""
+        try:
+            record = json.loads(self._path(rank).read_text(encoding="utf-8"))
+            return _Beat(**record)
+        except (OSError, ValueError, TypeError):
+            return None
+
+
+def _is_plainly_lost(beat: _Beat) -> bool:
+    return not beat.ended and beat.process() in ("gone", "stopped")
+
+
+def _describe(rank: int, before: _Beat | None, after: _Beat | None) -> str:
+    """Why a rank counts as lost, "" if it does not. Without `before` nothing is concluded from a count."""
+    if after is None:
+        return f"rank {rank} left no sign of life (it has no heartbeat file: it ended, or never began)"
+    if after.ended:
+        is_consequence = after.ended.startswith(RankError.__name__)
+        return "" if is_consequence else f"{after} ended by itself: {after.ended}"
+    match after.process():
+        case "gone":
+            return f"{after} is gone: that process does not exist any more"
+        case "stopped":
+            return f"{after} is stopped: that process exists, but was told to halt (SIGSTOP)"
+        case state:
+            if before is None or before.beats != after.beats:
+                return ""
+            more = ", though that process still exists" if state == "exists" else ""
+            return f"{after} does not beat any more{more}"

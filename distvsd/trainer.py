@@ -1,0 +1,234 @@
+"""One rank of a run with all that surrounds the loop: resuming, what is due after each round, saving, stopping."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import gc
+import time
+from collections.abc import Callable
+from typing import Any
+
+from distvsd.build import Restored, Run, build_run, load_particles
+from distvsd.checkpoint.format import particle_file
+from distvsd.checkpoint.reader import Checkpoint
+from distvsd.checkpoint.saver import Saver
+from distvsd.config import Config, digest, to_dict
+from distvsd.errors import CheckpointError, DivergedError, RunError
+from distvsd.journal import Journal
+from distvsd.loop import Round
+from distvsd.parallel.collectives import gather_objects, max_flags
+from distvsd.parallel.world import World
+from distvsd.render_run import SHEET_ROWS, contact_sheets
+from distvsd.runtime.heartbeat import Heartbeat
+from distvsd.runtime.paths import RunPaths
+from distvsd.runtime.preempt import Preemption
+from distvsd.runtime.status import State, write_status
+from distvsd.runtime.stragglers import tame_garbage_collector
+from distvsd.runtime.tracker import Outcome
+
+
+class Order(enum.IntFlag):
+    """What one rank knows and all must act on, together, after a round."""
+
+    PREEMPTED = 1
+    WRITING = 2
+
+
+class Trainer:
+    """Every rank makes one and calls `run`; all of it is collective."""
+
+    def __init__(
+        self, config: Config, world: World, paths: RunPaths, preemption: Preemption, heartbeat: Heartbeat
+    ) -> None:
+        self.config, self.world, self.paths = config, world, paths
+        self.preemption, self.heartbeat = preemption, heartbeat
+        self.parts: Run = build_run(config, world, self._watch, heartbeat.at)
+        checkpoint = config.checkpoint
+        self.saver = Saver(paths.checkpoints, world, checkpoint.keep, checkpoint.asynchronous, checkpoint.max_failures)
+        self.saver.preflight(self.parts.num_bytes)
+        self.first, metrics_bytes, health_bytes = self._resume()
+        self.journal = Journal(config, world, paths, self.first, metrics_bytes, health_bytes)
+        self.saved = self.first if self.first else -1  # rounds completed in the newest checkpoint that was begun
+        self.was_preempted = False
+        self.collect_garbage = tame_garbage_collector()
+
+    def run(self) -> bool:
+        """All rounds that are left, the last checkpoint, the contact sheet. False if the run was told to stop before
+        its end; then its state is saved, and the same command line continues it."""
+        rounds = self.config.schedule.rounds
+        self._status("running", self.first)
+        outcome: Outcome = "failed"
+        try:
+            self.parts.loop.run(self.first, rounds)
+            reached = self.saved if self.was_preempted else max(self.first, rounds)
+            self._save_for_good(reached)
+            if not self.was_preempted:
+                self._last_pictures()
+            outcome = "preempted" if self.was_preempted else "done"
+        finally:
+            self.journal.close(outcome)
+            gc.unfreeze()
+            gc.enable()
+        why = f"{self.preemption.requested or 'another rank was told to stop'}; the same command continues the run"
+        self._status(outcome, reached, why if self.was_preempted else "")
+        return not self.was_preempted
+
+    def _watch(self, done: Round) -> bool:
+        """After each round: what is due by now. The same on every rank: the round's number and a common word decide."""
+        completed = done.step + 1
+        last = completed == self.config.schedule.rounds
+        self.heartbeat.at(done.step, "watch")
+        self.journal.watch(done)
+        self.collect_garbage(completed)
+        if completed % self.config.log.every == 0 or last:
+            self._log(done)
+        orders = self._orders()
+        if self.saver.pending is not None and Order.WRITING not in orders:
+            self._finish()
+        every = self.config.checkpoint.every
+        if last or Order.PREEMPTED in orders or (every and completed % every == 0):
+            self._save(completed)
+        if self.config.log.images_every and completed % self.config.log.images_every == 0:
+            self._draw(completed)
+        self.was_preempted = Order.PREEMPTED in orders and not last
+        return self.was_preempted
+
+    def _orders(self) -> Order:
+        """The union of what the ranks know; communicates one word."""
+        mine = Order.PREEMPTED if self.preemption.requested else Order(0)
+        if self.saver.writing:
+            mine |= Order.WRITING
+        return Order(max_flags(self.world, mine))
+
+    def _log(self, done: Round) -> None:
+        """One line of metrics; communicates. Raises DivergedError on all ranks when no particle is left."""
+        absent = self.journal.log(done, len(self.parts.ensemble.quarantined), self.saver.failures)
+        if absent == self.config.particles.count:
+            raise DivergedError(
+                f"all {absent} particles are quarantined after round {done.step + 1}: their gradients stopped being "
+                f"finite again and again ({self.paths.health} says when); lower particles.learning_rate or "
+                "prior.guidance_scale, and start anew or from an older checkpoint"
+            )
+
+    def _save(self, completed: int) -> None:
+        """Begins to save the state after `completed` rounds; communicates."""
+        if self.saved == completed:
+            return
+        self.journal.settle()  # before the length of its file is noted
+        began = time.perf_counter()
+        ensemble = self.parts.ensemble
+        files = {particle_file(particle_id): state for particle_id, state in ensemble.state().items()}
+        metadata = {
+            "config": to_dict(self.config),
+            "config_digest": digest(self.config),
+            "prior_identity": self.parts.prior.identity() if self.world.rank == 0 else "",
+        } | self.journal.lengths()
+        score = self.parts.score
+        self.saver.begin(completed, files | score.state(), score.texts(), metadata, ensemble.health())
+        ensemble.mark_good()
+        self.saved = completed
+        self.journal.stalled(time.perf_counter() - began)
+        if self.saver.pending is None:
+            self._report_save(completed)
+
+    def _finish(self) -> None:
+        """Publishes the checkpoint that all ranks have written; communicates."""
+        began, step = time.perf_counter(), self.saver.pending
+        self.saver.finish()
+        self.journal.stalled(time.perf_counter() - began)
+        if step is not None:
+            self._report_save(step)
+
+    def _report_save(self, step: int) -> None:
+        if self.saver.failures:
+            self.journal.progress.note(f"warning: {self.saver.last_failure}; the run goes on without this checkpoint")
+        else:
+            self._status("running", step)
+
+    def _save_for_good(self, completed: int) -> None:
+        """The state after `completed` rounds is on the disk when this returns; communicates. Raises CheckpointError."""
+        self.heartbeat.at(completed, "save")
+        self._finish()
+        if self.saver.failures or self.saved != completed:
+            self.saved = -1
+            self._save(completed)
+            self._finish()
+        if self.saver.failures:
+            raise CheckpointError(
+                f"the last state, after {completed} rounds, could not be saved: {self.saver.last_failure}"
+            )
+
+    def _resume(self) -> tuple[int, int, int | None]:
+        """Restores the newest sound checkpoint; returns its round and its lengths of metrics.jsonl, health.jsonl."""
+        checkpoint = self.saver.load()
+        if checkpoint is None:
+            return 0, 0, 0
+        agreed(self.world, lambda: self._restore(checkpoint))
+        manifest = checkpoint.manifest
+        return manifest.step, manifest.metrics_bytes, manifest.more.get("health_bytes")
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        manifest, parts = checkpoint.manifest, self.parts
+        if manifest.prior_identity != parts.prior.identity():
+            raise CheckpointError(
+                f"{checkpoint.folder} was trained against another prior than {self.config.prior.path} "
+                "holds now; resume with that prior, or choose another run.dir"
+            )
+        health = {entry.id: entry.health for entry in manifest.particles}
+        if set(health) != set(range(self.config.particles.count)):
+            raise CheckpointError(
+                f"{checkpoint.folder} holds {len(health)} particles, but particles.count is "
+                f"{self.config.particles.count}; resume with that count, or choose another run.dir"
+            )
+        for particle_id in parts.ensemble.ids:
+            state = checkpoint.read(particle_file(particle_id))
+            parts.ensemble.load_state(particle_id, state, health[particle_id])
+        tensors = [file for file in manifest.files if file.startswith("score/") and file.endswith(".safetensors")]
+        parts.score.load_state({file: checkpoint.read(file) for file in tensors})
+
+    def _draw(self, completed: int) -> None:
+        """Contact sheets on the way: each rank draws its own first particles, so that nothing is gathered."""
+        ensemble = self.parts.ensemble
+        ids = ensemble.ids[:SHEET_ROWS]
+        if ids:
+            decode = self.parts.prior.decode if ensemble.particle.is_latent else None
+            folder = self.paths.renders / f"round-{completed:08d}" / f"particles-{ids[0]:06d}-{ids[-1]:06d}"
+            sheets = contact_sheets(Restored(self.config, ids, completed, ensemble, decode), folder)
+            self.journal.pictures(sheets, completed)
+
+    def _last_pictures(self) -> None:
+        """The contact sheet and the table of the finished run, on rank 0."""
+        if self.world.rank != 0:
+            return
+        finished = load_particles(self.paths.root)
+        first_page = dataclasses.replace(finished, ids=finished.ids[:SHEET_ROWS])
+        sheets = contact_sheets(first_page, self.paths.renders)
+        for sheet in sheets:
+            self.journal.progress.note(f"written {sheet}")
+        self.journal.pictures(sheets, finished.step)
+        rows: list[dict[str, Any]] = [
+            {"particle": particle_id, "prompt": self.config.prompts[particle_id]} | health
+            for particle_id, health in sorted(finished.health.items())
+        ]
+        self.journal.particles(rows, finished.step)
+
+    def _status(self, state: State, completed: int, message: str = "") -> None:
+        if self.world.rank == 0:
+            write_status(self.paths.status, state, completed, self.config.schedule.rounds, message)
+
+
+def agreed(world: World, action: Callable[[], None]) -> None:
+    """Runs `action` on every rank; where any rank's fails, all raise the first one's error. Communicates."""
+    problem: Exception | None = None
+    try:
+        action()
+    except Exception as error:  # whatever it is: the others wait in the next line, and must not wait for ever
+        problem = error
+    reports = gather_objects(world, None if problem is None else [type(problem).__name__, str(problem)])
+    failed = next((report for report in reports if report is not None), None)
+    if failed is None:
+        return
+    if problem is not None and str(problem) == failed[1]:
+        raise problem
+    raise (RunError if failed[0] == "RunError" else CheckpointError)(failed[1]) from problem

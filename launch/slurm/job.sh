@@ -1,0 +1,154 @@
+# shellcheck shell=sh
+# What the jobs of this folder share; they read it with `.`. Slurm runs a copy of a job's own file, so that this one is
+# found from the folder in which sbatch was called.
+#
+# DISTVSD_RANKS         processes on each node (default: its GPUs)
+# DISTVSD_MAX_REQUEUES  how often in a row it is queued again without having saved a later round (default 3)
+
+# stop TEXT: for what somebody must look at; nothing is requeued.
+stop() {
+    echo "$(date '+%F %T') $1" >&2
+    exit 1
+}
+
+say() {
+    echo "$(date '+%F %T') $1"
+}
+
+# job_name: by which scontrol knows this job, and it alone: the plain id of an array's first task is that of the array.
+job_name() {
+    if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
+        echo "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
+    else
+        echo "$SLURM_JOB_ID"
+    fi
+}
+
+# find_run ARGUMENTS: sets `run` to their run.dir, the last one, as the program does.
+find_run() {
+    run=
+    for argument in "$@"; do
+        case $argument in run.dir=*) run=${argument#run.dir=} ;; esac
+    done
+    [ -n "$run" ] || stop "give run.dir=DIR: its STATUS.json decides what becomes of the job"
+}
+
+# prepare: sets `ranks`, processes on each node, and what every launcher needs in its environment.
+prepare() {
+    ranks=${DISTVSD_RANKS:-${SLURM_GPUS_ON_NODE:-}}
+    case $ranks in
+    '' | 0 | *[!0-9]*) stop "no GPUs were given to this job (SLURM_GPUS_ON_NODE): set DISTVSD_RANKS to the processes a node" ;;
+    esac
+    export DISTVSD_RANKS="$ranks"
+    # torchrun and accelerate pass SIGUSR1 on only if they are told to, and kill ranks 30 seconds after a signal. Slurm's
+    # comes 300 seconds before the end: 280 for the save, 20 to requeue.
+    export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 PET_SHUTDOWN_TIMEOUT=280
+    if [ -z "${OMP_NUM_THREADS:-}" ]; then
+        cores=${SLURM_CPUS_PER_TASK:-$ranks}
+        OMP_NUM_THREADS=$((cores > ranks ? cores / ranks : 1))
+    fi
+    export OMP_NUM_THREADS
+    # Since Slurm 22.05 srun does not take this from sbatch and gives a task one core.
+    if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
+        export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
+    fi
+    export NCCL_DEBUG="${NCCL_DEBUG:-WARN}" PYTHONFAULTHANDLER=1
+}
+
+# find_head: sets `head` to the first node, where the ranks meet, and `port` to one that other jobs do not take.
+find_head() {
+    # No fallback: nodes that each take themselves for the head would each train alone.
+    head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) || head=
+    [ -n "$head" ] || stop "scontrol show hostnames '$SLURM_JOB_NODELIST' named no node"
+    # Below the ports that Linux hands out by itself.
+    # shellcheck disable=SC2034
+    port=$((10000 + SLURM_JOB_ID % 20000))
+}
+
+# status_field NAME: of STATUS.json as it stands; empty without it. The program writes one field a line.
+status_field() {
+    sed -n 's/^ *"'"$1"'": "\{0,1\}\([a-z0-9]*\).*/\1/p' "$run/STATUS.json" 2>/dev/null || true
+}
+
+# supervise COMMAND: runs the ranks and passes signals on to them. Returns when the run is done; otherwise the job is
+# requeued, or not, and this shell ends.
+supervise() {
+    before=$(cat "$run/STATUS.json" 2>/dev/null) || before=
+    child=
+    early=
+    trap 'pass_on USR1' USR1
+    trap 'pass_on TERM' TERM INT
+    say "starting${SLURM_RESTART_COUNT:+, restart $SLURM_RESTART_COUNT}: $*"
+    "$@" &
+    child=$!
+    [ -z "$early" ] || pass_on "$early"
+    code=0
+    wait "$child" || code=$?
+    # A signal ends `wait` while the ranks are still saving.
+    while kill -0 "$child" 2>/dev/null; do
+        code=0
+        wait "$child" || code=$?
+    done
+    trap '' USR1 TERM INT
+    if [ "$code" -ne 0 ]; then
+        settle
+    fi
+    trap - USR1 TERM INT
+    say "the run in $run is done"
+}
+
+pass_on() {
+    say "SIG$1"
+    early=$1
+    [ -z "$child" ] || kill -s "$1" "$child" 2>/dev/null || true
+}
+
+# settle: decides from STATUS.json what to do after ranks that ended with something else than 0. Launchers end with 1 for
+# all of it: preempted, failed, refused. Always ends this shell.
+settle() {
+    state=$(status_field state)
+    round=$(status_field round)
+    round=${round:-0}
+    is_new=yes
+    if [ "$(cat "$run/STATUS.json" 2>/dev/null)" = "$before" ]; then is_new=no; fi
+    case $is_new-$state in
+    no- | no-done) stop "nothing was begun in $run (exit code $code): the lines above say why; not requeued" ;;
+    no-*) state=unchanged ;; # this start came to nothing, and what the file says is about an earlier one
+    yes-done)
+        say "the run in $run is done, though its launcher ended with $code"
+        exit 0
+        ;;
+    esac
+    # A failure is forgotten once a later start has saved a later round: nodes die now and then in a long run.
+    failures=0
+    furthest=0
+    if [ -f "$run/slurm-failures" ]; then
+        read -r failures furthest <"$run/slurm-failures" || true
+    fi
+    if [ "$round" -gt "$furthest" ]; then
+        failures=0
+        if [ "$state" != preempted ]; then failures=1; fi
+    else
+        failures=$((failures + 1))
+    fi
+    echo "$failures $round" >"$run/slurm-failures" || stop "$run cannot be written to; not requeued"
+    limit=${DISTVSD_MAX_REQUEUES:-3}
+    say "STATUS.json: $state, $round rounds saved; exit code $code; failures in a row: $failures, allowed: $limit"
+    if [ "$failures" -gt "$limit" ]; then
+        stop "given up: mend the cause, remove $run/slurm-failures, and submit the same line again"
+    fi
+    requeue
+}
+
+requeue() {
+    job=$(job_name)
+    now=$(scontrol show job -o "$job" 2>/dev/null | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p') || now=
+    case $now in
+    RUNNING | '') ;;
+    # scancel ends the ranks in the same way; requeueing would bring the job back. PREEMPTED is requeued by Slurm.
+    *) stop "the job is $now; not requeued, the same sbatch line continues the run" ;;
+    esac
+    scontrol requeue "$job" || stop "scontrol requeue $job failed; the same sbatch line continues the run"
+    say "requeued $job"
+    exit 0
+}

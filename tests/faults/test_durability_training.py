@@ -1,0 +1,109 @@
+"""Whole trainings whose disk fails or whose checkpoints were damaged; test_durability.py has the saves themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from benchmarks.kill_campaign import last_reported, small_training, warm_up
+from distvsd.checkpoint import particle_file, reader, verify_run
+from distvsd.config import Config
+from distvsd.errors import CheckpointError
+from distvsd.parallel.world import World
+from distvsd.testing.faults import injected
+from distvsd.testing.pipelines import tiny_pipeline
+from distvsd.testing.ranks import run_ranks
+from distvsd.train import train
+
+
+def told(config: Config) -> str:
+    """The text of the CheckpointError that a training must end in."""
+    try:
+        train(config)
+    except CheckpointError as error:
+        return str(error)
+    return "no error"
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if reader.step_of(path.name) is None)
+
+
+@pytest.fixture(scope="module")
+def prior(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prior")
+    tiny_pipeline(folder, "shapes", "v_prediction", 0)
+    warm_up(small_training(folder, folder / "warm", True))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, prior: Path) -> list[str]:
+    """The digest of a training of five rounds that nothing happened to."""
+    config = small_training(prior, tmp_path_factory.mktemp("undisturbed") / "run", True, rounds=5)
+    run_ranks(lambda world: train(config), 2)
+    return verify_run(Path(config.run.dir), digest=True)
+
+
+@pytest.mark.guarantee("G5")
+def test_a_training_whose_disk_fails_now_and_then_ends_as_if_nothing_had_been(
+    tmp_path: Path, prior: Path, undisturbed: list[str]
+) -> None:
+    """A training goes on through saves that fail, and its last state has the bits it would have had."""
+    config = small_training(prior, tmp_path / "run", True, rounds=5)
+
+    def run(world: World) -> int:
+        with injected("enospc@save.write:rank=1:nth=1; eio@save.manifest:nth=2"):
+            return train(config)
+
+    assert run_ranks(run, 2) == [0, 0]
+    assert verify_run(tmp_path / "run", digest=True) == undisturbed
+    assert leftovers(tmp_path / "run/checkpoints") == [] and last_reported(tmp_path / "run") == 5
+
+
+@pytest.mark.guarantee("G5")
+def test_a_training_whose_disk_stays_full_ends_with_the_checkpoints_it_had(tmp_path: Path, prior: Path) -> None:
+    """A disk that stays full ends a training after `checkpoint.max_failures` saves; the same command continues it."""
+    config = small_training(prior, tmp_path / "run", True, rounds=8)
+
+    def run(world: World) -> str:
+        with injected("; ".join(f"enospc@save.write:rank=1:step={step}" for step in range(2, 8))):
+            return told(config)
+
+    messages = run_ranks(run, 2)
+    assert messages[0] == messages[1] and "3 saves in a row failed" in messages[0]
+    folder = tmp_path / "run/checkpoints"
+    assert len(verify_run(tmp_path / "run")) == 2 and leftovers(folder) == []
+    assert run_ranks(lambda world: train(config), 2) == [0, 0]
+    assert reader.steps(folder) == [8, 7]
+
+
+@pytest.mark.guarantee("G3", "G4")
+def test_a_training_resumes_from_the_checkpoint_before_a_damaged_one_and_ends_with_the_same_bits(
+    tmp_path: Path, prior: Path, undisturbed: list[str], figure: Callable[[str], None]
+) -> None:
+    """A damaged newest checkpoint is found before anything of it is used; the run continues from the one before."""
+    run_ranks(lambda world: train(small_training(prior, tmp_path / "run", True, rounds=4)), 2)
+    path = tmp_path / "run/checkpoints/step-00000004" / particle_file(2)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+    run_ranks(lambda world: train(small_training(prior, tmp_path / "run", True, rounds=5), resume="must"), 2)
+    assert verify_run(tmp_path / "run", digest=True) == undisturbed
+    figure("one flipped bit in the newest checkpoint: 1 round lost, 0 bits different at the end")
+
+
+@pytest.mark.guarantee("G4")
+def test_a_training_with_damaged_checkpoints_only_does_not_start_anew(tmp_path: Path, prior: Path) -> None:
+    """Where every checkpoint is damaged a run refuses to start, whatever is asked, and deletes none of them."""
+    config = small_training(prior, tmp_path / "run", True, rounds=3)
+    run_ranks(lambda world: train(config), 2)
+    folder = tmp_path / "run/checkpoints"
+    for step in reader.steps(folder):
+        (folder / f"step-{step:08d}/manifest.json").write_text("{}")
+
+    messages = run_ranks(lambda world: told(config), 2)
+    assert messages[0] == messages[1] and "none of the 2 checkpoints" in messages[0]
+    assert reader.steps(folder) == [3, 2]

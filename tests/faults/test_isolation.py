@@ -1,0 +1,315 @@
+"""A particle that is not finite, or does not fit into memory, costs nobody else a bit; what keeps failing is set aside.
+
+Whole rounds on real ranks. The reference is a run in which the particle is absent from that one round by construction:
+its samples weigh nothing from the start, and its state is put back by the test.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from distvsd.build import build_run
+from distvsd.config import load_config
+from distvsd.errors import DivergedError
+from distvsd.testing.faults import begin_round, injected
+from distvsd.testing.pipelines import tiny_pipeline
+from distvsd.testing.ranks import run_ranks
+
+SMOKE = Path(__file__).parents[2] / "configs" / "smoke.yaml"
+STRUCK, ROUND, ROUNDS = 2, 1, 3
+
+
+@pytest.fixture(scope="module")
+def prior_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prior")
+    tiny_pipeline(folder, "shapes", "v_prediction", 0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def settings(prior_folder):
+    """Four particles of two views; every mechanism that could carry a NaN to others is on."""
+
+    def load(**overrides):
+        chosen = {
+            "run.seed": 41,
+            "prior.path": prior_folder,
+            "prompt": "a red cube",
+            "particles.count": 4,
+            "particles.views": 2,
+            "particles.nerf.samples_per_ray": 4,
+            "particles.nerf.max_resolution": 8,
+            "particles.nerf.base_resolution": 8,
+            "particles.nerf.sparsity": 1,
+            "render.resolution": 16,
+            "score.replay_share": 0.2,
+            "log.every": 1,
+        } | overrides
+        return load_config(SMOKE, [f"{key}={value}" for key, value in chosen.items()])
+
+    return load
+
+
+def absent(samples):
+    """The reference: the struck particle's samples weigh nothing."""
+    return dataclasses.replace(samples, weight=samples.weight * (samples.ids != STRUCK))
+
+
+def infinite(samples):
+    """Latents that overflowed, as the encoder would give them: with weight 0."""
+    struck = samples.ids == STRUCK
+    latents = samples.latents * torch.where(struck, torch.inf, 1.0).reshape(-1, 1, 1, 1)
+    return dataclasses.replace(samples, latents=latents, weight=samples.weight * ~struck)
+
+
+def one_view(samples):
+    """Only the first of the particle's two views is not finite."""
+    struck = torch.zeros(len(samples), dtype=torch.bool)
+    struck[(samples.ids == STRUCK).nonzero().flatten()[:1]] = True
+    latents = samples.latents * torch.where(struck, torch.nan, 1.0).reshape(-1, 1, 1, 1)
+    return dataclasses.replace(samples, latents=latents, weight=samples.weight * ~struck)
+
+
+def absurd(samples):
+    """Finite, of weight 1, and so large that no network can answer: only the gradient will tell."""
+    factors = torch.where(samples.ids == STRUCK, 1e30, 1.0).reshape(-1, 1, 1, 1)
+    return dataclasses.replace(samples, latents=samples.latents * factors)
+
+
+def rounds(world, config, plan: str, change: Callable | None):
+    """Every byte of this rank's run after ROUNDS rounds, by name. change: what is done to the samples in ROUND."""
+    parts = build_run(config, world, lambda done: False)
+    now = -1
+
+    def encode(views, resolution):
+        samples = parts.loop.encode(views, resolution)
+        return change(samples) if change and now == ROUND else samples
+
+    loop = dataclasses.replace(parts.loop, encode=encode)
+    found = {}
+    with injected(plan):
+        for now in range(ROUNDS):
+            before = {name: value.clone() for name, value in parts.ensemble.state().get(STRUCK, {}).items()}
+            done = loop.round(now)
+            if change is absent and now == ROUND:
+                for name, value in parts.ensemble.state().get(STRUCK, {}).items():
+                    value.copy_(before[name])
+            elif now == ROUND:
+                assert done.update.unhealthy == [STRUCK] * bool(before), "it was struck, and nobody else"
+            else:
+                assert not done.update.unhealthy, "only in that round"
+            found[f"round {now}"] = repr((done.lag, done.fit)).encode()
+    for particle_id, tensors in parts.ensemble.state().items():
+        found |= {f"particle {particle_id}: {name}": value.numpy().tobytes() for name, value in tensors.items()}
+    for file, tensors in parts.score.state().items():
+        found |= {f"{file}: {name}": value.numpy().tobytes() for name, value in tensors.items()}
+    return found
+
+
+def union(found):
+    """What all ranks hold; they must agree on what they share."""
+    together = {}
+    for of_rank in found:
+        for name, value in of_rank.items():
+            assert together.setdefault(name, value) == value, f"ranks disagree on {name}"
+    return together
+
+
+@pytest.fixture(scope="module")
+def reference(settings):
+    """The run in which the particle is absent from ROUND; in exact numerics always on one rank."""
+
+    @functools.cache
+    def run(numerics, size):
+        return union(run_ranks(rounds, size, settings(**{"parallel.numerics": numerics}), "", absent))
+
+    return lambda numerics, size: run(numerics, 1 if numerics == "exact" else size)
+
+
+def expect_no_bit_changed(found, expected, figure):
+    assert found.keys() == expected.keys()
+    changed = {
+        name: sum((one ^ other).bit_count() for one, other in zip(found[name], expected[name], strict=True))
+        for name in expected
+        if found[name] != expected[name]
+    }
+    assert not changed, changed
+    for name, value in found.items():
+        if "param/" in name or "adapter" in name:
+            assert torch.frombuffer(bytearray(value), dtype=torch.float32).isfinite().all(), name
+    figure(f"0 of {8 * sum(map(len, found.values()))} bits changed elsewhere")
+
+
+@pytest.mark.guarantee("G15")
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("numerics", ["exact", "fast"])
+@pytest.mark.parametrize("point", ["render", "latent", "score", "gradient"])
+def test_a_particle_that_is_not_finite_changes_no_bit_of_anything_else(
+    settings, reference, figure, point, numerics, size
+):
+    """A particle whose render, latents, score answer or gradient is not finite skips that round, and every other
+    particle, the score network and all optimisers stay bit for bit as if it had been absent from it."""
+    plan = f"nan@{point}:particle={STRUCK}:step={ROUND}"
+    found = union(run_ranks(rounds, size, settings(**{"parallel.numerics": numerics}), plan, None))
+    expect_no_bit_changed(found, reference(numerics, size), figure)
+
+
+@pytest.mark.guarantee("G15")
+@pytest.mark.parametrize("change", [infinite, one_view, absurd])
+def test_infinite_half_finite_and_absurd_latents_are_as_harmless_as_nan(settings, reference, figure, change):
+    """Nor does a particle with infinite latents, with one view of two that is not finite, or with finite latents so
+    large that the networks' answers overflow."""
+    found = union(run_ranks(rounds, 2, settings(**{"parallel.numerics": "exact"}), "", change))
+    expect_no_bit_changed(found, reference("exact", 2), figure)
+
+
+@pytest.mark.guarantee("G18")
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_particle_that_does_not_fit_into_memory_for_a_round_changes_no_bit_of_anything_else(
+    settings, reference, figure, size
+):
+    """One particle's OutOfMemoryError in a render costs that particle the round, and nobody else a bit (exact
+    numerics, where a particle is drawn alone)."""
+    plan = f"oom@render:particle={STRUCK}:step={ROUND}"
+    found = union(run_ranks(rounds, size, settings(**{"parallel.numerics": "exact"}), plan, None))
+    expect_no_bit_changed(found, reference("exact", size), figure)
+
+
+def updates(world, config, plan, count):
+    """Each round's update and skipped score steps on this rank, then the ids in the replay, groups, and a checksum of
+    the score network."""
+    parts = build_run(config, world, lambda done: False)
+    told = []
+    with injected(plan):
+        for step in range(count):
+            done = parts.loop.round(step)
+            told.append(dataclasses.asdict(done.update) | {"skipped": done.fit.skipped})
+    network = [parameter.detach().numpy().tobytes() for parameter in parts.score.trainable.values()]
+    kept = parts.score.replay.oldest()
+    return {
+        "rounds": told,
+        "replayed": sorted(set(kept.ids.tolist())) if kept else [],
+        "groups": [group.own for group in parts.ensemble.groups],
+        "network": hashlib.sha256(b"".join(network)).hexdigest(),
+        "finite": all(value.isfinite().all() for state in parts.ensemble.state().values() for value in state.values()),
+        "health": parts.ensemble.health(),
+    }
+
+
+@pytest.mark.guarantee("G16")
+def test_a_particle_that_keeps_failing_is_put_back_then_quarantined_and_the_run_goes_on(settings, figure):
+    """After particles.health.max_bad bad rounds in a row a particle goes back to its last good state; after
+    max_restores returns it is quarantined, and the others and the score network train on."""
+    limits = {"particles.health.max_bad": 2, "particles.health.max_restores": 1, "score.replay_rounds": 1}
+    found = run_ranks(updates, 2, settings(**limits), f"nan@gradient:particle={STRUCK}", 6)
+    ranks = {particle_id: of_rank for of_rank in found for particle_id in of_rank["health"]}
+    owner = ranks[STRUCK]
+    assert [told["restored"] for told in owner["rounds"]] == [[], [STRUCK], [], [], [], []]
+    assert [told["quarantined"] for told in owner["rounds"]] == [[], [], [], [STRUCK], [], []]
+    # Bad in rounds 0 to 3; from then on it is not even tried.
+    assert [told["unhealthy"] for told in owner["rounds"]] == [[STRUCK]] * 4 + [[]] * 2
+    assert [told["absent"] for told in owner["rounds"]] == [[STRUCK]] * 6
+    assert owner["health"][STRUCK] == {"bad": 0, "total": 4, "restores": 1, "quarantined": True}
+    others = sorted(set(ranks) - {STRUCK})
+    for step in range(6):
+        assert sorted(id for of_rank in found for id in of_rank["rounds"][step]["healthy"]) == others
+        assert all(of_rank["rounds"][step]["skipped"] == 0 for of_rank in found)
+    assert all(of_rank["replayed"] == others and of_rank["finite"] for of_rank in found)
+    assert len({of_rank["network"] for of_rank in found}) == 1
+    figure("1 of 4 particles quarantined after 4 bad rounds; 3 of 3 others moved in 6 of 6 rounds")
+
+
+@pytest.mark.guarantee("G18")
+def test_out_of_memory_in_a_group_halves_it_and_every_particle_still_moves(settings):
+    """A group of particles that does not fit into memory is drawn in halves, for the rest of the run; ranks stay in
+    step."""
+    found = run_ranks(updates, 2, settings(), "oom@render:rank=1:step=1:nth=1", 3)
+    assert [of_rank["groups"] for of_rank in found] == [[[0, 1]], [[2], [3]]]
+    assert all(
+        told["healthy"] == own
+        for own, of_rank in zip(([0, 1], [2, 3]), found, strict=True)
+        for told in of_rank["rounds"]
+    )
+    assert len({of_rank["network"] for of_rank in found}) == 1
+
+
+@pytest.mark.guarantee("G18")
+def test_out_of_memory_in_a_backward_pass_costs_that_rank_the_round_and_nobody_hangs(settings):
+    """Where the backward pass of a rank does not fit, none of its particles moves in that round; the ranks stay in
+    step, and the others' particles and the score network train on."""
+    found = run_ranks(updates, 2, settings(), "oom@gradient:rank=1:step=1", 3)
+    assert [told["healthy"] for told in found[0]["rounds"]] == [[0, 1]] * 3
+    assert [told["healthy"] for told in found[1]["rounds"]] == [[2, 3], [], [2, 3]]
+    assert [told["absent"] for told in found[1]["rounds"]] == [[], [2, 3], []]
+    assert found[1]["groups"] == [[2], [3]]
+    assert len({of_rank["network"] for of_rank in found}) == 1
+
+
+@pytest.mark.guarantee("G18")
+def test_a_particle_that_never_fits_is_quarantined_and_the_others_train_on(settings, figure):
+    """A particle that does not fit alone either is quarantined like one that is never finite."""
+    limits = {"particles.health.max_bad": 2, "particles.health.max_restores": 0}
+    found = run_ranks(updates, 2, settings(**limits), f"oom@render:particle={STRUCK}", 4)
+    assert found[1]["health"][STRUCK]["quarantined"] and found[1]["groups"] == [[2], [3]]
+    assert all(told["healthy"] == [3] for told in found[1]["rounds"])
+    assert all(told["healthy"] == [0, 1] for told in found[0]["rounds"])
+    assert all(told["skipped"] == 0 for of_rank in found for told in of_rank["rounds"])
+    figure("1 of 4 particles quarantined, no rank waited for ever")
+
+
+@pytest.mark.guarantee("G17")
+def test_all_ranks_leave_out_the_same_score_step_when_one_ranks_gradient_is_not_finite(settings):
+    """A score gradient that is not finite on one rank makes all ranks skip that step together; the replicas stay the
+    same and go on."""
+    found = run_ranks(updates, 3, settings(), "nan@reduce:rank=1:step=1", 3)
+    assert [[told["skipped"] for told in of_rank["rounds"]] for of_rank in found] == [[0, 1, 0]] * 3
+    assert len({of_rank["network"] for of_rank in found}) == 1
+    assert all(told["unhealthy"] == [] for of_rank in found for told in of_rank["rounds"])
+
+
+def until_the_end(world, config, plan, change):
+    """The text of the error that ends the run, the round it came in, and the score network's steps by then."""
+    parts = build_run(config, world, lambda done: False)
+    training = parts.loop.training
+    for step in range(5):
+        with injected(plan):
+            begin_round(step)
+            views = parts.ensemble.render(step, 16)
+            samples = parts.loop.encode(views, 16).detached()
+            gathered = parts.loop.exchange(change(samples) if step >= ROUND else samples).wait()
+            try:
+                training.round(gathered, step)
+            except DivergedError as error:
+                return str(error), step, parts.score.num_steps
+    raise AssertionError("the run should have ended")
+
+
+@pytest.mark.guarantee("G17")
+def test_a_score_that_stays_not_finite_ends_the_run_with_one_text_that_names_particle_round_and_timestep(settings):
+    """After score.max_skipped steps that all ranks left out, the run ends on every rank with the same text, which
+    names the particle, the round and the timestep."""
+    found = run_ranks(until_the_end, 3, settings(**{"score.max_skipped": 2, "score.replay_share": 0}), "", absurd)
+    texts, steps, taken = zip(*found, strict=True)
+    assert set(steps) == {ROUND + 1} and set(taken) == {ROUND}
+    assert len(set(texts)) == 1
+    assert f"last 2 optimiser steps were left out (score.max_skipped), up to round {ROUND + 2}" in texts[0]
+    named = re.search(
+        rf"the loss was not finite for particle {STRUCK} at timestep (\d+), particle {STRUCK} at", texts[0]
+    )
+    assert named and 0 <= int(named[1]) < 1000
+    assert not re.search(rf"particle (?!{STRUCK}\b)\d+ at timestep", texts[0])
+
+
+@pytest.mark.guarantee("G17")
+def test_a_sum_that_stays_not_finite_says_that_no_particle_is_to_blame(settings):
+    """The same where the fault lies in one rank's sum, and no row of any rank has a loss that is not finite."""
+    plan, limits = "nan@reduce:rank=1", {"score.max_skipped": 2}
+    found = run_ranks(until_the_end, 2, settings(**limits), plan, lambda samples: samples)
+    assert found[0] == found[1]
+    assert "every rank's loss and gradient were finite, their sum over ranks was not" in found[0][0]

@@ -1,0 +1,42 @@
+"""SIGKILL at random instants of real trainings on two ranks; hundreds of them are in benchmarks/kill_campaign.py."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from benchmarks.kill_campaign import campaign, small_training, warm_up
+from distvsd.config import Config
+from distvsd.testing.pipelines import tiny_pipeline
+
+# In the foreground a round is saved before the next begins; in the background, its save ends after the next report.
+MOST_LOST = {False: 1, True: 2}
+
+
+@pytest.fixture(scope="module")
+def prior(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prior")
+    tiny_pipeline(folder, "shapes", "v_prediction", 0)
+    warm_up(small_training(folder, folder / "warm", True))
+    return folder
+
+
+@pytest.mark.guarantee("G1", "G9")
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["foreground", "background"])
+def test_a_kill_at_any_instant_loses_no_more_than_the_save_under_way_and_changes_no_bit(
+    tmp_path: Path, prior: Path, figure: Callable[[str], None], asynchronous: bool
+) -> None:
+    """kill -9 at a random instant of a training: the newest checkpoint is sound and of the last save or the one before,
+    nobody hangs, and the resumed training ends with the bits of one that was never disturbed."""
+
+    def config_in(run: Path) -> Config:
+        return small_training(prior, run, asynchronous, rounds=6)
+
+    tally = campaign(tmp_path, config_in, kills=8, draw=random.Random(1), ranks=2)
+    assert tally.kills >= 8 and len(tally.lost) == tally.kills, str(tally)
+    assert (tally.unreadable, tally.hangs, tally.different) == (0, 0, 0), str(tally)
+    assert max(tally.lost) <= MOST_LOST[asynchronous], f"{tally}: {tally.lost}"
+    figure(str(tally))

@@ -1,0 +1,226 @@
+"""D. Liveness: no failure of one rank leaves the others waiting, and the report names who failed, where, doing what.
+
+Whole trainings on forked ranks with real signals; the same under launchers is in tests/launchers/test_cluster_life.py.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distvsd.config import Config, load_config
+from distvsd.errors import RankError
+from distvsd.parallel.collectives import set_timeout
+from distvsd.parallel.world import World
+from distvsd.testing.faults import injected
+from distvsd.testing.pipelines import tiny_pipeline
+from distvsd.testing.ranks import run_ranks
+from distvsd.train import train
+
+ROOT = Path(__file__).parents[2]
+Figure = Callable[[str], None]
+
+
+@pytest.fixture(scope="module")
+def prior(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_pipeline(tmp_path_factory.mktemp("prior"), "shapes", "v_prediction", 0)
+
+
+def config(run: Path, prior: Path, **changes: Any) -> Config:
+    settings = {
+        "run.dir": run,
+        "run.seed": 41,
+        "prior.path": prior,
+        "parallel.numerics": "exact",
+        "particles.count": 3,
+        "particles.nerf.samples_per_ray": 4,
+        "particles.nerf.base_resolution": 4,
+        "particles.nerf.max_resolution": 8,
+        "render.resolution": 16,
+        "schedule.rounds": 4,
+        "checkpoint.every": 1,
+        "log.every": 1,
+    } | changes
+    return load_config(ROOT / "configs/smoke.yaml", [f"{key}={value}" for key, value in settings.items()])
+
+
+def train_with(world: World, run: Config, faults: str, folder: Path, timeout_s: float) -> None:
+    """Trains under faults; leaves the error that ended it, and when, in a file: some ranks will not return."""
+    set_timeout(world, timeout_s)
+    try:
+        with injected(faults):
+            train(run)
+    except Exception as error:
+        report = {"kind": type(error).__name__, "text": str(error), "time": time.time()}
+        (folder / f"{world.rank}.json").write_text(json.dumps(report))
+        raise
+
+
+def reports(folder: Path, run: Config, faults: str, size: int, timeout_s: float) -> dict[int, dict[str, Any]]:
+    """What each rank that could still speak said, of a run that fails."""
+    folder.mkdir()
+    with pytest.raises(RankError):
+        run_ranks(lambda world: train_with(world, run, faults, folder, timeout_s), size)
+    return {int(path.stem): json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+def last_round_ended(run: Config) -> float:
+    line = (Path(run.run.dir) / "metrics.jsonl").read_text().splitlines()[-1]
+    time_s: float = json.loads(line)["time_s"]
+    return time_s
+
+
+@pytest.mark.guarantee("G19")
+@pytest.mark.parametrize(
+    ("point", "phase"), [("render", "render"), ("exchange", "exchange"), ("reduce", "score"), ("save.write", "watch")]
+)
+def test_a_dead_rank_ends_the_others_with_its_name(
+    tmp_path: Path, prior: Path, figure: Figure, point: str, phase: str
+) -> None:
+    """A rank that is killed ends the run on all ranks within seconds, and every one names the dead rank, its host, its
+    process, the phase and the round."""
+    run = config(tmp_path / "run", prior, **{"checkpoint.every": 3, "checkpoint.asynchronous": "false"})
+    # The sleep is for a heartbeat, which comes every second: it tells where the rank was at the last one.
+    faults = f"sleep@{point}:rank=1:step=2:nth=1:ms=2500; kill@{point}:rank=1:step=2:nth=1"
+    found = reports(tmp_path / "said", run, faults, 3, timeout_s=60.0)
+    assert sorted(found) == [0, 2]
+    for report in found.values():
+        assert report["kind"] == "RankError"
+        named = re.search(
+            r"rank 1 \(host (\S+), pid \d+, last seen in phase '(\w+)' of round 2\) is gone", report["text"]
+        )
+        assert named, report["text"]
+        assert "; rank 0 (" not in report["text"] and "; rank 2 (" not in report["text"], "a living rank is accused"
+        assert named.groups() == (os.uname().nodename, phase)
+    # Far below the timeout of 60 s. The bound leaves room for a busy machine.
+    seconds = max(report["time"] for report in found.values()) - last_round_ended(run) - 2.5
+    assert seconds < 30
+    status = json.loads((tmp_path / "run/STATUS.json").read_text())
+    assert status["state"] == "failed" and "rank 1" in status["message"]
+    figure(f"killed in {point}: the others ended at most {seconds:.1f} s later, timeout 60 s")
+
+
+@pytest.mark.guarantee("G20")
+def test_a_hung_rank_is_found_by_the_timeout_and_named(tmp_path: Path, prior: Path, figure: Figure) -> None:
+    """A rank that hangs is found when parallel.timeout_s is over, and named as stopped with its place."""
+    run = config(tmp_path / "run", prior)
+    found = reports(tmp_path / "said", run, "stop@reduce:rank=2:step=2:nth=1", 3, timeout_s=3.0)
+    assert sorted(found) == [0, 1]
+    for report in found.values():
+        assert report["kind"] == "RankError"
+        assert re.search(
+            r"rank 2 \(host \S+, pid \d+, last seen in phase 'score' of round 2\) is stopped", report["text"]
+        )
+    seconds = max(report["time"] for report in found.values()) - last_round_ended(run)
+    assert 2.5 < seconds < 30
+    figure(f"stopped: the others ended after {seconds:.1f} s, timeout 3 s")
+
+
+@pytest.mark.guarantee("G19", "G23")
+def test_an_error_of_one_rank_alone_is_told_by_all(tmp_path: Path, prior: Path) -> None:
+    """An exception that strikes one rank between two collectives ends all ranks; the others repeat what it said."""
+    run = config(tmp_path / "run", prior)
+    found = reports(tmp_path / "said", run, "eio@exchange:rank=1:step=1", 3, timeout_s=60.0)
+    assert found[1]["kind"] == "OSError"
+    for rank in (0, 2):
+        assert found[rank]["kind"] == "RankError"
+        assert "ended by itself: OSError: [Errno 5]" in found[rank]["text"]
+        assert "rank 1 (host" in found[rank]["text"]
+
+
+@pytest.mark.guarantee("G23")
+def test_what_only_one_rank_can_see_is_one_error_on_all(tmp_path: Path, prior: Path) -> None:
+    """A disk that fails one rank while a run resumes: every rank raises the same error, none waits for the timeout."""
+    run = config(tmp_path / "run", prior, **{"schedule.rounds": 2})
+    run_ranks(lambda world: train(run), 3)
+    longer = config(tmp_path / "run", prior, **{"checkpoint.every": 1})
+
+    def resume(world: World) -> list[str]:
+        began = time.monotonic()
+        try:
+            with injected("eio@load.read:rank=1"):
+                train(longer, resume="must")
+        except Exception as error:
+            assert time.monotonic() - began < 30, "it waited for the timeout"
+            return [type(error).__name__, str(error)]
+        return []
+
+    said = run_ranks(resume, 3)
+    assert said[0] == said[1] == said[2]
+    assert said[0] and "Input/output error" in said[0][1]
+
+
+@pytest.mark.guarantee("G23")
+def test_no_rank_raises_alone_where_the_source_singles_one_out() -> None:
+    """Nothing in the package raises for one rank only, except inside what is run by `agreed`."""
+    wrong, functions = [], 0
+    for path in sorted((ROOT / "distvsd").rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        agreed_on = {
+            argument.id
+            for call in ast.walk(tree)
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in ("agreed", "_agreed")
+            for argument in call.args
+            if isinstance(argument, ast.Name)
+        }
+        for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+            functions += 1
+            if function.name not in agreed_on:
+                wrong += [f"{path.relative_to(ROOT)}:{line}" for line in lonely_raises(function)]
+    assert functions > 300
+    assert not wrong, "raised on one rank while the others go on: " + ", ".join(wrong)
+
+
+def lonely_raises(function: ast.FunctionDef) -> list[int]:
+    """Lines of `raise` under a condition on the rank, or after the other ranks have returned."""
+    found: list[int] = []
+    others_left = False
+    for statement in function.body:
+        if others_left:
+            found += raises_in(statement)
+        if isinstance(statement, ast.If) and re.search(r"\brank\b *(==|!=)|is_first\b", ast.unparse(statement.test)):
+            found += raises_in(statement)
+            others_left |= any(isinstance(inner, ast.Return) for inner in statement.body)
+    return found
+
+
+def raises_in(statement: ast.stmt) -> list[int]:
+    return [node.lineno for node in ast.walk(statement) if isinstance(node, ast.Raise)]
+
+
+def test_the_reader_finds_what_it_looks_for() -> None:
+    source = (
+        "def f(world):\n    if world.rank == 0:\n        raise ValueError\n    raise KeyError\n"
+        "def g(world):\n    if world.rank != 0:\n        return\n    if bad:\n        raise ValueError\n"
+        "def h(world):\n    if world.rank == 0:\n        write()\n    raise ValueError\n"
+    )
+    functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    assert [lonely_raises(function) for function in functions] == [[3], [9], []]
+
+
+@pytest.mark.guarantee("G22")
+def test_a_slow_rank_is_named(tmp_path: Path, prior: Path, figure: Figure, capfd: pytest.CaptureFixture[str]) -> None:
+    """A rank whose own work takes longer than 1.5 times the median, three windows in a row, is named once with its
+    host, and metrics.jsonl holds the imbalance of every window."""
+    run = config(tmp_path / "run", prior, **{"schedule.rounds": 5, "checkpoint.every": 0})
+
+    def slowly(world: World) -> int:
+        with injected("sleep@render:rank=2:ms=1500"):
+            return train(run)
+
+    assert run_ranks(slowly, 3) == [0] * 3
+    warnings = [line for line in capfd.readouterr().err.splitlines() if "is a straggler" in line]
+    assert len(warnings) == 1
+    assert f"rank 2 of 3 on {os.uname().nodename} is a straggler" in warnings[0]
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    imbalance = [line["imbalance"] for line in lines]
+    assert len(imbalance) == 5 and min(imbalance) > 1.5
+    figure(f"imbalance {min(imbalance):.1f} to {max(imbalance):.1f}, named after 3 windows")

@@ -1,0 +1,112 @@
+"""E. Preemption: a signal to any one rank ends the whole run after the round, saved, and it goes on as if never ended.
+
+Whole trainings on forked ranks with real signals; the same under launchers is in tests/launchers/test_cluster_life.py.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distvsd.checkpoint.verify import verify_run
+from distvsd.config import Config, load_config
+from distvsd.parallel.world import World
+from distvsd.testing.faults import injected
+from distvsd.testing.pipelines import tiny_pipeline
+from distvsd.testing.ranks import run_ranks
+from distvsd.train import train
+
+SMOKE = Path(__file__).parents[2] / "configs/smoke.yaml"
+Figure = Callable[[str], None]
+
+
+@pytest.fixture(scope="module")
+def prior(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_pipeline(tmp_path_factory.mktemp("prior"), "shapes", "v_prediction", 0)
+
+
+def config(run: Path, prior: Path, every: int) -> Config:
+    settings = {
+        "run.dir": run,
+        "run.seed": 41,
+        "prior.path": prior,
+        "parallel.numerics": "exact",
+        "particles.count": 3,
+        "particles.nerf.samples_per_ray": 4,
+        "particles.nerf.base_resolution": 4,
+        "particles.nerf.max_resolution": 8,
+        "render.resolution": 16,
+        "schedule.rounds": 4,
+        "checkpoint.every": every,
+        "log.every": 1,
+    }
+    return load_config(SMOKE, [f"{key}={value}" for key, value in settings.items()])
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, prior: Path) -> list[str]:
+    """The digest of the same run, left alone."""
+    run = config(tmp_path_factory.mktemp("alone") / "run", prior, 2)
+    assert run_ranks(lambda world: train(run), 1) == [0]
+    return verify_run(Path(run.run.dir), digest=True)
+
+
+def trained(run: Config, size: int, faults: str = "") -> tuple[list[int], float]:
+    """The ranks' exit codes, and when the last of them left."""
+
+    def on_a_rank(world: World) -> Any:
+        with injected(faults):
+            return [train(run), time.time()]
+
+    results = run_ranks(on_a_rank, size)
+    return [code for code, _ in results], max(left for _, left in results)
+
+
+@pytest.mark.guarantee("G24")
+@pytest.mark.parametrize(
+    ("fault", "why", "size", "every"),
+    [
+        ("term@render:rank=1:step=1:nth=1", "another rank was told to stop", 2, 0),
+        ("usr1@reduce:rank=0:step=1:nth=1", "SIGUSR1", 3, 0),
+        # While the checkpoint of the round before may still be being written.
+        ("term@round:rank=2:step=1", "another rank was told to stop", 3, 1),
+        ("term@render:rank=0:step=1:nth=1; usr1@render:rank=1:step=1:nth=1", "SIGTERM", 2, 1),
+    ],
+)
+def test_a_signal_to_one_rank_saves_the_round_and_the_run_goes_on_to_the_same_bits(
+    tmp_path: Path, prior: Path, uninterrupted: list[str], figure: Figure, fault: str, why: str, size: int, every: int
+) -> None:
+    """SIGTERM or SIGUSR1 to any one rank: all ranks finish the round, save it, say so in STATUS.json and end with 3;
+    the same call, on another number of ranks, ends with the bits of a run that was never interrupted."""
+    run = config(tmp_path / "run", prior, every)
+    codes, left = trained(run, size, fault)
+    assert codes == [3] * size
+    status = json.loads((tmp_path / "run/STATUS.json").read_text())
+    assert (status["state"], status["round"], status["rounds"]) == ("preempted", 2, 4)
+    assert status["message"] == f"{why}; the same command continues the run"
+    newest = max((tmp_path / "run/checkpoints").iterdir())
+    assert newest.name == "step-00000002"
+    verify_run(tmp_path / "run")
+    assert not (tmp_path / "run/run.lock").exists() and not (tmp_path / "run/heartbeats").exists()
+    first_round = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
+    figure(f"{size} ranks: at most {left - first_round['time_s']:.1f} s from the signal to the exit of all")
+
+    assert trained(run, size % 3 + 1)[0] == [0] * (size % 3 + 1)
+    assert verify_run(tmp_path / "run", digest=True) == uninterrupted
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["round"] for line in lines] == [1, 2, 3, 4]
+    assert json.loads((tmp_path / "run/STATUS.json").read_text())["state"] == "done"
+
+
+@pytest.mark.guarantee("G24")
+def test_a_signal_in_the_last_round_changes_nothing(tmp_path: Path, prior: Path, uninterrupted: list[str]) -> None:
+    """A run that is told to stop in its last round is done."""
+    run = config(tmp_path / "run", prior, 2)
+    assert trained(run, 2, "term@round:rank=1:step=3")[0] == [0, 0]
+    assert json.loads((tmp_path / "run/STATUS.json").read_text())["state"] == "done"
+    assert verify_run(tmp_path / "run", digest=True) == uninterrupted

@@ -1,0 +1,76 @@
+"""The store of a launcher outlives its workers: what a dead start has left there must not lead the next one astray."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch.distributed as dist
+
+from distvsd.errors import RankError
+from distvsd.parallel.opening import agreed_name, mortal
+
+
+def start(store: dist.Store, order: list[int]) -> list[str]:
+    """The names that ranks agree on which arrive in this order, some time apart."""
+
+    def arrive(rank: int) -> str:
+        time.sleep(0.15 * order.index(rank))
+        return agreed_name(store, rank, len(order), 30.0)
+
+    with ThreadPoolExecutor(len(order)) as ranks:
+        return list(ranks.map(arrive, range(len(order))))
+
+
+@pytest.mark.guarantee("G21")
+def test_each_start_agrees_on_a_name_of_its_own_in_one_store() -> None:
+    """Ranks that are started again find each other and not what their dead predecessors have left in the launcher's
+    store, whoever comes first."""
+    store = dist.HashStore()
+    names = [start(store, order) for order in ([0, 1, 2], [1, 2, 0], [2, 0, 1])]
+    assert [len(set(of_one_start)) for of_one_start in names] == [1, 1, 1]
+    assert len({name for of_one_start in names for name in of_one_start}) == 3
+
+
+def test_ranks_that_do_not_come_are_named() -> None:
+    store = dist.HashStore()
+    with pytest.raises(RankError, match=r"^ranks 1, 2 of 3 did not come to the opening"):
+        agreed_name(store, 0, 3, 0.2)
+    # Rank 0 of that start is gone: its name alone convinces nobody.
+    with pytest.raises(RankError, match=r"^rank 0 of 3 did not come, or waits for others"):
+        agreed_name(store, 1, 3, 0.3)
+
+
+def test_a_process_that_waits_for_the_others_can_be_ended_at_once() -> None:
+    """Whatever handler there is: inside torch it would not get to it."""
+    program = (
+        "import signal, sys, threading\n"
+        "from distvsd.parallel.opening import mortal\n"
+        "signal.signal(signal.SIGTERM, lambda *_: None)\n"
+        "with mortal():\n    print('in', flush=True)\n    threading.Event().wait(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "in\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == -signal.SIGTERM
+
+
+def test_the_handlers_are_put_back_and_other_threads_have_none() -> None:
+    seen: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    try:
+        with mortal():
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        thread = threading.Thread(target=lambda: mortal().__enter__())
+        thread.start()
+        thread.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert seen == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)

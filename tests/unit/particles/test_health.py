@@ -1,0 +1,229 @@
+"""What happens to a particle that keeps failing, and that a resume in the middle of it changes nothing."""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from distvsd.cameras import OrbitSampler
+from distvsd.errors import CheckpointError
+from distvsd.particles import Ensemble, ImageParticle
+from distvsd.particles.health import Health
+from distvsd.testing.faults import begin_round, injected
+
+SAMPLER = OrbitSampler((0.0, 0.0), (0.0, 0.0), (1.0, 1.0), (50.0, 50.0))
+IMAGES = ImageParticle((3, 4, 4), is_latent=False, init_scale=0.1, learning_rate=lambda step: 0.1)
+LATENTS = ImageParticle((4, 2, 2), is_latent=True, init_scale=0.1, learning_rate=lambda step: 0.1)
+
+
+@dataclass(frozen=True)
+class Options:
+    max_bad: int = 2
+    max_restores: int = 1
+    restore_rate: float = 0.25
+
+
+def ensemble(ids=(0, 1, 2), micro_batch=0, particle=IMAGES, views=1, **options):
+    return Ensemble(particle, ids, SAMPLER, views, 7, (0.9, 0.99), 1e-15, micro_batch, "cpu", Options(**options))
+
+
+def move(particles, step, poison=(), gradient_of=lambda latents: latents):
+    """One update towards zero in which the gradients of `poison` are NaN."""
+    begin_round(step)
+    views = particles.render(step, 4)
+    latents = torch.cat([view.rendered.images.flatten(0, 1) for view in views])
+    gradient = gradient_of(latents.detach().clone())
+    ids = torch.cat([view.ids for view in views]).repeat_interleave(particles.num_views)
+    gradient[torch.isin(ids, torch.tensor(poison, dtype=torch.int64))] = math.nan
+    return particles.update(views, latents, gradient, step)
+
+
+def copy_of(particles, particle_id):
+    return {name: value.clone() for name, value in particles.state()[particle_id].items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_bad_rounds_count_only_in_a_row():
+    particles = ensemble(max_bad=3)
+    for step, poison in enumerate([[1], [1], [], [1], [1]]):
+        assert move(particles, step, poison).restored == []
+    assert particles.health()[1] == {"bad": 2, "total": 4, "restores": 0, "quarantined": False}
+    assert particles.health()[0] == Health().to_json()
+    assert move(particles, 5, [1]).restored == [1]
+
+
+def test_a_particle_goes_back_to_where_it_was_marked_good_and_moves_more_slowly_from_there():
+    particles = ensemble()
+    move(particles, 0)
+    particles.mark_good()
+    good = copy_of(particles, 1)
+    move(particles, 1)
+    assert not same(copy_of(particles, 1), good)
+    assert move(particles, 2, [1]).restored == []
+    update = move(particles, 3, [1])
+    assert update.restored == [1] and update.unhealthy == [1] and update.healthy == [0, 2]
+    assert same(copy_of(particles, 1), good)
+    twin = ensemble((1,))
+    twin.load_state(1, good)
+    move(particles, 4), move(twin, 4)
+    # The same moments and the same gradient: the change differs by the factor on the rate alone.
+    changes = [state["param/image"] - good["param/image"] for state in (copy_of(particles, 1), copy_of(twin, 1))]
+    torch.testing.assert_close(changes[0], 0.25 * changes[1], rtol=1e-5, atol=1e-8)
+
+
+def test_a_particle_that_was_never_marked_good_begins_anew():
+    particles = ensemble()
+    start = copy_of(particles, 1)
+    move(particles, 0)
+    move(particles, 1, [1])
+    assert move(particles, 2, [1]).restored == [1]
+    assert same(copy_of(particles, 1), start)
+
+
+def test_a_state_inside_a_bad_streak_is_not_marked_good():
+    particles = ensemble()
+    particles.mark_good()
+    good = copy_of(particles, 1)
+    move(particles, 0)
+    move(particles, 1, [1])
+    particles.mark_good()
+    assert move(particles, 2, [1]).restored == [1]
+    assert same(copy_of(particles, 1), good)
+
+
+def test_a_quarantined_particle_keeps_its_last_good_state_and_the_others_move_on():
+    particles = ensemble(max_restores=0)
+    particles.mark_good()
+    good = copy_of(particles, 1)
+    move(particles, 0)
+    move(particles, 1, [1])
+    assert move(particles, 2, [1]).quarantined == [1]
+    assert particles.quarantined == [1]
+    before = copy_of(particles, 0)
+    update = move(particles, 3)  # its gradient would be finite again
+    assert update.healthy == [0, 2] and update.unhealthy == [] and update.absent == [1]
+    assert same(copy_of(particles, 1), good) and not same(copy_of(particles, 0), before)
+
+
+@pytest.mark.parametrize("save_after", range(6))
+def test_a_resume_at_any_point_of_a_streak_ends_with_the_same_bits(save_after):
+    """Rounds 0 to 7; the particle fails in 2 to 5 and is put back in 3 and given up in 5."""
+    poison = [[], [], [1], [1], [1], [1], [], []]
+    whole = ensemble()
+    resumed = ensemble((2, 1, 0), micro_batch=1)
+    for step, struck in enumerate(poison):
+        move(whole, step, struck)
+        if step > save_after:
+            move(resumed, step, struck)
+        if step in (1, save_after):  # checkpoints
+            saved = {particle_id: copy_of(whole, particle_id) for particle_id in whole.ids}
+            health = whole.health()
+            whole.mark_good()
+            if step > save_after:
+                resumed.mark_good()
+        if step == save_after:
+            for particle_id, tensors in saved.items():
+                resumed.load_state(particle_id, tensors, health[particle_id])
+    assert whole.health() == {particle_id: resumed.health()[particle_id] for particle_id in whole.ids}
+    assert whole.quarantined == [1]
+    for particle_id in whole.ids:
+        assert same(copy_of(whole, particle_id), copy_of(resumed, particle_id)), particle_id
+
+
+def test_only_a_particle_in_a_streak_carries_its_good_state_into_the_checkpoint():
+    particles = ensemble()
+    plain = set(copy_of(particles, 1))
+    size = particles.num_bytes
+    particles.mark_good()
+    move(particles, 0, [1])
+    assert set(copy_of(particles, 1)) == plain | {f"good/{name}" for name in plain}
+    assert set(copy_of(particles, 0)) == plain
+    assert particles.num_bytes == size + size // 3
+
+
+@pytest.mark.parametrize("record", [{"bad": -1}, {"total": "2"}, {"quarantined": 1}, {"restores": True}])
+def test_an_impossible_record_in_a_manifest_is_refused(record):
+    particles = ensemble()
+    before = copy_of(particles, 1)
+    with pytest.raises(CheckpointError, match=rf"{next(iter(record))} = .*altered"):
+        particles.load_state(1, before, record)
+
+
+def test_a_manifest_without_health_means_a_particle_that_never_failed():
+    assert Health.from_json(None) == Health.from_json({}) == Health()
+    assert Health.from_json(Health(3, 5, 1, True).to_json()) == Health(3, 5, 1, True)
+
+
+def test_a_gradient_whose_square_overflows_counts_as_not_finite():
+    """The second moment would become infinite and the particle stand still for ever, with no NaN to be seen."""
+    particles = ensemble()
+    update = move(particles, 0, gradient_of=lambda latents: torch.where(latents == latents[1], 1e20, latents))
+    assert update.unhealthy == [1] and update.healthy == [0, 2]
+    assert all(value.isfinite().all() for state in particles.state().values() for value in state.values())
+
+
+def test_a_nan_that_the_backward_pass_swallows_is_seen_all_the_same():
+    """Latents of one view that are not finite, where the encoder's derivative there is zero."""
+    particles = ensemble(views=2)
+    views = particles.render(0, 4)
+    images = torch.cat([view.rendered.images.flatten(0, 1) for view in views])
+    struck = torch.arange(6).reshape(-1, 1, 1, 1) == 3
+    latents = torch.where(struck, torch.nan, images)  # no gradient flows through the other branch
+    update = particles.update(views, latents, torch.ones_like(images), 0)
+    assert update.unhealthy == [1] and update.healthy == [0, 2]
+
+
+def test_a_group_out_of_memory_is_halved_and_the_halves_go_on_with_its_state():
+    whole, halved = ensemble((0, 1, 2, 3, 4)), ensemble((0, 1, 2, 3, 4))
+    move(whole, 0), move(halved, 0)
+    with injected("oom@render:particle=3:nth=1; oom@render:particle=3:nth=1"):
+        move(halved, 1)
+    move(whole, 1)
+    assert [group.own for group in halved.groups] == [[0, 1], [2], [3, 4]]
+    for step in (2, 3):
+        move(whole, step), move(halved, step)
+    for particle_id in range(5):
+        for name, value in copy_of(whole, particle_id).items():
+            torch.testing.assert_close(copy_of(halved, particle_id)[name], value, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("particle", [IMAGES, LATENTS])
+def test_a_particle_that_does_not_fit_alone_is_nan_and_skips_the_round(particle):
+    particles, without = ensemble((0, 1), 1, particle, views=2), ensemble((0,), 1, particle, views=2)
+    before = copy_of(particles, 1)
+    with injected("oom@render:particle=1:step=0"):
+        views = particles.render(0, 4)
+        assert views[1].rendered.images.shape == views[0].rendered.images.shape
+        assert views[1].rendered.images.isnan().all() and views[0].rendered.images.isfinite().all()
+        update = move(particles, 0)
+    move(without, 0)
+    assert update.unhealthy == [1] and update.healthy == [0]
+    assert same(copy_of(particles, 1), before) and same(copy_of(particles, 0), copy_of(without, 0))
+
+
+def test_a_rank_whose_only_particle_does_not_fit_still_has_an_update():
+    particles = ensemble((1,))
+    with injected("oom@render"):
+        assert move(particles, 0).unhealthy == [1]
+
+
+def test_a_backward_pass_out_of_memory_moves_nobody_and_leaves_no_gradient_behind():
+    particles, twin = ensemble(), ensemble()
+    with injected("oom@gradient:step=0"):
+        update = move(particles, 0)
+    assert update.unhealthy == [0, 1, 2] == update.absent and update.healthy == []
+    assert [group.own for group in particles.groups] == [[0], [1, 2]]
+    move(particles, 1), move(twin, 1)
+    for particle_id in range(3):
+        for name, value in copy_of(twin, particle_id).items():
+            torch.testing.assert_close(copy_of(particles, particle_id)[name], value, rtol=0, atol=1e-7)
+
+
+def test_another_error_of_a_renderer_passes_through():
+    particles = ensemble()
+    with injected("eio@render:particle=1"), pytest.raises(OSError):
+        particles.render(0, 4)
