@@ -74,7 +74,7 @@ class Tally:
         )
 
 
-def small_training(prior: Path, run: Path, asynchronous: bool, rounds: int = 10) -> Config:
+def small_training(prior: Path, run: Path, asynchronous: bool, rounds: int = 40) -> Config:
     """A real training of three image particles that saves after every round; seconds long."""
     settings = {
         "run.dir": run,

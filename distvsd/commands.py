@@ -6,12 +6,13 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from distvsd.errors import UsageError
+from distvsd.errors import PREEMPTED, UsageError
 
 
 def run_train(args: argparse.Namespace) -> int:
@@ -25,7 +26,11 @@ def run_train(args: argparse.Namespace) -> int:
         return 0
     from distvsd.train import train
 
-    return train(config, args.resume)
+    code = train(config, args.resume)
+    if code == PREEMPTED:
+        # The launcher ends the other ranks when the first one has; they are leaving by themselves, with their own code.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return code
 
 
 def run_plan(args: argparse.Namespace) -> int:

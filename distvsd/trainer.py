@@ -17,8 +17,8 @@ from distvsd.config import Config, digest, to_dict
 from distvsd.errors import CheckpointError, DivergedError, RunError
 from distvsd.journal import Journal
 from distvsd.loop import Round
-from distvsd.parallel.collectives import gather_objects, max_flags
-from distvsd.parallel.world import World
+from distvsd.parallel.collectives import gather_objects, max_flags, set_timeout
+from distvsd.parallel.world import OPENING_TIMEOUT_S, World
 from distvsd.render_run import SHEET_ROWS, contact_sheets
 from distvsd.runtime.heartbeat import Heartbeat
 from distvsd.runtime.paths import RunPaths
@@ -43,6 +43,8 @@ class Trainer:
     ) -> None:
         self.config, self.world, self.paths = config, world, paths
         self.preemption, self.heartbeat = preemption, heartbeat
+        # Loading from a shared disk takes ranks very different times; from the first round on a silence is a failure.
+        set_timeout(world, max(OPENING_TIMEOUT_S, config.parallel.timeout_s))
         self.parts: Run = build_run(config, world, self._watch, heartbeat.at)
         checkpoint = config.checkpoint
         self.saver = Saver(paths.checkpoints, world, checkpoint.keep, checkpoint.asynchronous, checkpoint.max_failures)
@@ -78,6 +80,8 @@ class Trainer:
         """After each round: what is due by now. The same on every rank: the round's number and a common word decide."""
         completed = done.step + 1
         last = completed == self.config.schedule.rounds
+        if done.step == self.first:
+            set_timeout(self.world, self.config.parallel.timeout_s)
         self.heartbeat.at(done.step, "watch")
         self.journal.watch(done)
         self.collect_garbage(completed)
@@ -141,9 +145,8 @@ class Trainer:
             self._report_save(step)
 
     def _report_save(self, step: int) -> None:
-        if self.saver.failures:
-            self.journal.progress.note(f"warning: {self.saver.last_failure}; the run goes on without this checkpoint")
-        else:
+        """A failure was logged by the saver; the run goes on without that checkpoint."""
+        if not self.saver.failures:
             self._status("running", step)
 
     def _save_for_good(self, completed: int) -> None:

@@ -40,7 +40,9 @@ def judged(make: Callable[[], Candidate], is_right: Callable[[Candidate, int], b
     try:
         candidate = make()
         step = candidate.load()
-    except Exception as error:  # whatever it is, the user has an error instead of a state
+    except BaseException as error:  # whatever it is, an error instead of a state; DCP's is no Exception
+        if isinstance(error, KeyboardInterrupt):
+            raise
         return f"{REFUSED}: {type(error).__name__}: {error}"[:300]
     if not is_right(candidate, step):
         return WRONG

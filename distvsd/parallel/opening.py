@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Protocol
 
 import torch.distributed as dist
 
@@ -23,17 +24,26 @@ _START = "distvsd/start"
 _POLL_S = 0.1
 
 
-def fresh_store(rank: int, size: int, timeout_s: float) -> dist.Store:
+class Store(Protocol):
+    """What is used of torch's stores, which it exports without types."""
+
+    def set(self, key: str, value: str) -> None: ...
+    def get(self, key: str) -> bytes: ...
+    def check(self, keys: list[str]) -> bool: ...
+
+
+def fresh_store(rank: int, size: int, timeout_s: float) -> Store:
     """The store that the launcher's environment (MASTER_ADDR, MASTER_PORT) leads to, empty. Every rank calls it.
 
     Raises RankError when ranks do not come within `timeout_s`, RuntimeError when the store cannot be reached.
     """
     timeout = timedelta(seconds=timeout_s)
-    store, _, _ = next(iter(dist.rendezvous("env://", rank, size, timeout=timeout)))
-    return dist.PrefixStore(agreed_name(store, rank, size, timeout_s), store)
+    store, _, _ = next(iter(dist.rendezvous("env://", rank, size, timeout=timeout)))  # type: ignore[attr-defined]
+    fresh: Store = dist.PrefixStore(agreed_name(store, rank, size, timeout_s), store)  # type: ignore[attr-defined]
+    return fresh
 
 
-def agreed_name(store: dist.Store, rank: int, size: int, timeout_s: float) -> str:
+def agreed_name(store: Store, rank: int, size: int, timeout_s: float) -> str:
     """A name that is the same on every rank and was never agreed on before in this store. Every rank calls it.
 
     Rank 0 makes it up and publishes it; the others answer with numbers of their own, and go on only when rank 0 has

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, Final
 
 from distvsd.errors import RankError
-from distvsd.runtime.paths import _may_live, _process
+from distvsd.runtime.paths import may_live, process_state
 
 _POLL_S: Final = 0.1
 
@@ -44,9 +44,9 @@ class _Beat:
         """What is known of the process: "gone", "stopped", "exists", or "" on another host."""
         if self.host != socket.gethostname():
             return ""
-        if not _may_live(f"{self.host}:{self.pid}:{self.start}".rstrip(":")):
+        if not may_live(f"{self.host}:{self.pid}:{self.start}".rstrip(":")):
             return "gone"
-        return "stopped" if _process(self.pid)[0] in ("T", "t") else "exists"
+        return "stopped" if process_state(self.pid)[0] in ("T", "t") else "exists"
 
     def __str__(self) -> str:
         where = f"host {self.host}, pid {self.pid}"
@@ -168,7 +168,7 @@ class Heartbeat:
             "rank": self._rank,
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "start": _process(os.getpid())[1],
+            "start": process_state(os.getpid())[1],
             "round": round,
             "phase": phase,
             "beats": self._beats,

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from distvsd.errors import RunError
+from distvsd.testing.faults import fault
 
 _log = logging.getLogger("distvsd")
 
@@ -41,6 +42,7 @@ class JsonLines:
         except (TypeError, ValueError) as error:
             raise RunError(f"{self._path}: {error}; log numbers, texts, lists and objects of them") from error
         try:
+            fault("telemetry")
             if os.pwrite(self._handle, line, self.bytes) != len(line):
                 raise OSError("the disk took half of a line")
             self.bytes += len(line)

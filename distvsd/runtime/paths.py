@@ -176,7 +176,7 @@ class RunLock:
             with contextlib.suppress(OSError):
                 fcntl.flock(handle, fcntl.LOCK_EX)
             holder = os.pread(handle, 4096, 0).decode("utf-8", "replace").strip("\0\n ")
-            if holder and holder != _identity() and _may_live(holder) and not self._is_silent(holder):
+            if holder and holder != _identity() and may_live(holder) and not self._is_silent(holder):
                 raise RunError(
                     f"{self._path} is held by {holder!r:.200} (host:pid:start), so another job uses this run "
                     f"directory: end it or choose another run.dir; delete the file only if that job is surely gone"
@@ -239,7 +239,7 @@ def _changed_lines(before: str, after: str) -> list[str]:
 
 
 def _identity() -> str:
-    return f"{socket.gethostname()}:{os.getpid()}:{_process(os.getpid())[1]}".rstrip(":")
+    return f"{socket.gethostname()}:{os.getpid()}:{process_state(os.getpid())[1]}".rstrip(":")
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
@@ -258,7 +258,7 @@ def _is_at(handle: int, path: Path) -> bool:
         return False
 
 
-def _may_live(holder: str) -> bool:
+def may_live(holder: str) -> bool:
     """Whether the process named in a lock file may still run; whoever cannot be judged may."""
     match = re.fullmatch(r"(.+?):(\d{1,9})(?::(\d+))?", holder, re.ASCII)
     if match is None or match.group(1) != socket.gethostname():
@@ -270,11 +270,11 @@ def _may_live(holder: str) -> bool:
         return False
     except PermissionError:
         pass
-    state, now = _process(pid)
+    state, now = process_state(pid)
     return state not in "ZX" and (now == then or not now or not then)
 
 
-def _process(pid: int) -> tuple[str, str]:
+def process_state(pid: int) -> tuple[str, str]:
     """State letter of a process and its start in clock ticks since boot; empty where the system does not tell."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")

@@ -102,7 +102,7 @@ def test_the_metrics_of_a_killed_and_resumed_run_have_every_round_once(
         run_ranks(lambda world: train(config), 2)
     assert rounds(config) == [1, 2, 3, 4, 5, 6]
     events = [tuple(sorted(event.items())) for event in lines(config, "health.jsonl")]
-    assert len(events) == len(set(events)) and len([event for event in events if "unhealthy" in str(event)]) == 2
+    assert len(events) == len(set(events)) and len([event for event in events if "not finite" in str(event)]) == 2
     figure("rounds missing 0, twice 0")
 
 

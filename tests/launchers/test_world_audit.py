@@ -55,15 +55,19 @@ def test_accelerate_on_cpu_makes_one_world(tmp_path: Path) -> None:
     assert code == 0 and is_a_world_of_two(results), results
 
 
+@pytest.mark.guarantee("G31")
 @cpu_only
 def test_accelerate_for_gpus_without_gpus_is_refused_by_both_processes(tmp_path: Path) -> None:
+    """Two processes that would each train alone are both refused, with the command that makes one world of them."""
     code, results = launch(tmp_path, GPU_PROCESSES)
     assert code != 0 and len(results) == 2
     for result in results:
         assert "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2" in result["error"]
 
 
+@pytest.mark.guarantee("G31")
 def test_a_multi_cpu_configuration_that_starts_one_process_is_refused(tmp_path: Path) -> None:
+    """One process that was started where two were asked for does not train."""
     config = tmp_path / "accelerate.yaml"
     config.write_text(
         "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nnum_machines: 1\nnum_processes: 2\n"

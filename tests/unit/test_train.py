@@ -161,10 +161,12 @@ HOSTILE = {
 }
 
 
+@pytest.mark.guarantee("G33")
 @pytest.mark.parametrize("name", HOSTILE)
 def test_any_prompt_trains_and_writes_inside_its_run_directory_only(
     configured: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
+    """A prompt is only ever text: whatever it holds, files appear in the run directory and nowhere else."""
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)

@@ -147,7 +147,8 @@ def _draw_objects(shape: int, labels: Labels, origins: Tensor, directions: Tenso
 def _face_mask(points: Tensor, normals: Tensor) -> Tensor:
     """Two eyes and a mouth on the side that looks along +x."""
     x, y, z = points.unbind(-1)
-    front = (x > 0.05) & (normals[..., 0] > 0.1)
+    # Within 60 degrees of the front, so that nothing of a face on a slim cone is seen from behind.
+    front = (x > 0.05) & (normals[..., 0] > 0.5)
     eyes = ((y.abs() - EYE_SIDE) ** 2 + (z - EYE_HEIGHT) ** 2) < EYE_RADIUS**2
     mouth = (y.abs() < MOUTH_HALF_WIDTH) & ((z - MOUTH_HEIGHT).abs() < MOUTH_HALF_HEIGHT)
     return front & (eyes | mouth)

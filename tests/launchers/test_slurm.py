@@ -1,0 +1,369 @@
+"""The jobs of launch/slurm, run as Slurm runs them: a copy of the script, in the folder of the submission, with Slurm's
+variables, and stand-ins for srun and scontrol on the path (tests/fakes/slurm). Nothing here has Slurm.
+
+Two tests train on two ranks through the real launchers. In the others the launcher is a line of shell that leaves a
+STATUS.json, as the ranks would.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from distvsd.checkpoint.verify import verify_run
+from distvsd.runtime.status import State, write_status
+from distvsd.testing.pipelines import tiny_pipeline
+
+ROOT = Path(__file__).parents[2]
+JOBS = sorted((ROOT / "launch/slurm").glob("*.sbatch"))
+PATIENCE_S = 240.0  # for imports on a busy machine
+
+Figure = Callable[[str], None]
+
+cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="the worlds of these tests are of two CPU ranks")
+
+
+class Slurm:
+    """One job of Slurm's: its script, its variables, and what scontrol was asked."""
+
+    def __init__(self, home: Path, nodes: int, **environment: str) -> None:
+        self.home, self.id = home, free_job_id()
+        self.state = home / "slurm"
+        self.programs = home / "bin"
+        for folder in (self.state, self.programs):
+            folder.mkdir()
+        launchers_own = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "ACCELERATE_", "TORCHELASTIC_", "PET_", "SLURM_")
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(launchers_own)}
+        path = [str(self.programs), str(ROOT / "tests/fakes/slurm"), str(Path(sys.executable).parent)]
+        slurm = {"SLURM_JOB_ID": self.id, "SLURM_JOB_NODELIST": f"node[1-{nodes}]", "SLURM_JOB_NUM_NODES": str(nodes)}
+        slurm |= {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_NODEID": "0", "SLURM_PROCID": "0", "DISTVSD_RANKS": "1"}
+        more = {"PATH": os.pathsep.join([*path, os.environ["PATH"]]), "FAKE_SLURM": str(self.state)}
+        # An empty HF_HOME: the user's own accelerate configuration must not decide what is tested.
+        more |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HOME": str(home / "hf")}
+        self.environment = inherited | slurm | more | environment
+
+    def start(self, job: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        # Slurm runs a copy from its spool folder, and not as a login shell.
+        script = self.home / "spool" / "slurm_script"
+        script.parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / "launch/slurm" / f"{job}.sbatch", script)
+        with (self.home / "output").open("a") as output:
+            return subprocess.Popen(
+                ["/bin/sh", str(script), *arguments],
+                env=self.environment | environment,
+                cwd=ROOT,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+
+    def run(self, job: str, *arguments: str, **environment: str) -> int:
+        return self.start(job, *arguments, **environment).wait(PATIENCE_S)
+
+    @property
+    def output(self) -> str:
+        return (self.home / "output").read_text()
+
+    @property
+    def requeued(self) -> list[str]:
+        asked = self.state / "requeued"
+        return asked.read_text().split() if asked.exists() else []
+
+    def tasks(self) -> list[int]:
+        """The process ids of the launchers, one a node."""
+        return [int(pid) for pid in (self.state / "tasks").read_text().split()]
+
+    def program(self, name: str, *lines: str) -> None:
+        """Puts a launcher of these lines of shell in the place of the real one; it notes its arguments."""
+        path = self.programs / name
+        note = f"printf '%s\\n' \"$@\" >'{self.state}/{name}'"
+        path.write_text("\n".join(["#!/bin/sh", note, *lines, ""]))
+        path.chmod(0o755)
+
+    def arguments(self, name: str) -> list[str]:
+        return (self.state / name).read_text().splitlines()
+
+
+def free_job_id() -> str:
+    """One whose port, as the jobs make it of the id, is free."""
+    while True:
+        job_id = random.SystemRandom().randrange(1_000_000, 9_000_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", 10000 + job_id % 20000))
+            except OSError:
+                continue
+            return str(job_id)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> Slurm:
+    return Slurm(tmp_path, 1)
+
+
+def ends_with(slurm: Slurm, run: Path, state: State | None, round: int, code: int) -> None:
+    """From now on the ranks leave this STATUS.json, the real one, and their launcher ends with this code."""
+    leave = ""
+    if state is not None:
+        run.mkdir(exist_ok=True)
+        write_status(slurm.state / "next", state, round, 10, 'a "message": with "state": "done" in it')
+        leave = f"cp '{slurm.state}/next' '{run}/STATUS.json'"
+    slurm.program("accelerate", leave, f"exit {code}")
+
+
+def left_before(run: Path, state: State, round: int) -> None:
+    run.mkdir()
+    write_status(run / "STATUS.json", state, round, 10)
+
+
+@pytest.mark.guarantee("G25")
+@pytest.mark.parametrize(
+    ("state", "code", "is_requeued", "exit_code"),
+    [
+        ("done", 0, False, 0),
+        ("done", 1, False, 0),  # all was saved, and then a launcher stumbled
+        ("preempted", 1, True, 0),
+        ("failed", 1, True, 0),
+        ("running", 137, True, 0),  # nobody was left to say that it failed
+        (None, 1, False, 1),  # refused before it began: the same line would be refused again
+    ],
+)
+def test_what_the_run_says_decides_whether_the_job_is_queued_again(
+    slurm: Slurm, run: Path, state: State | None, code: int, is_requeued: bool, exit_code: int
+) -> None:
+    """STATUS.json, and not the launcher's exit code, decides whether a Slurm job is queued again: preempted, failed and
+    interrupted runs are, finished ones and those that were refused at the start are not."""
+    ends_with(slurm, run, state, 4, code)
+    assert slurm.run("train", "config.yaml", f"run.dir={run}") == exit_code, slurm.output
+    assert slurm.requeued == ([slurm.id] if is_requeued else []), slurm.output
+
+
+@pytest.mark.guarantee("G25")
+def test_a_run_that_fails_again_and_again_is_given_up(slurm: Slurm, run: Path) -> None:
+    """Three requeues after failures that saved nothing new, then the job ends; a later round saved in between makes the
+    count begin anew, so that a long run outlives any number of dying nodes."""
+    ends_with(slurm, run, "failed", 4, 1)
+    codes = [slurm.run("train", "config.yaml", f"run.dir={run}") for _ in range(4)]
+    assert codes == [0, 0, 0, 1] and len(slurm.requeued) == 3
+    assert "given up" in slurm.output
+    ends_with(slurm, run, "failed", 5, 1)
+    assert slurm.run("train", "config.yaml", f"run.dir={run}") == 0 and len(slurm.requeued) == 4
+
+
+def test_a_status_of_an_earlier_start_is_not_taken_for_that_of_this_one(slurm: Slurm, run: Path) -> None:
+    """Else a job whose nodes cannot even start the launcher would be queued again for ever, as preempted."""
+    left_before(run, "preempted", 4)
+    (run / "slurm-failures").write_text("0 4\n")
+    slurm.program("accelerate", "exit 127")
+    codes = [slurm.run("train", "config.yaml", f"run.dir={run}") for _ in range(4)]
+    assert codes == [0, 0, 0, 1] and len(slurm.requeued) == 3
+    assert "unchanged" in slurm.output
+
+
+def test_a_finished_run_that_is_started_with_something_else_is_not_queued_again(slurm: Slurm, run: Path) -> None:
+    left_before(run, "done", 10)
+    slurm.program("accelerate", "exit 1")
+    assert slurm.run("train", "config.yaml", f"run.dir={run}") == 1
+    assert slurm.requeued == [] and "nothing was begun" in slurm.output
+
+
+def test_a_cancelled_job_is_not_brought_back(slurm: Slurm, run: Path) -> None:
+    """scancel makes the ranks save and end as a time limit does; only Slurm knows the difference."""
+    (slurm.state / "job-state").write_text("CANCELLED\n")
+    ends_with(slurm, run, "preempted", 4, 1)
+    assert slurm.run("train", "config.yaml", f"run.dir={run}") == 1
+    assert slurm.requeued == [] and "the job is CANCELLED; not requeued" in slurm.output
+
+
+@pytest.mark.parametrize("job", ["train", "elastic"])
+def test_no_head_node_is_an_error_before_anything_starts(slurm: Slurm, run: Path, job: str) -> None:
+    """With a fallback to localhost each node would be a world of its own, and all would write to one run."""
+    (slurm.state / "no-hosts").touch()
+    for name in ("accelerate", "torchrun"):
+        slurm.program(name)
+    assert slurm.run(job, "config.yaml", f"run.dir={run}") == 1
+    assert "scontrol show hostnames 'node[1-1]' named no node" in slurm.output
+    assert not (slurm.state / "accelerate").exists() and not (slurm.state / "torchrun").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        (["config.yaml"], {}, "give run.dir=DIR"),
+        (["config.yaml", "run.dir=runs/x"], {"DISTVSD_RANKS": ""}, "no GPUs were given to this job"),
+    ],
+)
+def test_what_a_job_cannot_do_without_is_asked_for(
+    slurm: Slurm, arguments: list[str], environment: dict[str, str], message: str
+) -> None:
+    slurm.program("accelerate")
+    assert slurm.run("train", *arguments, **environment) == 1
+    assert message in slurm.output and not (slurm.state / "accelerate").exists()
+
+
+def test_an_array_trains_each_task_with_its_own_line_and_requeues_it_alone(slurm: Slurm, tmp_path: Path) -> None:
+    trials = tmp_path / "trials.txt"
+    trials.write_text('prior.guidance_scale=3\nprior.guidance_scale=7.5 "prompt=a $(red) cube"\n')
+    runs = tmp_path / "runs of a sweep"
+    task = {"SLURM_ARRAY_JOB_ID": slurm.id, "SLURM_ARRAY_TASK_ID": "2"}
+    line = ("sweep", "config.yaml", str(trials), str(runs), "log.wandb_group=sizes")
+    (runs / "2").mkdir(parents=True)
+    write_status(slurm.state / "next", "preempted", 4, 10)
+    slurm.program("torchrun", f"cp '{slurm.state}/next' '{runs}/2/STATUS.json'", "exit 1")
+    slurm.program("distvsd")
+    assert slurm.run(*line, **task) == 0, slurm.output
+    # The plain job id of an array's task may name the whole array.
+    assert slurm.requeued == [f"{slurm.id}_2"]
+    started = ["distvsd.train", "config.yaml", "log.wandb_group=sizes", "prior.guidance_scale=7.5"]
+    started += ["prompt=a $(red) cube", f"run.dir={runs}/2"]
+    assert slurm.arguments("torchrun")[-6:] == started
+    assert not (slurm.state / "distvsd").exists()  # nothing is evaluated before the end
+
+    slurm.program("torchrun")
+    assert slurm.run(*line, **task) == 0
+    assert slurm.arguments("distvsd") == ["evaluate", f"{runs}/2"] and len(slurm.requeued) == 1
+    assert slurm.run(*line, **(task | {"SLURM_ARRAY_TASK_ID": "3"})) == 1
+    assert "has no line 3" in slurm.output
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda path: path.stem)
+def test_slurm_reads_what_the_jobs_ask_for(job: Path) -> None:
+    """sbatch reads #SBATCH lines up to the first command; the signal must leave time for the save."""
+    lines = job.read_text().splitlines()
+    first = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
+    asked = [line.split(maxsplit=1)[1] for line in lines[:first] if line.startswith("#SBATCH")]
+    assert not any(line.startswith("#SBATCH") for line in lines[first:])
+    assert {"--requeue", "--open-mode=append", "--ntasks-per-node=1"} <= set(asked)
+    (notice,) = (re.fullmatch(r"--signal=B:USR1@(\d+)", line) for line in asked if line.startswith("--signal"))
+    (patience,) = re.findall(r"PET_SHUTDOWN_TIMEOUT=(\d+)", (job.parent / "job.sh").read_text())
+    assert notice is not None and 0 < int(patience) <= int(notice[1]) - 20
+
+
+@pytest.fixture(scope="module")
+def prior(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_pipeline(tmp_path_factory.mktemp("prior"), "shapes", "v_prediction", 0)
+
+
+def training(run: Path, prior: Path, rounds: int) -> list[str]:
+    """The arguments of a small run."""
+    chosen: dict[str, Any] = {
+        "run.dir": run,
+        "prior.path": prior,
+        "parallel.numerics": "exact",
+        "particles.count": 3,
+        "particles.nerf.samples_per_ray": 4,
+        "particles.nerf.base_resolution": 4,
+        "particles.nerf.max_resolution": 8,
+        "render.resolution": 16,
+        "schedule.rounds": rounds,
+        "checkpoint.every": 1,
+    }
+    return ["configs/smoke.yaml", *(f"{key}={value}" for key, value in chosen.items())]
+
+
+def status(run: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((run / "STATUS.json").read_text())
+    return record
+
+
+def rounds(run: Path) -> list[int]:
+    lines = (run / "metrics.jsonl").read_text().split("\n")[:-1] if (run / "metrics.jsonl").exists() else []
+    return [json.loads(line)["round"] for line in lines]
+
+
+def wait_for(condition: Callable[[], bool], job: subprocess.Popen[str], slurm: Slurm) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert job.poll() is None and time.monotonic() < deadline, f"it did not happen:\n{slurm.output}"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def two_nodes(tmp_path: Path) -> Iterator[Slurm]:
+    """A job of two nodes with a rank each, of which no process is left after the test."""
+    slurm = Slurm(tmp_path, 2, ACCELERATE_USE_CPU="true", DISTVSD_FAULTS="sleep@round:ms=400")
+    yield slurm
+    for pid in slurm.tasks():
+        kill_all_of(pid)
+
+
+def kill_all_of(pid: int) -> None:
+    """A process and all below it, as when a machine loses its power."""
+    if psutil.pid_exists(pid):
+        process = psutil.Process(pid)
+        for each in [process, *process.children(recursive=True)]:
+            each.kill()
+
+
+@cpu_only
+@pytest.mark.guarantee("G25")
+def test_a_job_whose_time_is_over_saves_is_queued_again_and_finishes(
+    two_nodes: Slurm, run: Path, prior: Path, figure: Figure
+) -> None:
+    """SIGUSR1 to train.sbatch on two nodes, as Slurm sends it before the time limit: the ranks save, scontrol requeue
+    is called exactly once, and the job that is started again goes on and finishes."""
+    line = ("train", *training(run, prior, 14))
+    job = two_nodes.start(*line)
+    wait_for(lambda: len(rounds(run)) >= 2, job, two_nodes)
+    began = time.monotonic()
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(PATIENCE_S) == 0, two_nodes.output
+    figure(f"{time.monotonic() - began:.1f} s from SIGUSR1 to the requeue, of a run of 2 nodes")
+    stopped = status(run)
+    assert stopped["state"] == "preempted" and 2 <= stopped["round"] < 14, two_nodes.output
+    assert two_nodes.requeued == [two_nodes.id]
+    assert not any(map(psutil.pid_exists, two_nodes.tasks()))
+    verify_run(run)
+
+    assert two_nodes.run(*line, DISTVSD_FAULTS="", SLURM_RESTART_COUNT="1") == 0, two_nodes.output
+    assert status(run)["state"] == "done" and rounds(run) == list(range(1, 15))
+    assert len(two_nodes.requeued) == 1 and "restart 1" in two_nodes.output
+    manifest = json.loads((run / "checkpoints/step-00000014/manifest.json").read_text())
+    assert manifest["world_size"] == 2
+
+
+@cpu_only
+@pytest.mark.guarantee("G21")
+def test_a_job_goes_on_with_the_nodes_that_are_left(two_nodes: Slurm, run: Path, prior: Path, figure: Figure) -> None:
+    """Everything on one of the two nodes of elastic.sbatch is killed at once: the other one goes on alone from the
+    newest checkpoint, in the same job, and finishes."""
+    job = two_nodes.start("elastic", *training(run, prior, 9), PET_RDZV_CONF="last_call_timeout=3")
+    wait_for(lambda: len(rounds(run)) >= 3, job, two_nodes)
+    port = 10000 + int(two_nodes.id) % 20000
+    tasks = two_nodes.tasks()
+    # The one where they meet must live.
+    (head,) = (pid for pid in tasks if port in {at.laddr.port for at in listening(pid)})
+    (dies,) = set(tasks) - {head}
+    began, reached = time.monotonic(), rounds(run)[-1]
+    kill_all_of(dies)
+    wait_for(lambda: (rounds(run) or [0])[-1] > reached + 1, job, two_nodes)
+    figure(f"{time.monotonic() - began:.0f} s from the death of a node to the next round on the other")
+    assert job.wait(PATIENCE_S) == 0, two_nodes.output
+    assert status(run)["state"] == "done" and rounds(run) == list(range(1, 15))
+    assert two_nodes.requeued == []
+    manifest = json.loads((run / "checkpoints/step-00000014/manifest.json").read_text())
+    assert manifest["world_size"] == 1
+
+
+def listening(pid: int) -> list[Any]:
+    return [at for at in psutil.Process(pid).net_connections("tcp") if at.status == psutil.CONN_LISTEN]
