@@ -19,7 +19,7 @@ from distvsd.prior.shapes.world import COLORS, RESOLUTION, SHAPES
 from distvsd.vsd.rng import Purpose, normal
 
 GUIDANCE_SCALE = 3.0
-STEPS = 30
+STEPS = 15
 BATCH = 50
 UNET_BATCH, UNET_REPEATS = 8, 5
 

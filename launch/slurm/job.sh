@@ -37,11 +37,11 @@ find_run() {
 prepare() {
     ranks=${DISTVSD_RANKS:-${SLURM_GPUS_ON_NODE:-}}
     case $ranks in
-    '' | 0 | *[!0-9]*) stop "no GPUs were given to this job (SLURM_GPUS_ON_NODE): set DISTVSD_RANKS to the processes a node" ;;
+    '' | 0 | *[!0-9]*) stop "no GPUs were given to this job (SLURM_GPUS_ON_NODE): set DISTVSD_RANKS" ;;
     esac
     export DISTVSD_RANKS="$ranks"
-    # torchrun and accelerate pass SIGUSR1 on only if they are told to, and kill ranks 30 seconds after a signal. Slurm's
-    # comes 300 seconds before the end: 280 for the save, 20 to requeue.
+    # torchrun and accelerate pass SIGUSR1 on only if they are told to, and kill ranks 30 seconds after a signal.
+    # Slurm's comes 300 seconds before the end: 280 for the save, 20 to requeue.
     export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 PET_SHUTDOWN_TIMEOUT=280
     if [ -z "${OMP_NUM_THREADS:-}" ]; then
         cores=${SLURM_CPUS_PER_TASK:-$ranks}
@@ -76,12 +76,13 @@ supervise() {
     before=$(cat "$run/STATUS.json" 2>/dev/null) || before=
     child=
     early=
-    trap 'pass_on USR1' USR1
-    trap 'pass_on TERM' TERM INT
+    stopping=
+    trap 'say SIGUSR1; pass_on' USR1
+    trap 'say SIGTERM; stopping=yes; pass_on' TERM INT
     say "starting${SLURM_RESTART_COUNT:+, restart $SLURM_RESTART_COUNT}: $*"
     "$@" &
     child=$!
-    [ -z "$early" ] || pass_on "$early"
+    [ -z "$early" ] || pass_on
     code=0
     wait "$child" || code=$?
     # A signal ends `wait` while the ranks are still saving.
@@ -97,14 +98,14 @@ supervise() {
     say "the run in $run is done"
 }
 
+# pass_on: always as SIGUSR1, for which the ranks save and end. On SIGTERM srun kills them (seen with Slurm 22.05).
 pass_on() {
-    say "SIG$1"
-    early=$1
-    [ -z "$child" ] || kill -s "$1" "$child" 2>/dev/null || true
+    early=yes
+    [ -z "$child" ] || kill -s USR1 "$child" 2>/dev/null || true
 }
 
-# settle: decides from STATUS.json what to do after ranks that ended with something else than 0. Launchers end with 1 for
-# all of it: preempted, failed, refused. Always ends this shell.
+# settle: decides from STATUS.json what to do after ranks that ended with something else than 0. Launchers end with 1
+# for all of it: preempted, failed, refused. Always ends this shell.
 settle() {
     state=$(status_field state)
     round=$(status_field round)
@@ -123,7 +124,7 @@ settle() {
     failures=0
     furthest=0
     if [ -f "$run/slurm-failures" ]; then
-        read -r failures furthest <"$run/slurm-failures" || true
+        read -r failures furthest <"$run/slurm-failures" || stop "$run/slurm-failures is not whole; remove it"
     fi
     if [ "$round" -gt "$furthest" ]; then
         failures=0
@@ -131,7 +132,8 @@ settle() {
     else
         failures=$((failures + 1))
     fi
-    echo "$failures $round" >"$run/slurm-failures" || stop "$run cannot be written to; not requeued"
+    if [ "$round" -gt "$furthest" ]; then furthest=$round; fi
+    echo "$failures $furthest" >"$run/slurm-failures" || stop "$run cannot be written to; not requeued"
     limit=${DISTVSD_MAX_REQUEUES:-3}
     say "STATUS.json: $state, $round rounds saved; exit code $code; failures in a row: $failures, allowed: $limit"
     if [ "$failures" -gt "$limit" ]; then
@@ -141,6 +143,10 @@ settle() {
 }
 
 requeue() {
+    if [ -n "$stopping" ]; then
+        say "not requeued: SIGTERM asked for an end; the same sbatch line continues the run"
+        exit 3
+    fi
     job=$(job_name)
     now=$(scontrol show job -o "$job" 2>/dev/null | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p') || now=
     case $now in

@@ -1,6 +1,6 @@
 #!/bin/sh
-# As many machines as there are between MIN and MAX; the same line on each. One that dies or joins later makes all of them
-# start anew from the newest checkpoint, on the ranks there are then.
+# As many machines as there are between MIN and MAX; the same line on each. One that dies or joins later makes all of
+# them start anew from the newest checkpoint, on the ranks there are then.
 #
 #   DISTVSD_NODES=2:4 DISTVSD_HEAD=HOST:PORT sh launch/torchrun/elastic.sh CONFIG [key=value ...]
 #

@@ -195,6 +195,20 @@ def test_a_cancelled_job_is_not_brought_back(slurm: Slurm, run: Path) -> None:
     assert slurm.requeued == [] and "the job is CANCELLED; not requeued" in slurm.output
 
 
+def test_sigterm_to_the_job_lets_the_ranks_save_and_ends_it(slurm: Slurm, run: Path) -> None:
+    """It must not reach srun as it is: srun kills its tasks on it."""
+    run.mkdir()
+    write_status(slurm.state / "next", "preempted", 4, 10)
+    save = f"trap \"cp '{slurm.state}/next' '{run}/STATUS.json'; exit 1\" USR1"
+    slurm.program("accelerate", save, f"touch '{slurm.state}/began'", "while :; do sleep 0.05; done")
+    job = slurm.start("train", "config.yaml", f"run.dir={run}")
+    wait_for((slurm.state / "began").exists, job, slurm)
+    job.terminate()
+    assert job.wait(PATIENCE_S) == 3, slurm.output
+    assert status(run)["state"] == "preempted"
+    assert slurm.requeued == [] and "SIGTERM asked for an end" in slurm.output
+
+
 @pytest.mark.parametrize("job", ["train", "elastic"])
 def test_no_head_node_is_an_error_before_anything_starts(slurm: Slurm, run: Path, job: str) -> None:
     """With a fallback to localhost each node would be a world of its own, and all would write to one run."""
@@ -347,7 +361,7 @@ def test_a_job_whose_time_is_over_saves_is_queued_again_and_finishes(
 def test_a_job_goes_on_with_the_nodes_that_are_left(two_nodes: Slurm, run: Path, prior: Path, figure: Figure) -> None:
     """Everything on one of the two nodes of elastic.sbatch is killed at once: the other one goes on alone from the
     newest checkpoint, in the same job, and finishes."""
-    job = two_nodes.start("elastic", *training(run, prior, 9), PET_RDZV_CONF="last_call_timeout=3")
+    job = two_nodes.start("elastic", *training(run, prior, 10), PET_RDZV_CONF="last_call_timeout=3")
     wait_for(lambda: len(rounds(run)) >= 3, job, two_nodes)
     port = 10000 + int(two_nodes.id) % 20000
     tasks = two_nodes.tasks()
@@ -359,9 +373,9 @@ def test_a_job_goes_on_with_the_nodes_that_are_left(two_nodes: Slurm, run: Path,
     wait_for(lambda: (rounds(run) or [0])[-1] > reached + 1, job, two_nodes)
     figure(f"{time.monotonic() - began:.0f} s from the death of a node to the next round on the other")
     assert job.wait(PATIENCE_S) == 0, two_nodes.output
-    assert status(run)["state"] == "done" and rounds(run) == list(range(1, 15))
+    assert status(run)["state"] == "done" and rounds(run) == list(range(1, 11))
     assert two_nodes.requeued == []
-    manifest = json.loads((run / "checkpoints/step-00000014/manifest.json").read_text())
+    manifest = json.loads((run / "checkpoints/step-00000010/manifest.json").read_text())
     assert manifest["world_size"] == 1
 
 
