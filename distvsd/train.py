@@ -90,7 +90,12 @@ def _claimed(world: World, paths: RunPaths, config: Config, resume: Resume) -> I
             lock.release()
             raise
 
-    agreed(world, claim)
+    try:
+        agreed(world, claim)
+    except BaseException:
+        if world.rank == 0:
+            lock.release()  # only if it is this run's: a rank was lost after rank 0 had taken it
+        raise
     try:
         yield
     except BaseException as error:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
+import functools
 import gc
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
 
+from distvsd import errors
 from distvsd.build import Restored, Run, build_run, load_particles
 from distvsd.checkpoint.format import particle_file
 from distvsd.checkpoint.reader import Checkpoint
 from distvsd.checkpoint.saver import Saver
-from distvsd.config import Config, digest, to_dict
+from distvsd.config import Config, digest, to_dict, to_yaml
 from distvsd.errors import CheckpointError, DivergedError, RunError
 from distvsd.journal import Journal
 from distvsd.loop import Round
@@ -26,6 +30,9 @@ from distvsd.runtime.preempt import Preemption
 from distvsd.runtime.status import State, write_status
 from distvsd.runtime.stragglers import tame_garbage_collector
 from distvsd.runtime.tracker import Outcome
+
+_log = logging.getLogger("distvsd")
+PICTURES_TIMEOUT_S = 86_400.0
 
 
 class Order(enum.IntFlag):
@@ -45,12 +52,16 @@ class Trainer:
         self.preemption, self.heartbeat = preemption, heartbeat
         # Loading from a shared disk takes ranks very different times; from the first round on a silence is a failure.
         set_timeout(world, max(OPENING_TIMEOUT_S, config.parallel.timeout_s))
-        self.parts: Run = build_run(config, world, self._watch, heartbeat.at)
+        self.parts: Run
+        agreed(world, lambda: setattr(self, "parts", build_run(config, world, self._watch, heartbeat.at)))
         checkpoint = config.checkpoint
         self.saver = Saver(paths.checkpoints, world, checkpoint.keep, checkpoint.asynchronous, checkpoint.max_failures)
         self.saver.preflight(self.parts.num_bytes)
         self.first, metrics_bytes, health_bytes = self._resume()
-        self.journal = Journal(config, world, paths, self.first, metrics_bytes, health_bytes)
+        self.journal: Journal
+        journal = functools.partial(Journal, config, world, paths, self.first, metrics_bytes, health_bytes)
+        agreed(world, lambda: setattr(self, "journal", journal()))
+        agreed(world, lambda: paths.adopt(to_yaml(config)) if world.rank == 0 else None)
         self.saved = self.first if self.first else -1  # rounds completed in the newest checkpoint that was begun
         self.was_preempted = False
         self.collect_garbage = tame_garbage_collector()
@@ -65,15 +76,20 @@ class Trainer:
             self.parts.loop.run(self.first, rounds)
             reached = self.saved if self.was_preempted else max(self.first, rounds)
             self._save_for_good(reached)
-            if not self.was_preempted:
-                self._last_pictures()
             outcome = "preempted" if self.was_preempted else "done"
+            why = f"{self.preemption.requested or 'another rank was told to stop'}; the same command continues the run"
+            self._status(outcome, reached, why if self.was_preempted else "")  # before what may take long, or fail
+            if not self.was_preempted:
+                set_timeout(self.world, PICTURES_TIMEOUT_S)  # the others wait for rank 0
+                self._last_pictures()
+        except DivergedError:
+            with contextlib.suppress(CheckpointError):
+                self._finish()  # all ranks are at the same place: what was being saved is not lost
+            raise
         finally:
             self.journal.close(outcome)
             gc.unfreeze()
             gc.enable()
-        why = f"{self.preemption.requested or 'another rank was told to stop'}; the same command continues the run"
-        self._status(outcome, reached, why if self.was_preempted else "")
         return not self.was_preempted
 
     def _watch(self, done: Round) -> bool:
@@ -194,16 +210,27 @@ class Trainer:
         """Contact sheets on the way: each rank draws its own first particles, so that nothing is gathered."""
         ensemble = self.parts.ensemble
         ids = ensemble.ids[:SHEET_ROWS]
-        if ids:
-            decode = self.parts.prior.decode if ensemble.particle.is_latent else None
-            folder = self.paths.renders / f"round-{completed:08d}" / f"particles-{ids[0]:06d}-{ids[-1]:06d}"
+        if not ids:
+            return
+        decode = self.parts.prior.decode if ensemble.particle.is_latent else None
+        folder = self.paths.renders / f"round-{completed:08d}" / f"particles-{ids[0]:06d}-{ids[-1]:06d}"
+        try:
             sheets = contact_sheets(Restored(self.config, ids, completed, ensemble, decode), folder)
+        except (OSError, RuntimeError) as error:  # a full disk, no memory: pictures do not end a run
+            _log.warning("no pictures of round %d: %s", completed, error)
+        else:
             self.journal.pictures(sheets, completed)
 
     def _last_pictures(self) -> None:
-        """The contact sheet and the table of the finished run, on rank 0."""
+        """The contact sheet and the table of the finished run, on rank 0; the run is done without them."""
         if self.world.rank != 0:
             return
+        try:
+            self._show_finished()
+        except Exception as error:  # whatever it is: the state is saved, and the others wait
+            self.journal.progress.note(f"warning: no pictures of the finished run ({type(error).__name__}: {error})")
+
+    def _show_finished(self) -> None:
         finished = load_particles(self.paths.root)
         first_page = dataclasses.replace(finished, ids=finished.ids[:SHEET_ROWS])
         sheets = contact_sheets(first_page, self.paths.renders)
@@ -218,7 +245,10 @@ class Trainer:
 
     def _status(self, state: State, completed: int, message: str = "") -> None:
         if self.world.rank == 0:
-            write_status(self.paths.status, state, completed, self.config.schedule.rounds, message)
+            try:
+                write_status(self.paths.status, state, completed, self.config.schedule.rounds, message)
+            except RunError as error:  # the disk is full; only rank 0 knows, so it must not raise alone
+                self.journal.progress.note(f"warning: {error}")
 
 
 def agreed(world: World, action: Callable[[], None]) -> None:
@@ -234,4 +264,5 @@ def agreed(world: World, action: Callable[[], None]) -> None:
         return
     if problem is not None and str(problem) == failed[1]:
         raise problem
-    raise (RunError if failed[0] == "RunError" else CheckpointError)(failed[1]) from problem
+    kind = getattr(errors, failed[0], RunError)
+    raise kind(failed[1]) from problem

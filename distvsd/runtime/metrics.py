@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -47,17 +48,20 @@ class JsonLines:
                 raise OSError("the disk took half of a line")
             self.bytes += len(line)
         except OSError as error:
-            os.ftruncate(self._handle, self.bytes)
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._handle, self.bytes)
             if not self.dropped:
                 _log.warning("%s cannot be written, lines are dropped: %s", self._path, error)
             self.dropped += 1
 
     def close(self) -> None:
         """Forces what was written to the disk; the object is of no use afterwards. May be called again."""
-        if self._handle >= 0:
-            os.fsync(self._handle)
-            os.close(self._handle)
-            self._handle = -1
+        handle, self._handle = self._handle, -1
+        for act in (os.fsync, os.close) if handle >= 0 else ():
+            try:
+                act(handle)
+            except OSError as error:  # a network file system may tell of a full disk only here
+                _log.warning("%s may have lost its last lines: %s", self._path, error)
 
     def __enter__(self) -> JsonLines:
         return self

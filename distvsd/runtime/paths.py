@@ -99,7 +99,8 @@ class RunPaths:
             raise RunError(f"{self.config} cannot be read ({error}); restore it, or choose another run.dir") from error
 
     def claim(self, config: str, resume: Resume, differences: Sequence[str] | None = None) -> None:
-        """Writes config.yaml, after making sure that the directory belongs to this run. Call it with the lock held.
+        """Makes sure that the directory belongs to this run, and writes config.yaml into a fresh one; a changed one is
+        written by `adopt`, once the run could be resumed with it. Call it with the lock held.
 
         resume: 'auto' continues a run of the same configuration, 'must' also one whose configuration was changed, and
         demands one; 'never' demands that there is none. differences: what changed against `previous_config`, in words;
@@ -117,7 +118,12 @@ class RunPaths:
                     f"{self.root} holds a run of another configuration ({'; '.join(changed[:8])}); choose another "
                     f"run.dir, or continue that run with the new values by --resume must"
                 )
-        if before != config:
+        if before is None:
+            write_atomically(self.config, config)
+
+    def adopt(self, config: str) -> None:
+        """Writes config.yaml if it says something else. Raises RunError."""
+        if self.previous_config() != config:
             write_atomically(self.config, config)
 
 

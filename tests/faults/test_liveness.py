@@ -18,7 +18,6 @@ import pytest
 
 from distvsd.config import Config, load_config
 from distvsd.errors import RankError
-from distvsd.parallel.collectives import set_timeout
 from distvsd.parallel.world import World
 from distvsd.testing.faults import injected
 from distvsd.testing.pipelines import tiny_pipeline
@@ -48,13 +47,13 @@ def config(run: Path, prior: Path, **changes: Any) -> Config:
         "schedule.rounds": 4,
         "checkpoint.every": 1,
         "log.every": 1,
+        "parallel.timeout_s": 60,
     } | changes
     return load_config(ROOT / "configs/smoke.yaml", [f"{key}={value}" for key, value in settings.items()])
 
 
-def train_with(world: World, run: Config, faults: str, folder: Path, timeout_s: float) -> None:
+def train_with(world: World, run: Config, faults: str, folder: Path) -> None:
     """Trains under faults; leaves the error that ended it, and when, in a file: some ranks will not return."""
-    set_timeout(world, timeout_s)
     try:
         with injected(faults):
             train(run)
@@ -64,11 +63,11 @@ def train_with(world: World, run: Config, faults: str, folder: Path, timeout_s: 
         raise
 
 
-def reports(folder: Path, run: Config, faults: str, size: int, timeout_s: float) -> dict[int, dict[str, Any]]:
+def reports(folder: Path, run: Config, faults: str, size: int) -> dict[int, dict[str, Any]]:
     """What each rank that could still speak said, of a run that fails."""
     folder.mkdir()
     with pytest.raises(RankError):
-        run_ranks(lambda world: train_with(world, run, faults, folder, timeout_s), size)
+        run_ranks(lambda world: train_with(world, run, faults, folder), size)
     return {int(path.stem): json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 
@@ -90,7 +89,7 @@ def test_a_dead_rank_ends_the_others_with_its_name(
     run = config(tmp_path / "run", prior, **{"checkpoint.every": 3, "checkpoint.asynchronous": "false"})
     # The sleep is for a heartbeat, which comes every second: it tells where the rank was at the last one.
     faults = f"sleep@{point}:rank=1:step=2:nth=1:ms=2500; kill@{point}:rank=1:step=2:nth=1"
-    found = reports(tmp_path / "said", run, faults, 3, timeout_s=60.0)
+    found = reports(tmp_path / "said", run, faults, 3)
     assert sorted(found) == [0, 2]
     for report in found.values():
         assert report["kind"] == "RankError"
@@ -111,8 +110,8 @@ def test_a_dead_rank_ends_the_others_with_its_name(
 @pytest.mark.guarantee("G20")
 def test_a_hung_rank_is_found_by_the_timeout_and_named(tmp_path: Path, prior: Path, figure: Figure) -> None:
     """A rank that hangs is found when parallel.timeout_s is over, and named as stopped with its place."""
-    run = config(tmp_path / "run", prior)
-    found = reports(tmp_path / "said", run, "stop@reduce:rank=2:step=2:nth=1", 3, timeout_s=3.0)
+    run = config(tmp_path / "run", prior, **{"parallel.timeout_s": 3})
+    found = reports(tmp_path / "said", run, "stop@reduce:rank=2:step=2:nth=1", 3)
     assert sorted(found) == [0, 1]
     for report in found.values():
         assert report["kind"] == "RankError"
@@ -128,7 +127,7 @@ def test_a_hung_rank_is_found_by_the_timeout_and_named(tmp_path: Path, prior: Pa
 def test_an_error_of_one_rank_alone_is_told_by_all(tmp_path: Path, prior: Path) -> None:
     """An exception that strikes one rank between two collectives ends all ranks; the others repeat what it said."""
     run = config(tmp_path / "run", prior)
-    found = reports(tmp_path / "said", run, "eio@exchange:rank=1:step=1", 3, timeout_s=60.0)
+    found = reports(tmp_path / "said", run, "eio@exchange:rank=1:step=1", 3)
     assert found[1]["kind"] == "OSError"
     for rank in (0, 2):
         assert found[rank]["kind"] == "RankError"

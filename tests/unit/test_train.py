@@ -355,3 +355,24 @@ def test_resuming_against_another_prior_or_count_is_refused(
     other = tiny_pipeline(tmp_path / "other", "shapes", "v_prediction", seed=5)
     with pytest.raises(CheckpointError, match="against another prior"):
         train(configured(prior__path=other), resume="must")
+
+
+def test_a_change_that_cannot_be_resumed_leaves_the_run_as_it_was(configured: Callable[..., Config]) -> None:
+    config = configured()
+    train(config)
+    with pytest.raises(CheckpointError, match="resume with that count"):
+        train(configured(particles__count=3, schedule__rounds=4), resume="must")
+    assert load_config(Path(config.run.dir) / "config.yaml").particles.count == 2
+    assert train(config) == 0
+
+
+def test_pictures_that_cannot_be_drawn_do_not_undo_a_finished_run(
+    configured: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trainer_module, "contact_sheets", no_space)
+    config = configured(log__images_every=1)
+    assert train(config) == 0
+    assert status_of(config)["state"] == "done"

@@ -114,6 +114,8 @@ def test_claiming_a_directory(tmp_path: Path) -> None:
         paths.claim("seed: 1\n", "never")
     assert paths.previous_config() == "seed: 1\n"
     paths.claim("seed: 2\n", "must")
+    assert paths.previous_config() == "seed: 1\n", "not before the run was resumed with it"
+    paths.adopt("seed: 2\n")
     assert paths.previous_config() == "seed: 2\n"
     paths.claim("seed: 2 # spelled otherwise\n", "auto", differences=[])
     with pytest.raises(RunError, match=r"run\.seed was 2"):
