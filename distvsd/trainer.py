@@ -168,6 +168,8 @@ class Trainer:
     def _save_for_good(self, completed: int) -> None:
         """The state after `completed` rounds is on the disk when this returns; communicates. Raises CheckpointError."""
         self.heartbeat.at(completed, "save")
+        # Ranks write for very different times, and here they wait for each other: a slow disk is no dead rank.
+        set_timeout(self.world, max(OPENING_TIMEOUT_S, self.config.parallel.timeout_s))
         self._finish()
         if self.saver.failures or self.saved != completed:
             self.saved = -1
