@@ -54,6 +54,14 @@ def figure(request: pytest.FixtureRequest) -> Callable[[str], None]:
     return report
 
 
+@pytest.fixture(scope="session")
+def prior(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny random pipeline in the layout of the embedded prior; not to be written to."""
+    from distvsd.testing.pipelines import tiny_pipeline
+
+    return tiny_pipeline(tmp_path_factory.mktemp("prior"), "shapes", "v_prediction", 0)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     report: pytest.TestReport = yield

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from distvsd.checkpoint import Checkpoint, Saver, newest, particle_file, reader
-from distvsd.errors import CheckpointError, RankError
+from distvsd.errors import RankError
 from distvsd.parallel.collectives import gather_objects, max_flags
 from distvsd.parallel.world import World
 from distvsd.testing.faults import POINTS, begin_round, injected
 from distvsd.testing.ranks import run_ranks
+from tests.small_run import told
 
 PAGE = Path(__file__).parents[2] / "docs" / "checkpoint-format.md"
 METADATA = {"config": {}, "config_digest": "c", "prior_identity": "p", "metrics_bytes": 0}
@@ -68,14 +69,6 @@ def marks(checkpoint: Checkpoint) -> set[tuple[int, ...]]:
     files = [file for file in checkpoint.manifest.files if file.endswith(".safetensors")]
     assert len(files) == NUM_PARTICLES + 1
     return {tuple(checkpoint.read(file)["mark"].tolist()) for file in files}
-
-
-def told(action: Callable[[], Any]) -> str:
-    try:
-        action()
-    except CheckpointError as error:
-        return str(error)
-    return "no error"
 
 
 def leftovers(folder: Path) -> list[str]:

@@ -9,22 +9,12 @@ import pytest
 
 from benchmarks.kill_campaign import last_reported, small_training, warm_up
 from distvsd.checkpoint import particle_file, reader, verify_run
-from distvsd.config import Config
-from distvsd.errors import CheckpointError
 from distvsd.parallel.world import World
 from distvsd.testing.faults import injected
 from distvsd.testing.pipelines import tiny_pipeline
 from distvsd.testing.ranks import run_ranks
 from distvsd.train import train
-
-
-def told(config: Config) -> str:
-    """The text of the CheckpointError that a training must end in."""
-    try:
-        train(config)
-    except CheckpointError as error:
-        return str(error)
-    return "no error"
+from tests.small_run import told
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -71,7 +61,7 @@ def test_a_training_whose_disk_stays_full_ends_with_the_checkpoints_it_had(tmp_p
     def run(world: World) -> str:
         # By round 3 the save after round 2 has been published: it is finished before the next one begins.
         with injected("; ".join(f"enospc@save.write:rank=1:step={step}" for step in range(3, 8))):
-            return told(config)
+            return told(lambda: train(config))
 
     messages = run_ranks(run, 2)
     assert messages[0] == messages[1] and "3 saves in a row failed" in messages[0]
@@ -105,6 +95,6 @@ def test_a_training_with_damaged_checkpoints_only_does_not_start_anew(tmp_path: 
     for step in reader.steps(folder):
         (folder / f"step-{step:08d}/manifest.json").write_text("{}")
 
-    messages = run_ranks(lambda world: told(config), 2)
+    messages = run_ranks(lambda world: told(lambda: train(config)), 2)
     assert messages[0] == messages[1] and "none of the 2 checkpoints" in messages[0]
     assert reader.steps(folder) == [3, 2]

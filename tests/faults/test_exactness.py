@@ -17,12 +17,11 @@ import pytest
 from distvsd.checkpoint.reader import steps
 from distvsd.checkpoint.verify import verify_run
 from distvsd.config import Config, load_config
-from distvsd.errors import ConfigError, DistvsdError, RankError
-from distvsd.parallel.world import World
+from distvsd.errors import ConfigError, RankError
 from distvsd.testing.faults import injected
-from distvsd.testing.pipelines import tiny_pipeline
 from distvsd.testing.ranks import run_ranks
 from distvsd.train import train
+from tests.small_run import refusals
 
 Figure = Callable[[str], None]
 SMOKE = Path(__file__).parents[2] / "configs" / "smoke.yaml"
@@ -47,11 +46,6 @@ DEATH = "kill@round:step=5"
 # What of a line of metrics.jsonl is mathematics; the rest is time.
 MATHEMATICS = ("round", "score_loss", "score_steps_skipped", "lag", "healthy", "quarantined", "resolution", "t_max")
 State = tuple[dict[str, str], list[dict[str, Any]]]
-
-
-@pytest.fixture(scope="module")
-def prior(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_pipeline(tmp_path_factory.mktemp("prior"), "shapes", "v_prediction", 0)
 
 
 def training(run: Path, prior: Path, numerics: str = "exact", **changes: Any) -> Config:
@@ -167,19 +161,6 @@ def test_exact_numerics_refuse_a_renderer_that_adds_in_no_fixed_order(tmp_path: 
     with pytest.raises(ConfigError, match=r"render\.backend is nerfacc.*numerics is exact; allowed: auto, torch"):
         training(tmp_path / "run", prior, render__backend="nerfacc")
     assert not (tmp_path / "run").exists()
-
-
-def refusals(config: Config, size: int) -> list[str]:
-    """What each rank says, '' for one that trains."""
-
-    def attempt(world: World) -> str:
-        try:
-            train(config)
-        except DistvsdError as error:
-            return f"{type(error).__name__}: {error}"
-        return ""
-
-    return run_ranks(attempt, size)
 
 
 @pytest.mark.guarantee("G14")

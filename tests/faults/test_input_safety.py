@@ -24,22 +24,20 @@ import distvsd
 from distvsd.checkpoint.reader import newest, open_checkpoint
 from distvsd.config import Config, load_config
 from distvsd.config.load import dotted_keys
-from distvsd.errors import CheckpointError, ConfigError, DistvsdError, RankError
+from distvsd.errors import CheckpointError, ConfigError, RankError
 from distvsd.parallel.world import World, open_world
 from distvsd.testing.faults import injected
 from distvsd.testing.pipelines import tiny_pipeline
 from distvsd.testing.ranks import run_ranks
 from distvsd.train import train
+from tests.small_run import TINY, refusals
 
 Figure = Callable[[str], None]
 ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "configs" / "smoke.yaml"
 SMALL = {
     "particles.count": 2,
-    "particles.nerf.samples_per_ray": 4,
-    "particles.nerf.base_resolution": 4,
-    "particles.nerf.max_resolution": 8,
-    "render.resolution": 16,
+    **TINY,
     "schedule.rounds": 2,
     "checkpoint.every": 2,
     "score.rank": 2,
@@ -56,11 +54,6 @@ time.sleep(600)
 
 
 @pytest.fixture(scope="module")
-def prior(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_pipeline(tmp_path_factory.mktemp("prior"), "shapes", "v_prediction", 0)
-
-
-@pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, prior: Path) -> Path:
     """A finished run; for tests that copy it."""
     config = training(tmp_path_factory.mktemp("finished") / "run", prior)
@@ -72,19 +65,6 @@ def training(run: Path, prior: Path, **changes: Any) -> Config:
     settings = {"run.dir": run, "prior.path": prior} | SMALL
     settings |= {key.replace("__", "."): value for key, value in changes.items()}
     return load_config(SMOKE, [f"{key}={value}" for key, value in settings.items()])
-
-
-def refusals(config: Config, size: int) -> list[str]:
-    """What each rank says, '' for one that trains."""
-
-    def attempt(world: World) -> str:
-        try:
-            train(config)
-        except DistvsdError as error:
-            return f"{type(error).__name__}: {error}"
-        return ""
-
-    return run_ranks(attempt, size)
 
 
 @pytest.mark.guarantee("G29")

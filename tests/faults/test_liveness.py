@@ -16,40 +16,20 @@ from typing import Any
 
 import pytest
 
-from distvsd.config import Config, load_config
+from distvsd.config import Config
 from distvsd.errors import RankError
 from distvsd.parallel.world import World
 from distvsd.testing.faults import injected
-from distvsd.testing.pipelines import tiny_pipeline
 from distvsd.testing.ranks import run_ranks
 from distvsd.train import train
+from tests.small_run import small_config
 
 ROOT = Path(__file__).parents[2]
 Figure = Callable[[str], None]
 
 
-@pytest.fixture(scope="module")
-def prior(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_pipeline(tmp_path_factory.mktemp("prior"), "shapes", "v_prediction", 0)
-
-
 def config(run: Path, prior: Path, **changes: Any) -> Config:
-    settings = {
-        "run.dir": run,
-        "run.seed": 41,
-        "prior.path": prior,
-        "parallel.numerics": "exact",
-        "particles.count": 3,
-        "particles.nerf.samples_per_ray": 4,
-        "particles.nerf.base_resolution": 4,
-        "particles.nerf.max_resolution": 8,
-        "render.resolution": 16,
-        "schedule.rounds": 4,
-        "checkpoint.every": 1,
-        "log.every": 1,
-        "parallel.timeout_s": 60,
-    } | changes
-    return load_config(ROOT / "configs/smoke.yaml", [f"{key}={value}" for key, value in settings.items()])
+    return small_config(run, prior, **{"checkpoint.every": 1, "log.every": 1, "parallel.timeout_s": 60} | changes)
 
 
 def train_with(world: World, run: Config, faults: str, folder: Path) -> None:

@@ -14,25 +14,20 @@ import pytest
 
 from distvsd.checkpoint.verify import verify_run
 from distvsd.cli import main
-from distvsd.config import Config, load_config
+from distvsd.config import Config
 from distvsd.errors import RankError
 from distvsd.parallel.world import World
 from distvsd.runtime.tracker import Tracker
 from distvsd.testing.faults import injected
-from distvsd.testing.pipelines import tiny_pipeline
 from distvsd.testing.ranks import run_ranks
 from distvsd.train import train
+from tests.small_run import small_config
 
 ROOT = Path(__file__).parents[2]
 ROUNDS = 8
 
 Figure = Callable[[str], None]
 Calls = Callable[[str], list[dict[str, Any]]]
-
-
-@pytest.fixture(scope="module")
-def prior(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_pipeline(tmp_path_factory.mktemp("prior"))
 
 
 @pytest.fixture
@@ -52,22 +47,8 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 
 def config(run: Path, prior: Path, **changes: Any) -> Config:
-    settings = {
-        "run.dir": run,
-        "run.seed": 41,
-        "prior.path": prior,
-        "parallel.numerics": "exact",
-        "particles.count": 2,
-        "particles.nerf.samples_per_ray": 4,
-        "particles.nerf.base_resolution": 4,
-        "particles.nerf.max_resolution": 8,
-        "render.resolution": 16,
-        "schedule.rounds": ROUNDS,
-        "checkpoint.every": 4,
-        "log.every": 1,
-        "log.wandb": "offline",
-    } | changes
-    return load_config(ROOT / "configs/smoke.yaml", [f"{key}={value}" for key, value in settings.items()])
+    own = {"particles.count": 2, "schedule.rounds": ROUNDS, "checkpoint.every": 4, "log.every": 1}
+    return small_config(run, prior, **own | {"log.wandb": "offline"} | changes)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -23,8 +23,8 @@ import torch
 
 from distvsd.checkpoint.verify import verify_run
 from distvsd.config import load_config
-from distvsd.testing.pipelines import tiny_pipeline
 from distvsd.train import train
+from tests.small_run import overrides
 
 ROOT = Path(__file__).parents[2]
 SMOKE = str(ROOT / "configs/smoke.yaml")
@@ -38,27 +38,8 @@ Figure = Callable[[str], None]
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the worlds of these tests are of two CPU ranks")
 
 
-@pytest.fixture(scope="module")
-def prior(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_pipeline(tmp_path_factory.mktemp("prior"), "shapes", "v_prediction", 0)
-
-
 def settings(run: Path, prior: Path, **changes: Any) -> list[str]:
-    chosen = {
-        "run.dir": run,
-        "run.seed": 41,
-        "prior.path": prior,
-        "parallel.numerics": "exact",
-        "particles.count": 3,
-        "particles.nerf.samples_per_ray": 4,
-        "particles.nerf.base_resolution": 4,
-        "particles.nerf.max_resolution": 8,
-        "render.resolution": 16,
-        "schedule.rounds": 5,
-        "checkpoint.every": 1,
-        "log.every": 1,
-    } | changes
-    return [f"{key}={value}" for key, value in chosen.items()]
+    return overrides(run, prior, **{"schedule.rounds": 5, "checkpoint.every": 1, "log.every": 1} | changes)
 
 
 class Job:

@@ -15,7 +15,6 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,8 +23,8 @@ from safetensors import safe_open
 
 from distvsd.checkpoint.verify import verify_run
 from distvsd.config import load_config
-from distvsd.testing.pipelines import tiny_pipeline
 from distvsd.train import train
+from tests.small_run import overrides
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "configs" / "smoke.yaml"
@@ -89,28 +88,6 @@ def launch(*lines: str, home: Path) -> Launched:
         for process in processes:
             process.kill()
     return Launched(max(process.returncode for process in processes), "".join(outputs))
-
-
-@pytest.fixture(scope="module")
-def prior(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_pipeline(tmp_path_factory.mktemp("prior"))
-
-
-def overrides(run: Path, prior: Path, **changes: Any) -> list[str]:
-    settings = {
-        "run.dir": run,
-        "run.seed": 41,
-        "prior.path": prior,
-        "parallel.numerics": "exact",
-        "particles.count": 3,
-        "particles.nerf.samples_per_ray": 4,
-        "particles.nerf.base_resolution": 4,
-        "particles.nerf.max_resolution": 8,
-        "render.resolution": 16,
-        "schedule.rounds": 4,
-        "checkpoint.every": 2,
-    } | changes
-    return [f"{key}={value}" for key, value in settings.items()]
 
 
 def digest(run: Path) -> list[str]:

@@ -27,7 +27,7 @@ import torch
 
 from distvsd.checkpoint.verify import verify_run
 from distvsd.runtime.status import State, write_status
-from distvsd.testing.pipelines import tiny_pipeline
+from tests.small_run import overrides
 
 ROOT = Path(__file__).parents[2]
 JOBS = sorted((ROOT / "launch/slurm").glob("*.sbatch"))
@@ -273,26 +273,9 @@ def test_slurm_reads_what_the_jobs_ask_for(job: Path) -> None:
     assert notice is not None and 0 < int(patience) <= int(notice[1]) - 20
 
 
-@pytest.fixture(scope="module")
-def prior(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_pipeline(tmp_path_factory.mktemp("prior"), "shapes", "v_prediction", 0)
-
-
 def training(run: Path, prior: Path, rounds: int) -> list[str]:
     """The arguments of a small run."""
-    chosen: dict[str, Any] = {
-        "run.dir": run,
-        "prior.path": prior,
-        "parallel.numerics": "exact",
-        "particles.count": 3,
-        "particles.nerf.samples_per_ray": 4,
-        "particles.nerf.base_resolution": 4,
-        "particles.nerf.max_resolution": 8,
-        "render.resolution": 16,
-        "schedule.rounds": rounds,
-        "checkpoint.every": 1,
-    }
-    return ["configs/smoke.yaml", *(f"{key}={value}" for key, value in chosen.items())]
+    return ["configs/smoke.yaml", *overrides(run, prior, **{"schedule.rounds": rounds, "checkpoint.every": 1})]
 
 
 def status(run: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from distvsd.errors import ConfigError
 from distvsd.testing.pipelines import tiny_pipeline
 from distvsd.testing.ranks import run_ranks
 from distvsd.train import train
+from tests.small_run import TINY
 
 ROOT = Path(__file__).parents[2]
 SWEEPS = sorted((ROOT / "launch/sweep").glob("*.yaml"))
@@ -91,10 +92,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_pipeline(folder / "prior")
     small = {
         "prior.path": folder / "prior",
-        "particles.nerf.samples_per_ray": 4,
-        "particles.nerf.base_resolution": 4,
-        "particles.nerf.max_resolution": 8,
-        "render.resolution": 16,
+        **TINY,
         "schedule.rounds": 4,
         "checkpoint.every": 2,
         "log.every": 1,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ from torch import Tensor
 
 from distvsd.checkpoint import Saver, particle_file, store, verify_run
 from distvsd.checkpoint.format import FileEntry
-from distvsd.errors import CheckpointError
 from distvsd.parallel.world import World
 from distvsd.testing.faults import injected
 from distvsd.testing.ranks import run_ranks
+from tests.small_run import told
 
 NUM_PARTICLES = 7
 METADATA = {"config": {}, "config_digest": "c", "prior_identity": "p", "metrics_bytes": 0}
@@ -41,15 +40,6 @@ def save(world: World, folder: Path, *steps: int) -> None:
             texts["score/adapter_config.json"] = "{}"
         health = {particle: {"rank": world.rank} for particle in range(world.rank, NUM_PARTICLES, world.size)}
         saver.begin(step, files, texts, METADATA, health)
-
-
-def told(action: Callable[[], Any]) -> str:
-    """The text of the CheckpointError that an action must end in."""
-    try:
-        action()
-    except CheckpointError as error:
-        return str(error)
-    return "no error"
 
 
 def test_any_number_of_ranks_saves_the_same_state(tmp_path: Path) -> None:

@@ -25,15 +25,13 @@ from distvsd.parallel.world import World
 from distvsd.testing.faults import injected
 from distvsd.testing.pipelines import tiny_pipeline
 from distvsd.train import train
+from tests.small_run import TINY
 
 SMOKE = Path(__file__).parents[2] / "configs" / "smoke.yaml"
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
-TINY = {
+SMALL = {
     "particles.count": 2,
-    "particles.nerf.samples_per_ray": 4,
-    "particles.nerf.base_resolution": 4,
-    "particles.nerf.max_resolution": 8,
-    "render.resolution": 16,
+    **TINY,
     "schedule.rounds": 2,
     "checkpoint.every": 0,
     "score.rank": 2,
@@ -61,7 +59,7 @@ def priors(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.fixture
 def configured(tmp_path: Path, priors: Callable[[str], Path]) -> Callable[..., Config]:
     def make(name: str = "run", prediction: str = "v_prediction", **changes: Any) -> Config:
-        settings = {"run.dir": tmp_path / name, "prior.path": priors(prediction)} | TINY
+        settings = {"run.dir": tmp_path / name, "prior.path": priors(prediction)} | SMALL
         settings |= {key.replace("__", "."): value for key, value in changes.items()}
         return load_config(SMOKE, [f"{key}={value}" for key, value in settings.items()])
 

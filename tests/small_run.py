@@ -1,0 +1,65 @@
+"""The smallest run that is a whole one, for the tests that train one: seconds on a core, on a random prior."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from distvsd.config import Config, load_config
+from distvsd.errors import CheckpointError, DistvsdError
+from distvsd.parallel.world import World
+from distvsd.testing.ranks import run_ranks
+from distvsd.train import train
+
+ROOT = Path(__file__).parents[1]
+SMOKE = ROOT / "configs" / "smoke.yaml"
+TINY: dict[str, Any] = {
+    "particles.nerf.samples_per_ray": 4,
+    "particles.nerf.base_resolution": 4,
+    "particles.nerf.max_resolution": 8,
+    "render.resolution": 16,
+}
+
+
+def overrides(run: Path, prior: Path, **changes: Any) -> list[str]:
+    """The key=value arguments of three tiny particles in exact numerics; changes are dotted keys and their values."""
+    settings = {
+        "run.dir": run,
+        "run.seed": 41,
+        "prior.path": prior,
+        "parallel.numerics": "exact",
+        "particles.count": 3,
+        "schedule.rounds": 4,
+        "checkpoint.every": 2,
+        **TINY,
+        **changes,
+    }
+    return [f"{key}={value}" for key, value in settings.items()]
+
+
+def small_config(run: Path, prior: Path, **changes: Any) -> Config:
+    """The same as a configuration."""
+    return load_config(SMOKE, overrides(run, prior, **changes))
+
+
+def refusals(config: Config, size: int) -> list[str]:
+    """What each of `size` ranks says that is to train this, '' for one that trains."""
+
+    def attempt(world: World) -> str:
+        try:
+            train(config)
+        except DistvsdError as error:
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+    return run_ranks(attempt, size)
+
+
+def told(action: Callable[[], Any]) -> str:
+    """The text of the CheckpointError that an action ends in."""
+    try:
+        action()
+    except CheckpointError as error:
+        return str(error)
+    return "no error"
