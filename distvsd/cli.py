@@ -6,17 +6,32 @@ Exit codes: 0 done; 2 wrong usage or configuration; 3 preempted, resumable; 1 an
 from __future__ import annotations
 
 import argparse
+import faulthandler
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from distvsd import commands
 from distvsd.commands import is_first_rank
 from distvsd.errors import ConfigError, DistvsdError, UsageError
 
 Command = Callable[[argparse.Namespace], int]
+
+
+def program(argv: Sequence[str] | None = None) -> NoReturn:
+    """`main` as a process of its own, which ends with its exit code; a crash leaves a traceback of every thread."""
+    faulthandler.enable()
+    code = main(argv)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # gloo's threads let go of the last tensors whenever they come to it; in an interpreter that is being torn down
+        # that aborts the process (seen with torch 2.13), and a finished run would count as failed.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -193,6 +208,16 @@ def _prior_commands(parents: Any) -> None:
         "--num-images", type=_positive, default=30_000, help="size of the drawn data set (default: %(default)s)"
     )
     build.add_argument("--steps", type=_positive, default=6_500, help="training steps (default: %(default)s)")
+    build.add_argument(
+        "--learning-rate", type=_rate, default=8e-4, help="highest rate of the training (default: %(default)s)"
+    )
+    build.add_argument(
+        "--from",
+        dest="start",
+        default="",
+        metavar="FOLDER",
+        help="begin with the weights of this pipeline instead of random ones",
+    )
     build.add_argument("--batch-size", type=_positive, default=32, help="images a step (default: %(default)s)")
     build.add_argument("--device", default="cpu", help="torch device to train on (default: %(default)s)")
 
@@ -236,6 +261,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def _rate(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{value} is not above 0")
     return value
 
 

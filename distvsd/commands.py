@@ -117,7 +117,14 @@ def run_prior_sample(args: argparse.Namespace) -> int:
 def run_prior_build(args: argparse.Namespace) -> int:
     from distvsd.prior.shapes.build import BuildConfig, build
 
-    config = BuildConfig(seed=args.seed, num_images=args.num_images, steps=args.steps, batch_size=args.batch_size)
+    config = BuildConfig(
+        seed=args.seed,
+        num_images=args.num_images,
+        steps=args.steps,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        start=args.start,
+    )
     build(args.folder, config, args.device, lambda line: print(line, flush=True))
     return 0
 

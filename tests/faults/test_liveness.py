@@ -90,8 +90,10 @@ def test_a_dead_rank_ends_the_others_with_its_name(
 @pytest.mark.guarantee("G20")
 def test_a_hung_rank_is_found_by_the_timeout_and_named(tmp_path: Path, prior: Path, figure: Figure) -> None:
     """A rank that hangs is found when parallel.timeout_s is over, and named as stopped with its place."""
-    run = config(tmp_path / "run", prior, **{"parallel.timeout_s": 3})
-    found = reports(tmp_path / "said", run, "stop@reduce:rank=2:step=2:nth=1", 3)
+    run = config(tmp_path / "run", prior, **{"parallel.timeout_s": 4})
+    # The sleep is for a heartbeat, as above.
+    faults = "sleep@reduce:rank=2:step=2:nth=1:ms=2500; stop@reduce:rank=2:step=2:nth=1"
+    found = reports(tmp_path / "said", run, faults, 3)
     assert sorted(found) == [0, 1]
     for report in found.values():
         assert report["kind"] == "RankError"
@@ -99,8 +101,8 @@ def test_a_hung_rank_is_found_by_the_timeout_and_named(tmp_path: Path, prior: Pa
             r"rank 2 \(host \S+, pid \d+, last seen in phase 'score' of round 2\) is stopped", report["text"]
         )
     seconds = max(report["time"] for report in found.values()) - last_round_ended(run)
-    assert 2.5 < seconds < 30
-    figure(f"stopped: the others ended after {seconds:.1f} s, timeout 3 s")
+    assert 3.5 < seconds < 30
+    figure(f"stopped: the others ended after {seconds:.1f} s, timeout 4 s")
 
 
 @pytest.mark.guarantee("G19", "G23")

@@ -138,9 +138,10 @@ class Shell:
         programs.mkdir()
         for name in PROGRAMS:
             path = programs / name
-            # Arguments are separated by what cannot be in one of these lines.
+            # Arguments are separated by what cannot be in one of these lines; each line is one write, as several
+            # programs may write at once.
             what = f'{name} "$PET_SIGNALS_TO_HANDLE" "$PET_SHUTDOWN_TIMEOUT" "$@"'
-            path.write_text(f"#!/bin/sh\n{{ printf '%s\\t' {what}; echo; }} >>'{self._notes}'\n")
+            path.write_text(f"#!/bin/sh\nline=$(printf '%s\\t' {what})\nprintf '%s\\n' \"$line\" >>'{self._notes}'\n")
             path.chmod(0o755)
         path = [str(programs), str(ROOT / "tests/fakes/slurm"), os.environ["PATH"]]
         self.environment = without_launchers() | {"PATH": os.pathsep.join(path), "FAKE_SLURM": str(home)}

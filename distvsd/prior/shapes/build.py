@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distvsd.cameras import Cameras
@@ -37,10 +37,10 @@ NUM_TIMESTEPS = 1000
 # 48 through the last layers, and samples keep what does not fit as noise. Its error is weighted as that of v,
 # 1 / sigma^2, up to this.
 MAX_WEIGHT = 5.0
-# What an image shows is decided at high noise, colour first, then shape, then face: this share of a batch is drawn from
-# there, from DECISIVE of the range on.
-DECISIVE = 0.6
-DECISIVE_SHARE = 0.625
+# What an image shows is decided from high noise down: colour, then shape, then edges and faces, which noise has drowned
+# at sigma/alpha of DETAIL_GAIN, 0.6 of the range. This share of a batch is drawn from DECISIVE of the range on.
+DECISIVE = 0.3
+DECISIVE_SHARE = 0.7
 EMA = 0.998
 WARMUP = 300
 
@@ -48,7 +48,8 @@ WARMUP = 300
 @dataclass(frozen=True)
 class BuildConfig:
     """What a build depends on. num_images: size of the drawn data set. steps, batch_size, learning_rate: of the
-    training."""
+    training. start: folder of a pipeline of the same architecture to take the first weights from; "" for random ones.
+    """
 
     seed: int = 0
     num_images: int = 30_000
@@ -58,6 +59,7 @@ class BuildConfig:
     channels: tuple[int, ...] = (64, 128, 160)
     text_width: int = 128
     text_layers: int = 2
+    start: str = ""
 
 
 def build(folder: Path, config: BuildConfig, device: str, report: Callable[[str], None], save_every: int = 500) -> None:
@@ -75,7 +77,10 @@ def build(folder: Path, config: BuildConfig, device: str, report: Callable[[str]
     save_tokenizer(folder / "tokenizer")
     _scheduler().save_pretrained(folder / "scheduler")
     PatchCodec(PATCH, LATENT_SCALE, DETAIL_GAIN).save_pretrained(folder / "vae")
-    modules = _models(config, folder / "tokenizer").to(device)
+    modules = _models(config, folder / "tokenizer")
+    if config.start:
+        _begin_with(modules, Path(config.start))
+    modules.to(device)
     trainer = _Trainer(modules, config)
     trainer.load(state / "training.safetensors")
     train(trainer, images, labels, cameras, folder, config, report, save_every)
@@ -274,6 +279,17 @@ def _models(config: BuildConfig, tokenizer_folder: Path) -> torch.nn.ModuleDict:
             )
         )
     return torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
+
+
+def _begin_with(modules: torch.nn.ModuleDict, folder: Path) -> None:
+    for part, module in modules.items():
+        files = list((folder / part).glob("*.safetensors"))
+        if len(files) != 1:
+            raise UsageError(f"{folder / part} holds {len(files)} files of weights, not one: give a pipeline's folder")
+        try:
+            module.load_state_dict(load_file(files[0]))
+        except RuntimeError as problem:
+            raise UsageError(f"{files[0]} is of another architecture than this build: {problem}") from problem
 
 
 def _scheduler() -> Any:
