@@ -1,11 +1,11 @@
 """Do image particles of one prompt spread over the prior's modes? VSD against SDS, single runs and ancestral samples.
 
-    python benchmarks/modes.py --out runs/modes [--particles 256] [--rounds 200] [--arms ancestral,sds,vsd,independent]
+    python -m benchmarks.modes --out runs/modes [--particles 256] [--rounds 200] [--arms ancestral,sds,vsd,independent]
 
 The prompt is "an object", which has 30 equally likely modes (six colours, five shapes). Every arm gives as many images;
 `independent` trains one particle a run with a score network of its own, each for as many rounds, so that the particle
 updates and the score's samples are as many as in `vsd`. Arms run one after the other; each is saved when it ends, and a
-second call goes on with what is missing. Prints one JSON object an arm.
+second call goes on with what is missing. Prints one JSON object an arm; --page writes them down.
 """
 
 from __future__ import annotations
@@ -15,22 +15,26 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.machine import machine
 from distvsd.build import load_particles
 from distvsd.config import load_config
 from distvsd.evaluate import diversity
 from distvsd.evaluate.views import render_group, ring
 from distvsd.export.images import contact_sheet, save_png
 from distvsd.prior.load import load_prior
-from distvsd.prior.shapes.classifier import SCENES, load_classifier
+from distvsd.prior.shapes.classifier import SCENES, Classifier, load_classifier
 from distvsd.train import train
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 PROMPT = "an object"
+REFERENCE = 1024  # ancestral samples that stand for the prior's distribution
+STEPS, SAMPLES_A_CALL = 30, 64
 
 
 def trained(out: Path, kind: str, count: int, rounds: int, seed: int, overrides: list[str]) -> Tensor:
@@ -46,6 +50,12 @@ def trained(out: Path, kind: str, count: int, rounds: int, seed: int, overrides:
         f"schedule.rounds={rounds}",
         "checkpoint.every=0",
         f"log.every={max(rounds // 10, 1)}",
+        # Coarse to fine in proportion to the rounds. The rate is small: what Adam strays at random in pixels stays,
+        # since the score network cannot learn the noise of every single image.
+        f"objective.t_min={{0: 0.5, {rounds * 2 // 5}: 0.2, {rounds * 7 // 10}: 0.02}}",
+        f"objective.t_max={{0: 0.98, {rounds * 2 // 5}: 0.9, {rounds * 7 // 10}: 0.5}}",
+        f"particles.learning_rate={{linear: {{0: 0.015, {rounds}: 0.001}}}}",
+        "score.learning_rate=3e-3",
         *overrides,
     ]
     config = load_config(QUICKSTART, settings)
@@ -54,23 +64,55 @@ def trained(out: Path, kind: str, count: int, rounds: int, seed: int, overrides:
     return render_group(restored, restored.ids, ring(config))[0][:, 0].clamp(0, 1)
 
 
-def measure(images: Tensor) -> dict[str, object]:
-    """Modes present, total variation from uniform over the 30 modes, share that is an object at all, Vendi score."""
-    classifier = load_classifier()
+def counted(images: Tensor, classifier: Classifier) -> tuple[Tensor, float]:
+    """How many images show each of the 30 modes, int64 `[30]`, and the share that shows an object at all."""
     predictions = classifier.classify(images)
     is_object = predictions.scene == SCENES.index("object")
     found = [
-        {"scene": SCENES.index("object"), "color": int(color), "shape": int(shape)} if ok else {}
+        {"color": int(color), "shape": int(shape)} if ok else {}
         for ok, color, shape in zip(is_object, predictions.color, predictions.shape, strict=True)
     ]
-    counts = diversity.mode_counts(found)
+    return diversity.mode_counts(found), float(is_object.float().mean())
+
+
+def measure(images: Tensor, reference: Tensor) -> dict[str, Any]:
+    """What is counted of one arm; reference: the modes of many ancestral samples, `[30]`."""
+    classifier = load_classifier()
+    counts, objects = counted(images, classifier)
     return {
         "images": len(images),
-        "objects": round(float(is_object.float().mean()), 4),
+        "objects": round(objects, 4),
         "modes_present": int((counts > 0).sum()),
+        "total_variation_from_prior": round(diversity.total_variation(counts, reference), 4),
         "total_variation_from_uniform": round(diversity.total_variation(counts), 4),
         "vendi": round(diversity.vendi_score(classifier.embed(images)), 2),
     }
+
+
+def page(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> str:
+    """The results page."""
+    table = "\n".join(
+        f"| {row['arm']} | {row['modes_present']} | {row['total_variation_from_prior']:.3f} | "
+        f"{row['total_variation_from_uniform']:.3f} | {row['vendi']:.1f} | {row['objects']:.1%} | {row['seconds']} |"
+        for row in rows
+    )
+    settings = " ".join(arguments.overrides)
+    return f"""# Do image particles spread over the prior's modes?
+
+{machine()}
+
+    python -m benchmarks.modes --out DIR --particles {arguments.particles} --rounds {arguments.rounds} \
+--guidance-scale {arguments.guidance_scale} --page benchmarks/modes.md {settings}
+
+{arguments.particles} image particles of "{PROMPT}", {arguments.rounds} rounds, guidance {arguments.guidance_scale}. \
+The classifier counts colours and shapes: 30 modes. `ancestral` are as many fresh samples of the prior itself; the \
+distance to the prior is that to {REFERENCE} other samples, so its row shows what chance alone leaves. `independent` \
+is {arguments.particles} trainings of one particle, each with a score network of its own and as many rounds.
+
+| images by | modes of 30 | total variation from the prior's samples | from uniform | Vendi score | objects | s |
+|---|---:|---:|---:|---:|---:|---:|
+{table}
+"""
 
 
 def main() -> None:
@@ -80,13 +122,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--guidance-scale", type=float, default=1.0)
     parser.add_argument("--arms", default="ancestral,sds,vsd,independent")
+    parser.add_argument("--page", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
     overrides = [f"prior.guidance_scale={args.guidance_scale}", *args.overrides]
 
-    def ancestral() -> Tensor:
+    def ancestral(count: int, seed: int) -> Tensor:
         prior = load_prior("shapes", [PROMPT], view_dependent=False)
-        return prior.sample([PROMPT], args.particles, args.guidance_scale, 30, seed=0)
+        parts = range(0, count, SAMPLES_A_CALL)
+        images = [prior.sample([PROMPT], SAMPLES_A_CALL, args.guidance_scale, STEPS, seed + first) for first in parts]
+        return torch.cat(images)[:count]
 
     def together(kind: str) -> Callable[[], Tensor]:
         return lambda: trained(args.out / kind, kind, args.particles, args.rounds, 0, overrides)
@@ -95,17 +140,37 @@ def main() -> None:
         runs = (args.out / "independent" / f"{seed:04d}" for seed in range(args.particles))
         return torch.cat([trained(run, "vsd", 1, args.rounds, seed, overrides) for seed, run in enumerate(runs)])
 
-    arms = {"ancestral": ancestral, "sds": together("sds"), "vsd": together("vsd"), "independent": independent}
-    args.out.mkdir(parents=True, exist_ok=True)
-    for name in args.arms.split(","):
-        file = args.out / f"{name}.safetensors"
-        start = time.monotonic()
+    arms: dict[str, Callable[[], Tensor]] = {
+        "reference": lambda: ancestral(REFERENCE, 1_000_000),
+        "ancestral": lambda: ancestral(args.particles, 0),
+        "sds": together("sds"),
+        "vsd": together("vsd"),
+        "independent": independent,
+    }
+
+    def images_of(arm: str) -> Tensor:
+        """Made once, and kept with the seconds that took."""
+        file = args.out / f"{arm}.safetensors"
         if not file.exists():
-            save_file({"images": arms[name]().contiguous()}, file)
-        images = load_file(file)["images"]
-        side = int(len(images) ** 0.5)
-        save_png(contact_sheet(images[: side * side].reshape(side, side, *images.shape[1:])), args.out / f"{name}.png")
-        print(json.dumps({"arm": name, "seconds": round(time.monotonic() - start)} | measure(images)), flush=True)
+            start = time.monotonic()
+            made = arms[arm]()
+            save_file({"images": made.contiguous(), "seconds": torch.tensor(time.monotonic() - start)}, file)
+            side = int(len(made) ** 0.5)
+            sheet = contact_sheet(made[: side * side].reshape(side, side, *made.shape[1:]))
+            save_png(sheet, args.out / f"{arm}.png")
+        images: Tensor = load_file(file)["images"]
+        return images
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    reference, _ = counted(images_of("reference"), load_classifier())
+    rows = []
+    for arm in args.arms.split(","):
+        row = {"arm": arm} | measure(images_of(arm), reference)
+        row["seconds"] = round(float(load_file(args.out / f"{arm}.safetensors")["seconds"]))
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    if args.page:
+        args.page.write_text(page(args, rows), encoding="ascii")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Label accuracy of 3-D VSD on the embedded prior: prompts x particles x views, counted by the classifier.
 
-    python benchmarks/prompts.py --out runs/prompts [--prompts 10] [--particles 8] [--seed 0] [--ranks 2] [key=value]
+    python -m benchmarks.prompts --out runs/prompts [--prompts 10] [--particles 8] [--seed 0] [--ranks 2] [key=value]
 
 The prompts are drawn by the seed from the 30 colours and shapes, so nobody chose them. All particles train in one run:
-one score network serves every prompt. Prints a table and one JSON object.
+one score network serves every prompt. Prints the results page; --page writes it down.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ import random
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
+from benchmarks.machine import machine
 from distvsd.evaluate.run import evaluate_run
 from distvsd.prior.shapes.captions import article
 from distvsd.prior.shapes.world import COLORS, SHAPES
@@ -44,6 +47,7 @@ def main() -> None:
     parser.add_argument("--particles", type=int, default=8, help="particles a prompt")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--page", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
     prompts = draw_prompts(args.prompts, args.seed)
@@ -55,21 +59,44 @@ def main() -> None:
         f"particles.count={len(each)}",
         *args.overrides,
     ]
-    start = time.monotonic()
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks)]
     command = [sys.executable, *launcher, "-m", "distvsd.train", str(QUICKSTART), *overrides]
     threads = max((os.cpu_count() or 1) // args.ranks, 1)
+    start = time.monotonic()
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
-    seconds = time.monotonic() - start
-    result = evaluate_run(args.out)
-    print("\n| prompt | colour | shape | labels of the particles |\n|---|---|---|---|")
+    text = page(args, prompts, evaluate_run(args.out), time.monotonic() - start)
+    print(text)
+    if args.page:
+        args.page.write_text(text, encoding="ascii")
+
+
+def page(arguments: argparse.Namespace, prompts: list[str], result: dict[str, Any], seconds: float) -> str:
+    """The results page."""
+    rows = []
     for prompt in prompts:
         mine = [detail for detail in result["particles_detail"] if detail["prompt"] == prompt]
         color, shape = (sum(d["view_accuracy"][head] for d in mine) / len(mine) for head in ("color", "shape"))
-        labels = ", ".join(f"{d['labels'].get('color', '?')} {d['labels'].get('shape', '?')}" for d in mine)
-        print(f"| {prompt} | {color:.1%} | {shape:.1%} | {labels} |")
-    keys = ("particles", "views", "label_accuracy", "view_accuracy", "empty", "diverged")
-    print(json.dumps({key: result[key] for key in keys} | {"train_s": round(seconds)}))
+        labels = Counter(f"{d['labels'].get('color', '?')} {d['labels'].get('shape', '?')}" for d in mine)
+        read = ", ".join(f"{count} {label}" for label, count in labels.most_common())
+        rows.append(f"| {prompt} | {color:.1%} | {shape:.1%} | {read} |")
+    table = "\n".join(rows)
+    every = result["view_accuracy"]
+    return f"""# Do particles show what their prompt says, from every side?
+
+{machine()}
+
+    python -m benchmarks.prompts --out DIR --prompts {arguments.prompts} --particles {arguments.particles} --seed \
+{arguments.seed} --ranks {arguments.ranks} --page benchmarks/prompts.md {" ".join(arguments.overrides)}
+
+`configs/quickstart.yaml`, {result["particles"]} radiance fields in one run with one score network, {seconds:.0f} s of \
+training in this call; the prompts are drawn by the seed. The classifier reads {result["views"]} views a particle, all \
+around. Colour right in **{every["color"]:.1%}** of all views, shape in **{every["shape"]:.1%}**; {result["empty"]} \
+particles empty, {result["diverged"]} diverged.
+
+| prompt | colour | shape | labels of the particles by majority |
+|---|---:|---:|---|
+{table}
+"""
 
 
 if __name__ == "__main__":

@@ -20,6 +20,14 @@ from distvsd.errors import ConfigError, DistvsdError, UsageError
 
 Command = Callable[[argparse.Namespace], int]
 
+# What `distvsd plan` assumes where nobody says: option, unit, meaning.
+PLAN_ASSUMPTIONS = (
+    ("--round-s", "S", "assumed seconds a round"),
+    ("--disk-mb-s", "MB", "assumed megabytes a second of the shared disk, all ranks together"),
+    ("--restart-s", "S", "assumed seconds from the end of a job to the loading of its checkpoint"),
+    ("--node-mtbf-days", "DAYS", "assumed mean time between failures of one node"),
+)
+
 
 def program(argv: Sequence[str] | None = None) -> NoReturn:
     """`main` as a process of its own, which ends with its exit code; a crash leaves a traceback of every thread."""
@@ -115,6 +123,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--gpus-per-node", type=_positive, default=1, metavar="G", help="ranks a machine (default: %(default)s)"
     )
+    for option, metavar, what in PLAN_ASSUMPTIONS:
+        plan.add_argument(option, type=_rate, metavar=metavar, help=f"{what} (default: the one that the plan prints)")
     _json_argument(plan)
 
     _commands_on_runs(kinds)
@@ -207,17 +217,11 @@ def _prior_commands(parents: Any) -> None:
     build.add_argument(
         "--num-images", type=_positive, default=30_000, help="size of the drawn data set (default: %(default)s)"
     )
-    build.add_argument("--steps", type=_positive, default=6_500, help="training steps (default: %(default)s)")
+    build.add_argument("--steps", type=_positive, default=12_000, help="training steps (default: %(default)s)")
     build.add_argument(
         "--learning-rate", type=_rate, default=8e-4, help="highest rate of the training (default: %(default)s)"
     )
-    build.add_argument(
-        "--from",
-        dest="start",
-        default="",
-        metavar="FOLDER",
-        help="begin with the weights of this pipeline instead of random ones",
-    )
+    build.add_argument("--from", dest="start", default="", metavar="FOLDER", help="begin with this pipeline's weights")
     build.add_argument("--batch-size", type=_positive, default=32, help="images a step (default: %(default)s)")
     build.add_argument("--device", default="cpu", help="torch device to train on (default: %(default)s)")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -36,9 +37,12 @@ def run_train(args: argparse.Namespace) -> int:
 def run_plan(args: argparse.Namespace) -> int:
     from distvsd.config import load_config
     from distvsd.plan import make_plan
+    from distvsd.plan_cluster import Assumptions
     from distvsd.plan_text import draw
 
-    plan = make_plan(load_config(args.config, args.overrides), args.nodes, args.gpus_per_node)
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Assumptions)}
+    assumed = Assumptions(**{name: value for name, value in given.items() if value is not None})
+    plan = make_plan(load_config(args.config, args.overrides), args.nodes, args.gpus_per_node, assumed)
     print(json.dumps(plan) if args.json else draw(plan))
     return 0
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -53,7 +54,7 @@ class BuildConfig:
 
     seed: int = 0
     num_images: int = 30_000
-    steps: int = 6_500
+    steps: int = 12_000
     batch_size: int = 32
     learning_rate: float = 8e-4
     channels: tuple[int, ...] = (64, 128, 160)
@@ -74,7 +75,10 @@ def build(folder: Path, config: BuildConfig, device: str, report: Callable[[str]
     state.mkdir(exist_ok=True)
     _check_same(state / "config.json", config)
     images, labels, cameras = dataset(state / "images.safetensors", config, report)
-    save_tokenizer(folder / "tokenizer")
+    if config.start:  # its weights know its tokenizer's numbers
+        shutil.copytree(Path(config.start) / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
+    else:
+        save_tokenizer(folder / "tokenizer")
     _scheduler().save_pretrained(folder / "scheduler")
     PatchCodec(PATCH, LATENT_SCALE, DETAIL_GAIN).save_pretrained(folder / "vae")
     modules = _models(config, folder / "tokenizer")

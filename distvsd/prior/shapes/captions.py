@@ -57,7 +57,7 @@ def draw_captions(labels: Labels, cameras: Cameras, generator: torch.Generator) 
 
 
 def every_caption() -> list[str]:
-    """All captions the world can have; the tokenizer is trained on them."""
+    """All captions the world can have; the tokenizer knows their words."""
     texts = set()
     for level in LEVELS:
         for color in range(len(COLORS)):
@@ -71,22 +71,22 @@ def every_caption() -> list[str]:
 
 
 def save_tokenizer(folder: Path) -> None:
-    """Writes a tokenizer in the transformers format: lower-cased byte-pair words, begin and end marks, 16 tokens."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    """Writes a tokenizer in the transformers format: lower-cased words of the captions, letters for any other word,
+    begin and end marks, 16 tokens.
+
+    Nothing is trained, as a trainer of byte pairs numbers equally frequent letters differently in every process.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.BPE(unk_token="<|unk|>", end_of_word_suffix="</w>"))
+    special = ["<|startoftext|>", "<|endoftext|>", "<|unk|>"]
+    words = sorted({word for text in every_caption() for word in text.replace(",", " ,").split()})
+    letters = [chr(code) for code in range(33, 127)]
+    pieces = dict.fromkeys([*special, *words, *letters, *(f"##{letter}" for letter in letters)])
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=special[2]))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = ["<|startoftext|>", "<|endoftext|>", "<|unk|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=512,
-        special_tokens=special,
-        end_of_word_suffix="</w>",
-        initial_alphabet=[chr(c) for c in range(33, 127)],
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(every_caption(), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{special[0]} $A {special[1]}", special_tokens=[(special[0], 0), (special[1], 1)]
     )

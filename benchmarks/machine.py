@@ -1,0 +1,21 @@
+"""The line on a results page that says where and when it was made."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+
+def machine() -> str:
+    """Date, commit, processor, versions."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    return (
+        f"{datetime.now(UTC):%Y-%m-%d}, commit {commit}, {os.cpu_count()} cores {platform.machine()} (CPU only), torch "
+        f"{torch.__version__}, Python {platform.python_version()}."
+    )
