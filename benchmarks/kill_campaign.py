@@ -5,7 +5,8 @@
 Each training saves after every round. At an instant drawn uniformly from the length of an undisturbed training, rank 0,
 another rank or all ranks are killed; then the newest checkpoint is opened and every file of it verified, and the same
 command resumes, until the training is done. Its final state must have the same bits as one that was never disturbed.
-Half of the trainings save in the background. Prints a line a training and the sums; --page writes them down.
+Half of the kills save in the background, where a save is nearly always under way; of those that save in the foreground
+every second one waits for the next save to begin and strikes within it. Prints the sums; --page writes them down.
 """
 
 from __future__ import annotations
@@ -15,19 +16,20 @@ import contextlib
 import json
 import multiprocessing
 import os
-import platform
 import random
 import shutil
 import signal
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from benchmarks.machine import machine
 from distvsd.build import build_run
 from distvsd.checkpoint import newest, verify_run
 from distvsd.config import Config, load_config
@@ -38,6 +40,7 @@ from distvsd.testing.ranks import run_ranks
 from distvsd.train import train
 
 SMOKE = Path(__file__).parents[1] / "configs" / "smoke.yaml"
+ROUNDS, PARTICLES = 10, 2
 TIMEOUT_S = 120.0
 # A training that is killed this often without an end has stopped getting anywhere.
 MOST_ATTEMPTS = 60
@@ -74,8 +77,8 @@ class Tally:
         )
 
 
-def small_training(prior: Path, run: Path, asynchronous: bool, rounds: int = 40) -> Config:
-    """A real training of three image particles that saves after every round; seconds long."""
+def small_training(prior: Path, run: Path, asynchronous: bool, rounds: int = ROUNDS, **changes: Any) -> Config:
+    """A real training of three image particles that saves after every round; seconds long. changes: by dotted key."""
     settings = {
         "run.dir": run,
         "prior.path": prior,
@@ -87,7 +90,7 @@ def small_training(prior: Path, run: Path, asynchronous: bool, rounds: int = 40)
         "checkpoint.every": 1,
         "checkpoint.asynchronous": str(asynchronous).lower(),
         "parallel.numerics": "exact",
-    }
+    } | changes
     return load_config(SMOKE, [f"{key}={value}" for key, value in settings.items()])
 
 
@@ -109,13 +112,17 @@ def campaign(
     run_ranks(lambda world: train(undisturbed), ranks, timeout_s=TIMEOUT_S)
     seconds = time.monotonic() - began
     expected = verify_run(Path(undisturbed.run.dir), digest=True)
+    save_s = statistics.median(line["save_stall_s"] for line in reported(Path(undisturbed.run.dir)))
     total = Tally()
     while total.kills < kills:
         config = config_in(folder / f"killed-{total.trainings}")
         tally = Tally(trainings=1)
         for _ in range(MOST_ATTEMPTS):
             victims = draw.choice([[0], [ranks - 1], list(range(ranks))])
-            if attempt(config, folder / "pids", ranks, victims, draw.uniform(0, seconds), tally):
+            kill = Kill(victims, draw.uniform(0, seconds))
+            if not config.checkpoint.asynchronous and draw.random() < 0.5:
+                kill = Kill(victims, kill.after_s, Path(config.run.dir) / "checkpoints", draw.uniform(0, save_s))
+            if attempt(config, folder / "pids", ranks, kill, tally):
                 break
         else:
             raise RankError(f"{MOST_ATTEMPTS} attempts and no end: kills come faster than rounds ({seconds:.1f} s)")
@@ -126,7 +133,31 @@ def campaign(
     return total
 
 
-def attempt(config: Config, pids: Path, ranks: int, victims: list[int], delay_s: float, tally: Tally) -> bool:
+@dataclass(frozen=True)
+class Kill:
+    """SIGKILL to some ranks, `after_s` seconds after all have started; with `saves`, the folder of the checkpoints, it
+    waits then for a save to begin, and for `within_s` seconds more."""
+
+    victims: list[int]
+    after_s: float
+    saves: Path | None = None
+    within_s: float = 0.0
+
+    def strike(self, pids: Path, ranks: int) -> None:
+        """Waits for all that and kills. pids: a folder into which the ranks write their process ids."""
+        while len(list(pids.glob("*.pid"))) < ranks:
+            time.sleep(0.001)
+        time.sleep(self.after_s)
+        if self.saves is not None:
+            while not any(self.saves.glob(".staged-*")):
+                time.sleep(0.001)
+            time.sleep(self.within_s)
+        for victim in self.victims:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int((pids / f"{victim}.pid").read_text()), signal.SIGKILL)
+
+
+def attempt(config: Config, pids: Path, ranks: int, kill: Kill, tally: Tally) -> bool:
     """Trains until the end (True), or until the kill (False), which is then looked at and counted."""
     shutil.rmtree(pids, ignore_errors=True)
     pids.mkdir()
@@ -137,7 +168,7 @@ def attempt(config: Config, pids: Path, ranks: int, victims: list[int], delay_s:
         train(config)
 
     # Forked before the ranks, as threads and forks do not go together; it ends with the attempt.
-    killer = multiprocessing.get_context("fork").Process(target=_kill, args=(pids, ranks, victims, delay_s))
+    killer = multiprocessing.get_context("fork").Process(target=kill.strike, args=(pids, ranks))
     killer.start()
     try:
         run_ranks(rank, ranks, timeout_s=TIMEOUT_S)
@@ -153,15 +184,6 @@ def attempt(config: Config, pids: Path, ranks: int, victims: list[int], delay_s:
         killer.join()
     _examine(Path(config.run.dir), tally)
     return False
-
-
-def _kill(pids: Path, ranks: int, victims: list[int], delay_s: float) -> None:
-    while len(list(pids.glob("*.pid"))) < ranks:
-        time.sleep(0.001)
-    time.sleep(delay_s)
-    for victim in victims:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int((pids / f"{victim}.pid").read_text()), signal.SIGKILL)
 
 
 def _examine(run: Path, tally: Tally) -> None:
@@ -182,11 +204,17 @@ def _examine(run: Path, tally: Tally) -> None:
     tally.lost.append(max(0, last_reported(run) - (checkpoint.manifest.step if checkpoint else 0)))
 
 
-def last_reported(run: Path) -> int:
-    """The round of the last whole line of metrics.jsonl; 0 before the first."""
+def reported(run: Path) -> list[dict[str, Any]]:
+    """The whole lines of metrics.jsonl."""
     path = run / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return int(json.loads(lines[-1])["round"]) if lines else 0
+    return [json.loads(line) for line in lines]
+
+
+def last_reported(run: Path) -> int:
+    """The round of the last whole line of metrics.jsonl; 0 before the first."""
+    lines = reported(run)
+    return int(lines[-1]["round"]) if lines else 0
 
 
 def page(arguments: argparse.Namespace, tallies: dict[str, Tally], seconds: float) -> str:
@@ -200,14 +228,14 @@ def page(arguments: argparse.Namespace, tallies: dict[str, Tally], seconds: floa
     command = f"python -m benchmarks.kill_campaign --kills {arguments.kills} --seed {arguments.seed}"
     return f"""# SIGKILL at random instants
 
-{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} cores {platform.machine()}, torch {torch.__version__}, Python \
-{platform.python_version()}, {arguments.ranks} ranks, {seconds / 60:.0f} minutes.
+{machine()} On one of the cores, {seconds / 60:.0f} minutes.
 
     {command} --ranks {arguments.ranks} --page benchmarks/kill_campaign.md
 
-Real trainings of three image particles with a tiny prior, saved after every round. Each is killed at instants drawn
-uniformly from the length of an undisturbed training (rank 0, the last rank, or all), and resumed with the same
-configuration until it is done.
+Real trainings of {PARTICLES} image particles with a tiny prior, {ROUNDS} rounds on {arguments.ranks} ranks, saved after
+every round. Each is killed at instants drawn uniformly from the length of an undisturbed training (rank 0, the last
+rank, or all), and resumed with the same configuration until it is done. Of the kills of trainings that save in the
+foreground, every second one waits from that instant for the next save to begin, and strikes within it.
 
 | saves | trainings | kills | of these in a save | unreadable checkpoints | most rounds lost | rounds lost, mean \
 | hangs | other bits at the end |
@@ -240,7 +268,7 @@ def main() -> None:
         for kind, is_asynchronous in (("in the foreground", False), ("in the background", True)):
 
             def config_in(run: Path, is_asynchronous: bool = is_asynchronous) -> Config:
-                return small_training(folder / "prior", run, is_asynchronous)
+                return small_training(folder / "prior", run, is_asynchronous, **{"particles.count": PARTICLES})
 
             tallies[kind] = campaign(folder / kind, config_in, arguments.kills // 2, draw, arguments.ranks)
             print(f"saves {kind}: {tallies[kind]}", flush=True)

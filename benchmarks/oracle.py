@@ -29,6 +29,7 @@ from distvsd.cameras import OrbitSampler
 from distvsd.loop import Loop
 from distvsd.parallel.exchange import Exchange, slice_for
 from distvsd.parallel.reduce import reduce_gradients
+from distvsd.parallel.strategies.flat import Flat
 from distvsd.parallel.world import World
 from distvsd.particles import Ensemble, ImageParticle, Views
 from distvsd.score.lora import LoraScore
@@ -200,7 +201,7 @@ def distil(mixture: Mixture, settings: Settings, watch: Callable[[int, Tensor], 
         length = sum(parameter.numel() for parameter in network.trainable.values())
         training = ScoreTraining(
             cast(LoraScore, network),
-            lambda vectors, flags, sums: reduce_gradients(world, vectors, length, flags, "fast", sums),
+            Flat(lambda grads, flags, sums: reduce_gradients(world, grads, length, flags, "fast", sums), network.step),
             lambda total: slice_for(world, total),
             options,
             seed,

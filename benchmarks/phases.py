@@ -34,6 +34,7 @@ from distvsd.build import build_run
 from distvsd.config import digest, load_config
 from distvsd.loop import Loop
 from distvsd.parallel.collectives import barrier, gather_objects
+from distvsd.parallel.strategies.flat import Flat
 from distvsd.parallel.world import World, open_world
 from distvsd.particles import Ensemble
 from distvsd.score.training import ScoreTraining
@@ -154,7 +155,9 @@ def measured(loop: Loop, meter: Meter) -> Loop:
     )
     learner = None
     if training is not None:
-        training = dataclasses.replace(training, reduce=within("reduction", training.reduce))
+        flat = cast(Flat, training.strategy)
+        flat = dataclasses.replace(flat, reduce=within("reduction", flat.reduce))
+        training = dataclasses.replace(training, strategy=flat)
         learner = cast(ScoreTraining, SimpleNamespace(round=within("score training", training.round)))
     return dataclasses.replace(
         loop,

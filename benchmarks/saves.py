@@ -13,17 +13,16 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.machine import machine
 from distvsd.checkpoint import Saver, newest, particle_file
 from distvsd.parallel.world import World
 
@@ -102,7 +101,7 @@ def measure(out: Path, particles: int, megabytes: int, repeats: int) -> dict[str
     return {"gigabytes": num_bytes / 1e9} | {key: round(value, 5) for key, value in result.items()}
 
 
-def page(arguments: argparse.Namespace, found: dict[str, float]) -> str:
+def page(arguments: argparse.Namespace, found: dict[str, float], load: float) -> str:
     """The results page."""
     command = (
         f"python -m benchmarks.saves --disk {arguments.disk} --particles {arguments.particles} --megabytes "
@@ -110,8 +109,7 @@ def page(arguments: argparse.Namespace, found: dict[str, float]) -> str:
     )
     return f"""# What a checkpoint costs
 
-{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} cores {platform.machine()} (CPU only, one torch thread), torch \
-{torch.__version__}, Python {platform.python_version()}.
+{machine()} One torch thread; {load:.1f} processes ran on the machine in the minute before (its load).
 
     {command}
 
@@ -142,11 +140,12 @@ def main() -> None:
     parser.add_argument("--page", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(dir=arguments.disk, prefix="saves-") as name:
         found = measure(Path(name), arguments.particles, arguments.megabytes, arguments.repeats)
     print(json.dumps(found, indent=1))
     if arguments.page:
-        arguments.page.write_text(page(arguments, found), encoding="ascii")
+        arguments.page.write_text(page(arguments, found, load), encoding="ascii")
 
 
 if __name__ == "__main__":

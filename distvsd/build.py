@@ -22,6 +22,8 @@ from distvsd.parallel.assign import owners
 from distvsd.parallel.collectives import all_reduce_sum_, gather_objects
 from distvsd.parallel.exchange import Exchange, slice_for
 from distvsd.parallel.reduce import reduce_gradients
+from distvsd.parallel.strategies.choose import choose, refuse_missing, spreads_network
+from distvsd.parallel.strategies.flat import Flat
 from distvsd.parallel.world import World
 from distvsd.particles import Ensemble, ImageParticle, NerfParticle, Particle, Views
 from distvsd.prior.load import load_prior
@@ -30,7 +32,9 @@ from distvsd.prior.prompts import view_indices
 from distvsd.render import HashGrid
 from distvsd.render.volume import VolumeBackend
 from distvsd.runtime.paths import RunPaths
+from distvsd.score.base import Strategy
 from distvsd.score.lora import LoraScore
+from distvsd.score.spread import SpreadObjective
 from distvsd.score.training import ScoreTraining
 from distvsd.testing.faults import poison
 from distvsd.vsd.objectives import Objective
@@ -48,13 +52,6 @@ class Run:
     score: LoraScore
     loop: Loop
 
-    @property
-    def num_bytes(self) -> int:
-        """Of this rank's part of a checkpoint; the score network, which all ranks hold, counts on rank 0."""
-        score = self.score.state() if self.world.rank == 0 else {}
-        shared = sum(tensor.nbytes for tensors in score.values() for tensor in tensors.values())
-        return self.ensemble.num_bytes + shared
-
 
 def build_run(
     config: Config,
@@ -70,6 +67,7 @@ def build_run(
     """
     exact = config.parallel.numerics == "exact"
     views = config.particles.views
+    refuse_missing(config.parallel)
     if exact:
         _fix_order_of_sums(world.device)
     # One particle a call makes its arithmetic independent of who else is on the rank, to the last bit.
@@ -94,13 +92,14 @@ def build_run(
         world.device,
         micro_batch=views if exact else 0,
     )
+    strategy, score.holder = choose(config.parallel, world, score.network, score.local, _flat(config, world, score))
     loop = Loop(
         ensemble,
         _encoder(prior, ensemble, config.particles.views),
-        _objective(config, prior, score),
+        _objective(config, world, prior, score, strategy),
         Exchange(world, [len(ids) * views for ids in assigned]).start,
         functools.partial(_exclude, world),
-        None if config.objective.kind == "sds" else _score_training(config, world, score),
+        None if config.objective.kind == "sds" else _score_training(config, world, score, strategy),
         config.render.resolution_at,
         watch,
         lambda step: (step + 1) % config.log.every == 0,
@@ -120,8 +119,8 @@ def _fix_order_of_sums(device: torch.device) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def _objective(config: Config, prior: Pipeline, score: LoraScore) -> Objective:
-    return Objective(
+def _objective(config: Config, world: World, prior: Pipeline, score: LoraScore, strategy: Strategy) -> Objective:
+    arguments = (
         config.objective.kind,
         config.run.seed,
         config.particles.views,
@@ -132,18 +131,25 @@ def _objective(config: Config, prior: Pipeline, score: LoraScore) -> Objective:
         config.objective.t_max.at,
         config.objective.esd_lambda,
     )
+    if not spreads_network(config.parallel, world):
+        return Objective(*arguments)
+    prior.unet = score.as_prior()  # a second tree of modules would keep all of the network
+    return SpreadObjective(*arguments, strategy=strategy)
 
 
-def _score_training(config: Config, world: World, score: LoraScore) -> ScoreTraining:
-    numerics = config.parallel.numerics
-    length = sum(score.num_parameters)
+def _flat(config: Config, world: World, score: LoraScore) -> Flat:
+    numerics, length = config.parallel.numerics, sum(score.num_parameters)
+    return Flat(lambda grads, flags, sums: reduce_gradients(world, grads, length, flags, numerics, sums), score.step)
+
+
+def _score_training(config: Config, world: World, score: LoraScore, strategy: Strategy) -> ScoreTraining:
     return ScoreTraining(
         score,
-        lambda vectors, flags, sums: reduce_gradients(world, vectors, length, flags, numerics, sums),
+        strategy,
         functools.partial(slice_for, world),
         config.score,
         config.run.seed,
-        micro_batch=1 if numerics == "exact" else 0,
+        micro_batch=1 if config.parallel.numerics == "exact" else 0,
         gather=functools.partial(gather_objects, world),
     )
 
@@ -314,9 +320,10 @@ class Restored:
         return images, opacity
 
 
-def load_particles(run_dir: Path, device: str = "cpu") -> Restored:
+def load_particles(run_dir: Path, device: str = "cpu", most: int | None = None) -> Restored:
     """Opens a finished, stopped or running run for looking. Reads only; takes no lock.
 
+    most: so many particles, the first ones, are loaded; None for all. `health` is of all in any case.
     Raises RunError where the folder is no run, CheckpointError where it has no sound checkpoint yet.
     """
     paths = RunPaths(Path(run_dir))
@@ -328,9 +335,10 @@ def load_particles(run_dir: Path, device: str = "cpu") -> Restored:
         raise CheckpointError(f"{run_dir} has no checkpoint yet; train at least to the first one (checkpoint.every)")
     is_latent = config.particles.kind == "image" and config.particles.image.space == "latent"
     prior = load_prior(config.prior.path, [""], device=device) if is_latent else None
-    ids = [entry.id for entry in checkpoint.manifest.particles]
+    entries = checkpoint.manifest.particles[:most]
+    ids = [entry.id for entry in entries]
     ensemble = make_ensemble(config, prior.latent_shape if prior else lambda size: (3, size, size), ids, device)
-    for entry in checkpoint.manifest.particles:
+    for entry in entries:
         ensemble.load_state(entry.id, checkpoint.read(entry.file), entry.health)
     health = {entry.id: entry.health for entry in checkpoint.manifest.particles}
     return Restored(config, ids, checkpoint.manifest.step, ensemble, prior.decode if prior else None, health)

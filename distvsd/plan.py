@@ -6,10 +6,12 @@ Counts are exact for what this program itself allocates and sends; activations a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from distvsd.config import Config, Schedule
 from distvsd.errors import PriorError
+from distvsd.plan_cluster import Assumptions, disk_times, failures, strategies
 
 FLOAT_BYTES = 4
 CAMERA_NUMBERS = 16
@@ -23,10 +25,13 @@ _TRANSFORMERS = {"DownBlock2D": 0, "UpBlock2D": 0, "CrossAttnDownBlock2D": 1, "C
 _MID = "UNetMidBlock2DCrossAttn"
 
 
-def make_plan(config: Config, nodes: int = 1, gpus_per_node: int = 1) -> dict[str, Any]:
+def make_plan(
+    config: Config, nodes: int = 1, gpus_per_node: int = 1, assumed: Assumptions | None = None
+) -> dict[str, Any]:
     """The plan as plain data, ready for JSON; bytes unless a name says otherwise, None where the prior is not here."""
     from distvsd.parallel.assign import owners
 
+    assumed = assumed or Assumptions()
     world = nodes * gpus_per_node
     shards = owners(config.particles.count, world)
     prior = _prior(config)
@@ -34,18 +39,28 @@ def make_plan(config: Config, nodes: int = 1, gpus_per_node: int = 1) -> dict[st
         _phase(config, prior, round, max(map(len, shards)), world) for round, _ in config.render.resolution.points
     ]
     particle = particle_parameters(config, prior)
-    score = _score(config, prior, world)
+    score = _score(config, prior)
+    table = strategies(
+        config, prior["unet_bytes"], score["parameters"], score["gradient"], 1 + _score_passes(config), world
+    )
+    chosen = next((row for row in table if row["chosen"]), dict.fromkeys(("base", "trained", "sent_a_round")))
+    checkpoint = _checkpoint(config, particle, score, phases, world)
+    times = disk_times(config, checkpoint["total"], checkpoint["loaded"], assumed)
     return {
         "world": {"nodes": nodes, "gpus_per_node": gpus_per_node, "ranks": world},
         "owners": [{"rank": rank, "particles": shard} for rank, shard in enumerate(shards)],
         "idle_ranks": sum(not shard for shard in shards),
         "prior": prior,
         "particle": _particle(particle),
-        "rank_memory": _rank_memory(particle, score, prior, max(map(len, shards))),
+        "rank_memory": _rank_memory(particle, chosen, prior, max(map(len, shards))),
         "score": score,
+        "strategies": table,
         "unet": _unet_samples(config, max(map(len, shards)), world),
         "phases": phases,
-        "checkpoint": _checkpoint(config, particle, score, phases),
+        "wire": _wire(phases, chosen, world),
+        "checkpoint": checkpoint | times,
+        "failures": failures(config, nodes, times, assumed),
+        "assumed": asdict(assumed),
         "schedules": {key: _schedule(schedule, config.schedule.rounds) for key, schedule in _schedules(config)},
         "rounds": config.schedule.rounds,
     }
@@ -113,7 +128,7 @@ def _prior(config: Config) -> dict[str, Any]:
         folder = open_folder(config.prior.path)
     except PriorError as error:
         missing = dict.fromkeys(
-            ("latent_channels", "downscale", "weight_bytes", "adapter_parameters", "camera_parameters")
+            ("latent_channels", "downscale", "weight_bytes", "unet_bytes", "adapter_parameters", "camera_parameters")
         )
         return {"path": config.prior.path, "problem": str(error), **missing}
     unet = folder.configs["unet"]
@@ -124,6 +139,7 @@ def _prior(config: Config) -> dict[str, Any]:
         "latent_channels": folder.latent_channels,
         "downscale": folder.downscale,
         "weight_bytes": sum(file.stat().st_size for files in folder.weights.values() for file in files),
+        "unet_bytes": sum(file.stat().st_size for file in folder.weights["unet"]),
         "adapter_parameters": adapter_parameters(unet, config.score.rank),
         "camera_parameters": (CAMERA_NUMBERS + 1) * embedding + (embedding + 1) * embedding,
     }
@@ -141,31 +157,33 @@ def _particle(parameters: int | None) -> dict[str, Any]:
     }
 
 
-def _score(config: Config, prior: Mapping[str, Any], world: int) -> dict[str, Any]:
-    """The score network's trained numbers and what reducing its gradient moves; SDS has no score network."""
+def _score(config: Config, prior: Mapping[str, Any]) -> dict[str, Any]:
+    """The score network's trained numbers and what the flat sum reduces; SDS has no score network."""
     if config.objective.kind == "sds":
-        return {"parameters": 0, "gradient": 0, "reduced_a_round": 0, "training": 0}
+        return {"parameters": 0, "gradient": 0}
     if prior["adapter_parameters"] is None or prior["camera_parameters"] is None:
-        return dict.fromkeys(("parameters", "gradient", "reduced_a_round", "training"))
+        return {"parameters": None, "gradient": None}
     parameters = prior["adapter_parameters"] + prior["camera_parameters"]
-    gradient = parameters * (EXACT_BYTES if config.parallel.numerics == "exact" else FLOAT_BYTES)
-    # A ring moves 2 (W - 1) / W of the buffer into and out of each rank.
-    reduced = config.score.steps_per_round * 2 * (world - 1) * gradient // world
     return {
         "parameters": parameters,
-        "gradient": gradient,
-        "reduced_a_round": reduced,
-        "training": 4 * parameters * FLOAT_BYTES,
+        "gradient": parameters * (EXACT_BYTES if config.parallel.numerics == "exact" else FLOAT_BYTES),
     }
 
 
+def _score_passes(config: Config) -> int:
+    """Calls of the score network for a particle's gradient."""
+    return {"sds": 0, "vsd": 1, "esd": 2 if 0 < config.objective.esd_lambda < 1 else 1}[config.objective.kind]
+
+
 def _rank_memory(
-    particle: int | None, score: Mapping[str, Any], prior: Mapping[str, Any], largest_shard: int
+    particle: int | None, chosen: Mapping[str, Any], prior: Mapping[str, Any], largest_shard: int
 ) -> dict[str, Any]:
+    """The frozen UNet is the prior's and the score network's; what else the prior has, every rank holds whole."""
     particles = None if particle is None else 4 * particle * FLOAT_BYTES * largest_shard
-    known = [particles, score["training"], prior["weight_bytes"]]
+    frozen = None if chosen["base"] is None else prior["weight_bytes"] - prior["unet_bytes"] + chosen["base"]
+    known = [particles, chosen["trained"], frozen]
     total = None if None in known else sum(value for value in known if value is not None)
-    return {"particles": particles, "score": score["training"], "prior_files": prior["weight_bytes"], "total": total}
+    return {"particles": particles, "score": chosen["trained"], "prior": frozen, "total": total}
 
 
 def _unet_samples(config: Config, largest_shard: int, world: int) -> dict[str, int]:
@@ -174,13 +192,12 @@ def _unet_samples(config: Config, largest_shard: int, world: int) -> dict[str, i
     The score trains on all ranks' samples and on replayed ones, cut into equal slices whoever rendered them.
     """
     local, total = largest_shard * config.particles.views, config.particles.count * config.particles.views
-    kind, share, replay = config.objective.kind, config.objective.esd_lambda, config.score.replay_share
-    passes = {"sds": 0, "vsd": 1, "esd": 2 if 0 < share < 1 else 1}[kind]
+    replay = config.score.replay_share
     batch = total + round(total * replay / (1 - replay))
     return {
         "prior": local * (1 if config.prior.guidance_scale == 1 else 2),
-        "score": local * passes,
-        "score_training": 0 if kind == "sds" else -(-batch // world) * config.score.steps_per_round,
+        "score": local * _score_passes(config),
+        "score_training": 0 if config.objective.kind == "sds" else -(-batch // world) * config.score.steps_per_round,
     }
 
 
@@ -204,12 +221,23 @@ def _phase(config: Config, prior: Mapping[str, Any], round: int, largest_shard: 
     }
 
 
+def _wire(phases: list[dict[str, Any]], chosen: Mapping[str, Any], world: int) -> dict[str, Any]:
+    """Bytes a round at its largest, renders and gradients together: what a rank sends, which is what it receives, and
+    what all of them send. Both collectives are rings, so that a machine's link carries as much as one rank of it."""
+    sent = [phase["sent_a_round"] for phase in phases] + [chosen["sent_a_round"]]
+    rank = None if None in sent else max(sent[:-1]) + sent[-1]
+    return {"rank": rank, "all": None if rank is None else world * rank}
+
+
 def _checkpoint(
-    config: Config, particle: int | None, score: Mapping[str, Any], phases: list[dict[str, Any]]
+    config: Config, particle: int | None, score: Mapping[str, Any], phases: list[dict[str, Any]], world: int
 ) -> dict[str, Any]:
-    """Values and two moments of every particle and of the score network, and the replay at its largest."""
+    """Values and two moments of every particle and of the score network, and the replay at its largest.
+
+    loaded: what a resume reads. Each file is hashed by one rank; then its owner reads a particle, every rank the score.
+    """
     particles = None if particle is None else 3 * particle * FLOAT_BYTES * config.particles.count
-    network = None if score["training"] is None else score["training"] * 3 // 4
+    network = None if score["parameters"] is None else 3 * score["parameters"] * FLOAT_BYTES
     samples = config.particles.count * config.particles.views * config.score.replay_rounds
     replay: int | None = None
     if config.objective.kind == "sds":
@@ -218,7 +246,18 @@ def _checkpoint(
         replay = samples * max(phase["sample"] for phase in phases)
     parts = [particles, network, replay]
     total = None if None in parts else sum(value for value in parts if value is not None)
-    return {"particles": particles, "score": network, "replay": replay, "total": total, "kept": config.checkpoint.keep}
+    loaded = None
+    if particles is not None and network is not None and replay is not None:
+        loaded = 2 * particles + (1 + world) * (network + replay)
+    return {
+        "particles": particles,
+        "score": network,
+        "replay": replay,
+        "total": total,
+        "loaded": loaded,
+        "kept": config.checkpoint.keep,
+        "every": config.checkpoint.every,
+    }
 
 
 def _schedules(config: Config) -> Iterator[tuple[str, Schedule]]:

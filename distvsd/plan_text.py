@@ -8,6 +8,14 @@ from typing import Any
 LEVELS = "_.-=*#"
 MAX_OWNER_LINES = 16
 
+# The fields of `Assumptions` in words, with the value in its place; the option that changes one is named like it.
+ASSUMED = {
+    "round_s": "a round takes {:g} s (time_s in metrics.jsonl of a short run tells)",
+    "disk_mb_s": "the shared disk takes, or gives, {:g} MB/s, all ranks together",
+    "restart_s": "{:g} s from the end of a job to the loading of its checkpoint: queue, imports, weights",
+    "node_mtbf_days": "a node fails once in {:g} days on average",
+}
+
 
 def draw(plan: Mapping[str, Any]) -> str:
     """All of `make_plan`'s result that a person wants to see."""
@@ -18,7 +26,7 @@ def _lines(plan: Mapping[str, Any]) -> Iterator[str]:
     world, particle, score, checkpoint = plan["world"], plan["particle"], plan["score"], plan["checkpoint"]
     per_node = world["gpus_per_node"]
     yield f"ranks        {world['ranks']} (nodes {world['nodes']}, ranks a node {per_node}), rounds {plan['rounds']}"
-    yield from _owners(plan["owners"], plan["idle_ranks"])
+    yield from _owners(plan["owners"], plan["idle_ranks"], per_node)
     if plan["prior"]["problem"]:
         yield f"prior        {plan['prior']['problem']}; what depends on it is unknown here"
     else:
@@ -27,14 +35,12 @@ def _lines(plan: Mapping[str, Any]) -> Iterator[str]:
         f"particle     {count(particle['parameters'])} parameters: values {amount(particle['values'])}, "
         f"gradient {amount(particle['gradient'])}, Adam {amount(particle['moments'])}"
     )
-    yield (
-        f"score        {count(score['parameters'])} parameters: gradient {amount(score['gradient'])}, "
-        f"reduced a round and rank {amount(score['reduced_a_round'])}"
-    )
+    yield f"score        {count(score['parameters'])} parameters: a flat sum carries {amount(score['gradient'])}"
+    yield from _strategies(plan["strategies"])
     memory = plan["rank_memory"]
     yield (
         f"memory       largest rank {amount(memory['total'])} + activations: particles {amount(memory['particles'])}, "
-        f"score {amount(memory['score'])}, prior {amount(memory['prior_files'])}"
+        f"score {amount(memory['score'])}, prior as its files {amount(memory['prior'])}"
     )
     unet = plan["unet"]
     yield (
@@ -43,25 +49,75 @@ def _lines(plan: Mapping[str, Any]) -> Iterator[str]:
     )
     yield from _phases(plan["phases"])
     yield (
+        f"wire         a round at most, renders and gradients: each rank {amount(plan['wire']['rank'])} out and in, "
+        f"all ranks {amount(plan['wire']['all'])}"
+    )
+    yield (
         f"checkpoint   {amount(checkpoint['total'])}, {checkpoint['kept']} kept: "
         f"particles {amount(checkpoint['particles'])}, score {amount(checkpoint['score'])}, "
         f"replay up to {amount(checkpoint['replay'])}"
     )
+    yield from _saves(checkpoint)
+    yield from _failures(plan["failures"])
+    yield "assumed"
+    for name, value in plan["assumed"].items():
+        yield f"  {'--' + name.replace('_', '-'):<18} {ASSUMED[name].format(value)}"
     yield f"schedules    rounds 0 to {plan['rounds'] - 1}"
     for key, schedule in plan["schedules"].items():
         yield "  " + _chart(key, schedule)
 
 
-def _owners(owners: Sequence[Mapping[str, Any]], idle: int) -> Iterator[str]:
-    for row in owners[:MAX_OWNER_LINES]:
-        ids = row["particles"]
-        names = "none" if not ids else f"{ids[0]}" if len(ids) == 1 else f"{ids[0]}-{ids[-1]}"
-        yield f"  rank {row['rank']:<6} particles {names} ({len(ids)})"
-    if len(owners) > MAX_OWNER_LINES:
-        last = len(owners[-1]["particles"])
-        yield f"  ... and {len(owners) - MAX_OWNER_LINES} more ranks, the last with {last} particles"
+def _owners(owners: Sequence[Mapping[str, Any]], idle: int, per_node: int) -> Iterator[str]:
+    """A line a rank, or a line a node where those are too many: particles of a node follow each other."""
+    if len(owners) <= MAX_OWNER_LINES:
+        rows = [(f"rank {row['rank']:<6}", row["particles"]) for row in owners]
+    else:
+        rows = []
+        for first in range(0, len(owners), per_node):
+            ranks = f"{first}-{first + per_node - 1}"
+            own = [each for row in owners[first : first + per_node] for each in row["particles"]]
+            rows.append((f"node {first // per_node:<6} ranks {ranks:<12}", own))
+    for name, ids in rows[:MAX_OWNER_LINES]:
+        which = "none" if not ids else f"{ids[0]}" if len(ids) == 1 else f"{ids[0]}-{ids[-1]}"
+        yield f"  {name} particles {which} ({len(ids)})"
+    if len(rows) > MAX_OWNER_LINES:
+        yield f"  ... and {len(rows) - MAX_OWNER_LINES} more nodes, the last with {len(rows[-1][1])} particles"
     if idle:
         yield f"  {idle} ranks own no particle and only help to train the score network"
+
+
+def _saves(checkpoint: Mapping[str, Any]) -> Iterator[str]:
+    """How long a save takes, and whether the rounds wait for it."""
+    when = f"every {checkpoint['every']} rounds" if checkpoint["every"] else "at the end only"
+    yield (
+        f"  {when}: written and read back in {duration(checkpoint['write_s'])}, of which the rounds wait "
+        f"{duration(checkpoint['stall_s'])}; a resume reads {amount(checkpoint['loaded'])} in "
+        f"{duration(checkpoint['load_s'])}"
+    )
+
+
+def _failures(failures: Mapping[str, Any]) -> Iterator[str]:
+    yield f"failures     {failures['a_day']:.3g} a day expected"
+    if failures["share"] is None:
+        yield "  what each loses is unknown, as the size of a checkpoint is"
+        return
+    yield (
+        f"  each loses {failures['rounds_average']:.4g} rounds, {failures['minutes_average']:.3g} minutes on average; "
+        f"at most {failures['rounds_most']:g} rounds, {failures['minutes_most']:.3g} minutes"
+    )
+    whole = failures["hours_with_failures"]
+    end = "with them it never ends" if whole is None else f"{whole:.3g} h with them"
+    yield f"  the run takes {failures['hours']:.3g} h without failures, {end}: {failures['share']:.2%} of it lost"
+
+
+def _strategies(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What a rank holds and sends under each; the configuration's is marked."""
+    if rows:
+        yield "strategies   a rank: frozen UNet, what is trained and its optimiser, sent a round"
+    for row in rows:
+        mark = "*" if row["chosen"] else " "
+        sizes = "  ".join(f"{amount(row[key]):>9}" for key in ("base", "trained", "sent_a_round"))
+        yield f"  {row['strategy']:<12}{mark}{sizes}"
 
 
 def _phases(phases: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -94,6 +150,16 @@ def amount(size: int | None) -> str:
             break
         value, unit = value / 1024, larger
     return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.3g} {unit}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds, minutes or hours, three digits; "unknown" for None."""
+    if seconds is None:
+        return "unknown"
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"
 
 
 def count(number: int | None) -> str:

@@ -11,13 +11,13 @@ from pathlib import Path
 from distvsd.config import Config, diff, load_config, to_dict, to_yaml
 from distvsd.config.canonical import BOOKKEEPING
 from distvsd.errors import PREEMPTED, ConfigError, RankError, RunError
-from distvsd.parallel.collectives import gather_objects
+from distvsd.parallel.collectives import agreed, gather_objects
 from distvsd.parallel.world import World, open_world
 from distvsd.runtime.heartbeat import Heartbeat
 from distvsd.runtime.paths import Resume, RunLock, RunPaths
 from distvsd.runtime.preempt import Preemption
 from distvsd.runtime.status import read_status, write_status
-from distvsd.trainer import Trainer, agreed
+from distvsd.trainer import Trainer
 
 
 def train(config: Config, resume: Resume = "auto") -> int:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import enum
-import functools
 import gc
 import logging
+import math
 import time
-from collections.abc import Callable
 from typing import Any
 
-from distvsd import errors
 from distvsd.build import Restored, Run, build_run, load_particles
 from distvsd.checkpoint.format import particle_file
 from distvsd.checkpoint.reader import Checkpoint
@@ -21,7 +18,7 @@ from distvsd.config import Config, digest, to_dict, to_yaml
 from distvsd.errors import CheckpointError, DivergedError, RunError
 from distvsd.journal import Journal
 from distvsd.loop import Round
-from distvsd.parallel.collectives import gather_objects, max_flags, set_timeout
+from distvsd.parallel.collectives import agreed, max_flags, set_timeout
 from distvsd.parallel.world import OPENING_TIMEOUT_S, World
 from distvsd.render_run import SHEET_ROWS, contact_sheets
 from distvsd.runtime.heartbeat import Heartbeat
@@ -51,16 +48,14 @@ class Trainer:
         self.config, self.world, self.paths = config, world, paths
         self.preemption, self.heartbeat = preemption, heartbeat
         # Loading from a shared disk takes ranks very different times; from the first round on a silence is a failure.
-        set_timeout(world, max(OPENING_TIMEOUT_S, config.parallel.timeout_s))
-        self.parts: Run
-        agreed(world, lambda: setattr(self, "parts", build_run(config, world, self._watch, heartbeat.at)))
+        self.patience_s = max(OPENING_TIMEOUT_S, config.parallel.timeout_s)
+        set_timeout(world, self.patience_s)
+        self.parts = agreed(world, lambda: build_run(config, world, self._watch, heartbeat.at))
         checkpoint = config.checkpoint
         self.saver = Saver(paths.checkpoints, world, checkpoint.keep, checkpoint.asynchronous, checkpoint.max_failures)
-        self.saver.preflight(self.parts.num_bytes)
+        self.saver.preflight(largest_part(self.parts))
         self.first, metrics_bytes, health_bytes = self._resume()
-        self.journal: Journal
-        journal = functools.partial(Journal, config, world, paths, self.first, metrics_bytes, health_bytes)
-        agreed(world, lambda: setattr(self, "journal", journal()))
+        self.journal = agreed(world, lambda: Journal(config, world, paths, self.first, metrics_bytes, health_bytes))
         agreed(world, lambda: paths.adopt(to_yaml(config)) if world.rank == 0 else None)
         self.saved = self.first if self.first else -1  # rounds completed in the newest checkpoint that was begun
         self.was_preempted = False
@@ -98,7 +93,7 @@ class Trainer:
         last = completed == self.config.schedule.rounds
         if done.step == self.first:
             set_timeout(self.world, self.config.parallel.timeout_s)
-        self.heartbeat.at(done.step, "watch")
+        self.heartbeat.at(done.step, "watch", self.patience_s)  # a save may be in it
         self.journal.watch(done)
         self.collect_garbage(completed)
         if completed % self.config.log.every == 0 or last:
@@ -107,7 +102,10 @@ class Trainer:
         if self.saver.pending is not None and Order.WRITING not in orders:
             self._finish()
         every = self.config.checkpoint.every
-        if last or Order.PREEMPTED in orders or (every and completed % every == 0):
+        ends = last or Order.PREEMPTED in orders
+        if ends:  # ranks write for very different times, and wait for each other: a slow disk is no dead rank
+            set_timeout(self.world, self.patience_s)
+        if ends or (every and completed % every == 0):
             self._save(completed)
         if self.config.log.images_every and completed % self.config.log.images_every == 0:
             self._draw(completed)
@@ -146,7 +144,6 @@ class Trainer:
         } | self.journal.lengths()
         score = self.parts.score
         self.saver.begin(completed, files | score.state(), score.texts(), metadata, ensemble.health())
-        ensemble.mark_good()
         self.saved = completed
         self.journal.stalled(time.perf_counter() - began)
         if self.saver.pending is None:
@@ -167,9 +164,7 @@ class Trainer:
 
     def _save_for_good(self, completed: int) -> None:
         """The state after `completed` rounds is on the disk when this returns; communicates. Raises CheckpointError."""
-        self.heartbeat.at(completed, "save")
-        # Ranks write for very different times, and here they wait for each other: a slow disk is no dead rank.
-        set_timeout(self.world, max(OPENING_TIMEOUT_S, self.config.parallel.timeout_s))
+        self.heartbeat.at(completed, "save", self.patience_s)
         self._finish()
         if self.saver.failures or self.saved != completed:
             self.saved = -1
@@ -233,9 +228,8 @@ class Trainer:
             self.journal.progress.note(f"warning: no pictures of the finished run ({type(error).__name__}: {error})")
 
     def _show_finished(self) -> None:
-        finished = load_particles(self.paths.root)
-        first_page = dataclasses.replace(finished, ids=finished.ids[:SHEET_ROWS])
-        sheets = contact_sheets(first_page, self.paths.renders)
+        finished = load_particles(self.paths.root, most=SHEET_ROWS)
+        sheets = contact_sheets(finished, self.paths.renders)
         for sheet in sheets:
             self.journal.progress.note(f"written {sheet}")
         self.journal.pictures(sheets, finished.step)
@@ -253,18 +247,27 @@ class Trainer:
                 self.journal.progress.note(f"warning: {error}")
 
 
-def agreed(world: World, action: Callable[[], None]) -> None:
-    """Runs `action` on every rank; where any rank's fails, all raise the first one's error. Communicates."""
-    problem: Exception | None = None
-    try:
-        action()
-    except Exception as error:  # whatever it is: the others wait in the next line, and must not wait for ever
-        problem = error
-    reports = gather_objects(world, None if problem is None else [type(problem).__name__, str(problem)])
-    failed = next((report for report in reports if report is not None), None)
-    if failed is None:
-        return
-    if problem is not None and str(problem) == failed[1]:
-        raise problem
-    kind = getattr(errors, failed[0], RunError)
-    raise kind(failed[1]) from problem
+def largest_part(parts: Run) -> int:
+    """Bytes of this rank's part of the largest checkpoint that is due, at the start of a run; the score network, which
+    all ranks hold, counts on rank 0.
+
+    A score that is trained gets AdamW's two moments of every parameter, and its replay fills up. Local.
+    """
+    config, rounds = parts.config, parts.config.schedule.rounds
+    every = config.checkpoint.every or rounds
+    total = parts.ensemble.most_bytes([*range(every, rounds, every), rounds])
+    if parts.world.rank != 0:
+        return total
+    trained = 4 * sum(parts.score.num_parameters)
+    if parts.loop.training is None:
+        return total + trained
+    starts = [*(start for start, _ in config.render.resolution.points if start < rounds), rounds - 1]
+    row = max(_row_bytes(parts, config.render.resolution_at(step)) for step in starts)
+    rows = config.score.replay_rounds * config.particles.count * config.particles.views
+    return total + 3 * trained + rows * row
+
+
+def _row_bytes(parts: Run, resolution: int) -> int:
+    """Of one sample of that resolution, taken from a batch without any."""
+    columns = vars(parts.loop.encode([], resolution)).values()
+    return sum(column.element_size() * math.prod(column.shape[1:]) for column in columns)

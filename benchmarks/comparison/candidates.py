@@ -13,16 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from benchmarks.comparison.task import FEATURES, PARTICLES, SEED, Task
+from distvsd.checkpoint import Saver, particle_file
+from distvsd.parallel.collectives import barrier
+from distvsd.parallel.reduce import reduce_gradients
 from distvsd.parallel.world import World
+from distvsd.vsd.rng import Purpose, normal
 
 KEEP = 2
 
 
 class Candidate(ABC):
-    """One rank of a run that is saved one way; every method is called by all ranks."""
+    """One rank of a run that is saved one way; every method but `fill` and `is_of` is called by all ranks."""
 
     name: str
     written_as: str  # where the pattern is from
@@ -32,8 +40,8 @@ class Candidate(ABC):
         self.task = Task(world.rank, world.size)
 
     @abstractmethod
-    def step(self, number: int, broken: int | None = None) -> None:
-        """A round; `broken`: a particle whose render is NaN in it."""
+    def step(self, number: int) -> None:
+        """One round."""
 
     @abstractmethod
     def save(self, step: int) -> None: ...
@@ -41,6 +49,14 @@ class Candidate(ABC):
     @abstractmethod
     def load(self) -> int:
         """Restores what a program that was started again takes for its newest checkpoint; returns its step."""
+
+    def fill(self, step: int, variant: int = 0) -> None:
+        """Puts a state in place of the trained one that tells everywhere which step and variant it is of."""
+        self.task.fill(step, variant)
+
+    def is_of(self, step: int, variant: int = 0) -> bool:
+        """Whether all that training goes on from is, bit for bit, that of `fill`."""
+        return self.task.is_of(step, variant)
 
 
 class Loop(Candidate):
@@ -56,23 +72,36 @@ class Loop(Candidate):
             return self.task.network
         return nn.parallel.DistributedDataParallel(self.task.network)
 
-    def step(self, number: int, broken: int | None = None) -> None:
+    def step(self, number: int, nan: int | None = None, absent: int | None = None) -> None:
+        """nan: a particle whose render is NaN in this round. absent: one that sits it out."""
         task, samples, noises = self.task, [], []
         for particle in task.ids:
             noise = torch.randn(FEATURES)
+            if particle == absent:
+                continue
             features = task.features(particle, noise)
-            if particle == broken:
+            if particle == nan:
                 features = features * torch.nan
             task.move(particle, features)
             samples.append(features.detach())
             noises.append(noise)
         task.network_optimizer.zero_grad()
-        loss = (self.wrapped(torch.stack(samples)) - torch.stack(noises)).square().mean()
-        self._backward(loss)
+        self._backward((self.wrapped(torch.stack(samples)) - torch.stack(noises)).square().mean())
         task.network_optimizer.step()
 
     def _backward(self, loss: Tensor) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
+
+    def fill(self, step: int, variant: int = 0) -> None:
+        super().fill(step, variant)
+        torch.manual_seed(self._seed(step, variant))
+
+    def is_of(self, step: int, variant: int = 0) -> bool:
+        expected = torch.Generator().manual_seed(self._seed(step, variant)).get_state()
+        return super().is_of(step, variant) and torch.equal(torch.get_rng_state(), expected)
+
+    def _seed(self, step: int, variant: int) -> int:
+        return 10_000 * self.world.rank + 1000 * variant + step
 
     def _particles(self) -> dict[str, Tensor]:
         return {name: value for name, value in self.task.state().items() if name.startswith("particle/")}
@@ -84,20 +113,20 @@ class Loop(Candidate):
 
 
 class Accelerate(Loop):
-    """`Accelerator.save_state` into `checkpoint-STEP`, the folder with the highest number resumed, old ones deleted
-    before the new one is written: the loop of every training script of diffusers. What differs between ranks is not
-    among what save_state saves from every rank, so that each writes its particles beside it."""
+    """`Accelerator.save_state` on every rank into `checkpoint-STEP`; the folder with the highest number is resumed, old
+    ones are deleted before the new one is written. What differs between ranks is not among what save_state saves from
+    every rank (registered objects are the main rank's), so that each writes its particles beside it."""
 
     name = "accelerate"
-    written_as = "`examples/text_to_image/train_text_to_image_lora.py` of diffusers; particles by rank beside it"
+    written_as = (
+        "accelerate's guide to checkpointing (`save_state`, `load_state`), folders named, chosen and pruned as in "
+        "diffusers' `train_text_to_image_lora.py`; particles in a `torch.save` a rank beside it"
+    )
 
     def __init__(self, folder: Path, world: World) -> None:
-        from accelerate import Accelerator
-
         self.accelerator = Accelerator(cpu=True)
         super().__init__(folder, world)
-        task = self.task
-        task.network_optimizer = self.accelerator.prepare_optimizer(task.network_optimizer)
+        self.task.network_optimizer = self.accelerator.prepare_optimizer(self.task.network_optimizer)
 
     def _wrap(self) -> nn.Module:
         wrapped: nn.Module = self.accelerator.prepare_model(self.task.network)
@@ -119,8 +148,7 @@ class Accelerate(Loop):
     def load(self) -> int:
         newest = self._folders()[-1]
         self.accelerator.load_state(str(newest))
-        particles = torch.load(newest / f"particles_{self.world.rank}.pt", weights_only=True)
-        self._restore_particles(particles)
+        self._restore_particles(torch.load(newest / f"particles_{self.world.rank}.pt", weights_only=True))
         return int(newest.name.partition("-")[2])
 
     def _folders(self) -> list[Path]:
@@ -128,10 +156,14 @@ class Accelerate(Loop):
 
 
 class TorchSave(Loop):
-    """One `torch.save` a rank, `ckpt_STEP_rankR.pt`, with everything in it, the random state too; deleted after."""
+    """One `torch.save` a rank, `ckpt_STEP_rankR.pt`, with everything in it, the random state too; old ones are deleted
+    when all ranks have saved."""
 
     name = "DDP + torch.save"
-    written_as = "PyTorch's tutorial on saving a general checkpoint; `ckpt_{step}_rank{rank}.pt` as gsplat's trainer"
+    written_as = (
+        "PyTorch's tutorial on saving a general checkpoint, one file a rank, `ckpt_{step}_rank{rank}.pt`, as gsplat's "
+        "distributed trainer"
+    )
 
     def save(self, step: int) -> None:
         task = self.task
@@ -143,12 +175,12 @@ class TorchSave(Loop):
             "rng": torch.get_rng_state(),
         }
         torch.save(state, self._path(step))
+        barrier(self.world)
         for old in self._steps()[:-KEEP]:
             self._path(old).unlink(missing_ok=True)
 
     def load(self) -> int:
-        step = self._steps()[-1]
-        saved: dict[str, Any] = torch.load(self._path(step), weights_only=True)
+        saved: dict[str, Any] = torch.load(self._path(self._steps()[-1]), weights_only=True)
         self.task.network.load_state_dict(saved["network"])
         self.task.network_optimizer.load_state_dict(saved["optimizer"])
         self._restore_particles(saved["particles"])
@@ -169,40 +201,35 @@ class Dcp(Loop):
     deleted after. Particles are keyed by id, which makes them elastic; the random state is a rank's own."""
 
     name = "torch DCP"
-    written_as = "PyTorch's DCP recipe with `get_state_dict`; newest folder and pruning as torchtitan's"
+    written_as = (
+        "PyTorch's recipe for DCP (`get_state_dict`, `save`, `load`, `set_state_dict`), particles keyed by id; the "
+        "newest folder with a `.metadata`, and pruning, as torchtitan's"
+    )
 
     def save(self, step: int) -> None:
-        from torch.distributed.checkpoint.state_dict_saver import save
-
-        save(self._state(), checkpoint_id=self.folder / f"step-{step}")
+        state_dict_saver.save(self._state(), checkpoint_id=self.folder / f"step-{step}")
         if self.world.rank == 0:
             for old in self._steps()[:-KEEP]:
                 shutil.rmtree(self.folder / f"step-{old}")
 
     def load(self) -> int:
-        from torch.distributed.checkpoint.filesystem import FileSystemReader
-        from torch.distributed.checkpoint.state_dict import set_state_dict
-        from torch.distributed.checkpoint.state_dict_loader import load
-
         step = self._steps()[-1]
         folder, state = self.folder / f"step-{step}", self._state()
-        known = FileSystemReader(folder).read_metadata().state_dict_metadata
-        if f"rng/{self.world.rank}" not in known:  # more ranks than before
-            del state[f"rng/{self.world.rank}"]
-        load(state, checkpoint_id=folder)
+        mine = f"rng/{self.world.rank}"
+        if mine not in FileSystemReader(folder).read_metadata().state_dict_metadata:  # more ranks than before
+            del state[mine]
+        state_dict_loader.load(state, checkpoint_id=folder)
         set_state_dict(
             self.task.network,
             self.task.network_optimizer,
             model_state_dict=state["network"],
             optim_state_dict=state["optimizer"],
         )
-        if f"rng/{self.world.rank}" in state:
-            torch.set_rng_state(state[f"rng/{self.world.rank}"])
+        if mine in state:
+            torch.set_rng_state(state[mine])
         return step
 
     def _state(self) -> dict[str, Any]:
-        from torch.distributed.checkpoint.state_dict import get_state_dict
-
         network, optimizer = get_state_dict(self.task.network, self.task.network_optimizer)
         shared = {"network": network, "optimizer": optimizer, f"rng/{self.world.rank}": torch.get_rng_state()}
         return shared | self._particles()
@@ -216,18 +243,16 @@ class Distvsd(Candidate):
     """distvsd's own Saver, keyed random numbers and fixed-point reduction, around the same task."""
 
     name = "distvsd"
-    written_as = "`distvsd.checkpoint.Saver`, `distvsd.vsd.rng`, `distvsd.parallel.reduce_gradients(numerics='exact')`"
+    written_as = (
+        "`distvsd.checkpoint.Saver`, `distvsd.vsd.rng`, `reduce_gradients(numerics='exact')` around the same task; its "
+        "trainer itself where the guard is the trainer's (NaN, lost ranks)"
+    )
 
     def __init__(self, folder: Path, world: World) -> None:
-        from distvsd.checkpoint.saver import Saver
-
         super().__init__(folder, world)
         self.saver = Saver(folder, world, KEEP)
 
-    def step(self, number: int, broken: int | None = None) -> None:
-        from distvsd.parallel.reduce import reduce_gradients
-        from distvsd.vsd.rng import Purpose, normal
-
+    def step(self, number: int) -> None:
         task, parameters = self.task, list(self.task.network.parameters())
         vectors = []
         for particle in task.ids:
@@ -260,8 +285,6 @@ class Distvsd(Candidate):
         return checkpoint.manifest.step
 
     def _files(self) -> dict[str, dict[str, Tensor]]:
-        from distvsd.checkpoint.format import particle_file
-
         files: dict[str, dict[str, Tensor]] = {}
         for name, tensor in self.task.state().items():
             kind, key, *_ = name.split("/")

@@ -5,109 +5,91 @@ from __future__ import annotations
 import os
 import pickle
 import random
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.comparison.candidates import CANDIDATES, Candidate
-from benchmarks.comparison.trial import Tally, alone, judged
-from distvsd.parallel.world import World
+from benchmarks.comparison.trial import (
+    NEW,
+    OLD,
+    REFUSED,
+    WRONG,
+    Cell,
+    Tally,
+    Verdict,
+    alone,
+    files_of,
+    looked,
+    two_saves,
+)
 
-FLIPS = 36
+FLIPS = 120
 EDGE = 256  # bytes at a file's start and end, where headers lie; half of the flips go there
 
 
-def damaged(name: str, folder: Path) -> dict[str, Tally]:
-    """What came of flipping single bits, cutting each file in half, and deleting each file."""
-    newest = alone(_two_saves, name, folder)
-    return {
-        "flipped": Tally(alone(_each, name, folder, newest, _flips)),
-        "cut": Tally(alone(_each, name, folder, newest, _cuts)),
-        "missing": Tally(alone(_each, name, folder, newest, _losses)),
+def damaged(name: str, folder: Path) -> dict[str, Cell]:
+    """Rows on flipping single bits, cutting each file in half, and deleting each file."""
+    folder.mkdir(parents=True)
+    alone(1, two_saves, name, folder)
+    newest = list(files_of(folder, NEW))
+    draw = random.Random(1)
+    # Each file in turn; each file's flips in turn anywhere and at an edge.
+    flips = [(newest[n % len(newest)], _flip(draw, n // len(newest) % 2 == 1)) for n in range(FLIPS)]
+    accidents: dict[str, list[tuple[str, Callable[[bytes], bytes | None]]]] = {
+        "a flipped bit is found (G3)": [*flips],
+        "a file cut in half is found (G3)": [(file, lambda data: data[: len(data) // 2]) for file in newest],
+        "a missing file is found (G3)": [(file, lambda data: None) for file in newest],
     }
+    tallies = {
+        row: Tally(_after(name, folder, file, change) for file, change in changes) for row, changes in accidents.items()
+    }
+    found = {row: Cell(not tally[WRONG], str(tally)) for row, tally in tallies.items()}
+    total, refused = (sum(map(count, tallies.values())) for count in (Tally.total, lambda tally: tally[REFUSED]))
+    stuck = Cell(not refused, f"{refused} of {total} damages end in an error until somebody deletes the checkpoint")
+    return found | {"a damaged checkpoint is passed over for a sound one (G4)": stuck}
 
 
-def unpickled(name: str, folder: Path) -> list[str]:
-    """Names of the files of a checkpoint whose loading ran code that was put into them."""
-    newest = alone(_two_saves, name, folder)
+def unpickled(name: str, folder: Path) -> Cell:
+    """The files of a checkpoint whose loading ran code that was put into them."""
+    folder.mkdir(parents=True)
+    alone(1, two_saves, name, folder)
     mark = folder.parent / f"{folder.name}-ran"
-    ran: list[str] = []
-    for file in newest:
-        original = (folder / file).read_bytes()
+    ran = set()
+    for file in files_of(folder, NEW):
         for evil in (_raw_pickle, _torch_archive):
-            evil(folder / file, mark)
-            alone(_load_quietly, name, folder)
+            _after(name, folder, file, lambda data, evil=evil: evil(mark))  # type: ignore[misc]
             if mark.is_dir():
                 mark.rmdir()
-                ran.append(file)
-        (folder / file).write_bytes(original)
-    return sorted(set(ran))
+                ran.add(Path(file).name)
+    return Cell(not ran, f"code in {', '.join(sorted(ran))} runs" if ran else "no file's code runs")
 
 
-def _two_saves(world: World, name: str, folder: Path) -> list[str]:
-    """Saves steps 10 and 20; returns the files of 20."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    candidate = CANDIDATES[name](folder, world)
-    before: set[str] = set()
-    for step in (10, 20):
-        before = set(files_below(folder))
-        candidate.task.fill(step)
-        candidate.save(step)
-    return sorted(set(files_below(folder)) - before)
-
-
-def files_below(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-
-
-def _each(
-    world: World, name: str, folder: Path, newest: list[str], accidents: Callable[[Path, list[str]], Iterator[None]]
-) -> list[str]:
-    """A verdict for each accident, each on the otherwise sound checkpoint of step 20."""
-    verdicts = []
-    for _ in accidents(folder, newest):
-        verdicts.append(judged(lambda: CANDIDATES[name](folder, world), _is_whole))
-    return verdicts
-
-
-def _is_whole(candidate: Candidate, step: int) -> bool:
-    return step in (10, 20) and not candidate.task.differing(step)
-
-
-def _flips(folder: Path, newest: list[str]) -> Iterator[None]:
-    draw = random.Random(1)
-    for index in range(FLIPS):
-        path = folder / newest[index % len(newest)]
-        original = path.read_bytes()
-        changed = bytearray(original)
-        place = draw.randrange(len(changed))
-        if index % 2:
-            place = min(len(changed) - 1, draw.randrange(EDGE))
-            place = len(changed) - 1 - place if draw.random() < 0.5 else place
-        changed[place] ^= 1 << draw.randrange(8)
+def _after(name: str, folder: Path, file: str, change: Callable[[bytes], bytes | None]) -> Verdict:
+    """What a program finds while one file is changed; `change` returns None for a file that is gone."""
+    path = folder / file
+    original = path.read_bytes()
+    changed = change(original)
+    path.unlink()
+    if changed is not None:
         path.write_bytes(changed)
-        yield
+    try:
+        return looked(1, name, folder, [(OLD, 0), (NEW, 0)])
+    finally:
         path.write_bytes(original)
 
 
-def _cuts(folder: Path, newest: list[str]) -> Iterator[None]:
-    for file in newest:
-        original = (folder / file).read_bytes()
-        (folder / file).write_bytes(original[: len(original) // 2])
-        yield
-        (folder / file).write_bytes(original)
+def _flip(draw: random.Random, at_an_edge: bool) -> Callable[[bytes], bytes]:
+    def change(data: bytes) -> bytes:
+        changed = bytearray(data)
+        place = draw.randrange(min(EDGE, len(changed)) if at_an_edge else len(changed))
+        if at_an_edge and draw.random() < 0.5:
+            place = len(changed) - 1 - place
+        changed[place] ^= 1 << draw.randrange(8)
+        return bytes(changed)
 
-
-def _losses(folder: Path, newest: list[str]) -> Iterator[None]:
-    for file in newest:
-        original = (folder / file).read_bytes()
-        (folder / file).unlink()
-        yield
-        (folder / file).write_bytes(original)
+    return change
 
 
 class _Evil:
@@ -120,13 +102,11 @@ class _Evil:
         return os.mkdir, (str(self.mark),)
 
 
-def _raw_pickle(path: Path, mark: Path) -> None:
-    path.write_bytes(pickle.dumps(_Evil(mark)))
+def _raw_pickle(mark: Path) -> bytes:
+    return pickle.dumps(_Evil(mark))
 
 
-def _torch_archive(path: Path, mark: Path) -> None:
-    torch.save(_Evil(mark), path)
-
-
-def _load_quietly(world: World, name: str, folder: Path) -> None:
-    judged(lambda: CANDIDATES[name](folder, world), _is_whole)
+def _torch_archive(mark: Path) -> bytes:
+    archive = mark.with_suffix(".pt")
+    torch.save(_Evil(mark), archive)
+    return archive.read_bytes()

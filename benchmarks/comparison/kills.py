@@ -5,140 +5,114 @@ from __future__ import annotations
 import resource
 import shutil
 import signal
+import statistics
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.comparison.candidates import CANDIDATES, Candidate
-from benchmarks.comparison.damage import files_below
-from benchmarks.comparison.trial import NEWEST, OLDER, REFUSED, WRONG, Tally, judged, outlived, together
+from benchmarks.comparison.candidates import CANDIDATES
+from benchmarks.comparison.trial import (
+    LATER,
+    NEW,
+    NEWEST,
+    OLD,
+    REFUSED,
+    STRUCK,
+    WRONG,
+    Cell,
+    Tally,
+    die,
+    files_of,
+    looked,
+    together,
+    two_saves,
+)
+from distvsd.errors import RankError
 from distvsd.parallel.collectives import barrier
 from distvsd.parallel.world import World
 
 SIZE = 2
-FULL_AT = 2**19  # bytes a file may have on the full disk; a particle has six times as many
+FULL_AT = 2**19  # bytes a file may have on the full disk; a particle has three times as many
 
 
-@dataclass(frozen=True)
-class Killed:
-    """new: verdicts on kills in the save of a new step. again: in that of a step which is there. left: the fewest
-    complete checkpoints at any of the instants. seconds: a save takes, without kills."""
-
-    new: Tally
-    again: Tally
-    left: int
-    seconds: float
-
-
-def killed(name: str, folder: Path, instants: int) -> Killed:
-    """Kills all ranks in a save, `instants` times each in two kinds of save, and starts again each time."""
-    template = folder / "template"
+def killed(name: str, folder: Path, instants: int) -> tuple[dict[str, Cell], float]:
+    """Kills all ranks in a save, `instants` times each in two kinds of save, and starts again each time. Returns the
+    rows on it, and the seconds of a save that nobody disturbs."""
+    template, trial = folder / "template", folder / "trial"
     template.mkdir(parents=True)
-    seconds = max(together(SIZE, _prepare, name, template))
-    sizes = {file: (template / file).stat().st_size for file in files_below(template)}
+    together(SIZE, two_saves, name, template)
+    before = {step: files_of(template, step) for step in (OLD, NEW)}
+    times = []
+    for _ in range(5):
+        _start_from(template, trial)
+        times.append(max(together(SIZE, _save, name, trial, STRUCK, 0, 0.0)))
+    seconds = statistics.median(times)
     new, again, left = [], [], []
     for index in range(instants):
         moment = seconds * (index + 0.5) / instants
-        trial = folder / "trial"
         _start_from(template, trial)
-        died = outlived(SIZE, _die_saving, name, trial, 30, 0, moment) is None
-        whole = sum(_is_there(trial, _of_step(sizes, step)) for step in (10, 20))
-        verdict, step = _looked(name, trial, [(10, 0), (20, 0), (30, 0)])
-        new.append(verdict)
-        if died:
-            left.append(whole + (step == 30))
+        if die(signal.SIGALRM, SIZE, _save, name, trial, STRUCK, 0, moment):
+            whole = sum(files.items() <= files_of(trial, step).items() for step, files in before.items())
+            new.append(looked(SIZE, name, trial, [(OLD, 0), (NEW, 0), (STRUCK, 0)]))
+            left.append(whole + (new[-1].step == STRUCK))
         _start_from(template, trial)
-        outlived(SIZE, _die_saving, name, trial, 20, 1, moment)
-        again.append(_looked(name, trial, [(10, 0), (20, 0), (20, 1)])[0])
-    return Killed(Tally(new), Tally(again), min(left, default=0), seconds)
+        if die(signal.SIGALRM, SIZE, _save, name, trial, NEW, 1, moment):
+            again.append(looked(SIZE, name, trial, [(OLD, 0), (NEW, 0), (NEW, 1)]))
+    after_new, after_again = Tally(new), Tally(again)
+    rows = {
+        "kill -9 in a save loses no more than that save (G1)": Cell(after_new[NEWEST] == len(new), str(after_new)),
+        "kill -9 in a save of a step that is there mixes nothing (G2)": Cell(
+            not after_again[WRONG] and not after_again[REFUSED], str(after_again)
+        ),
+        "two whole checkpoints at any instant of a save (G6)": Cell(min(left) >= 2, f"{min(left)} at the worst"),
+    }
+    return rows, seconds
 
 
-def full(name: str, folder: Path) -> str:
-    """What a disk that takes no more, in the save of step 30, leaves of the run and of its checkpoints."""
+def full(name: str, folder: Path) -> Cell:
+    """What a disk that takes no more, in one save, leaves of the run and of its checkpoints."""
     folder.mkdir(parents=True)
-    together(SIZE, _prepare, name, folder)
-    went_on = outlived(SIZE, _save_on_full_disk, name, folder) is not None
-    run = "the run goes on and saves later" if went_on else "the run ends"
-    steps = [(10, 0), (20, 0), (30, 0), (40, 0)]
-    after, _ = _looked(name, folder, steps)
-    return f"{run}; started again: {Tally([after]).text().partition(': 1 ')[2]}"
+    together(SIZE, two_saves, name, folder)
+    try:
+        together(SIZE, _save_on_full_disk, name, folder)
+        goes_on = True
+    except RankError:
+        goes_on = False
+    after = looked(SIZE, name, folder, [(OLD, 0), (NEW, 0), (STRUCK, 0), (LATER, 0)])
+    run = "the run goes on, and its next save works" if goes_on else "the run ends"
+    resumed = f"started again it resumes from step {after.step}" if after.step else "started again it ends in an error"
+    return Cell(goes_on and after.step == LATER, f"{run}; {resumed}")
 
 
-def _prepare(world: World, name: str, folder: Path) -> float:
-    """Saves steps 10 and 20; returns the seconds of the second."""
-    candidate = CANDIDATES[name](folder, world)
-    seconds = 0.0
-    for step in (10, 20):
-        candidate.task.fill(step)
-        barrier(world)
-        began = time.perf_counter()
-        candidate.save(step)
-        seconds = time.perf_counter() - began
-    return seconds
-
-
-def _die_saving(world: World, name: str, folder: Path, step: int, variant: int, moment: float) -> None:
-    """A program that was started again, and dies `moment` seconds after the start of its save."""
+def _save(world: World, name: str, folder: Path, step: int, variant: int, moment: float) -> float:
+    """A program that was started again saves, and dies `moment` seconds after the start of that save; with 0 it lives.
+    Returns the seconds it took."""
     candidate = CANDIDATES[name](folder, world)
     candidate.load()
-    candidate.task.fill(step, variant)
+    candidate.fill(step, variant)
     barrier(world)
     # The kernel ends the process at this moment as kill -9 does: nobody handles the signal.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    began = time.perf_counter()
     signal.setitimer(signal.ITIMER_REAL, moment)
     candidate.save(step)
     signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def _look(world: World, name: str, folder: Path, known: list[tuple[int, int]]) -> list[str]:
-    """What a fresh program loads: 'STEP VARIANT' for each known state that all of this rank's tensors are of."""
-    loaded: list[str] = []
-
-    def is_right(candidate: Candidate, step: int) -> bool:
-        task = candidate.task
-        loaded.extend(f"{at} {variant}" for at, variant in known if at == step and not task.differing(at, variant))
-        return bool(loaded)
-
-    verdict = judged(lambda: CANDIDATES[name](folder, world), is_right)
-    return loaded or [verdict]
-
-
-def _looked(name: str, folder: Path, known: list[tuple[int, int]]) -> tuple[str, int]:
-    """One verdict from what fresh ranks find, and the step; ranks of different states are wrong, each whole or not."""
-    by_rank = outlived(SIZE, _look, name, folder, known)
-    if by_rank is None:
-        return f"{REFUSED}: hangs or crashes", 0
-    if refused := [found[0] for found in by_rank if found[0].startswith(REFUSED)]:
-        return refused[0], 0
-    common = set(by_rank[0]).intersection(*by_rank) - {WRONG}
-    if not common:
-        return WRONG, 0
-    step = max(int(state.split()[0]) for state in common)
-    return OLDER if step == 10 else NEWEST, step
+    return time.perf_counter() - began
 
 
 def _save_on_full_disk(world: World, name: str, folder: Path) -> None:
     candidate = CANDIDATES[name](folder, world)
     candidate.load()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    candidate.task.fill(30)
+    candidate.fill(STRUCK)
     resource.setrlimit(resource.RLIMIT_FSIZE, (FULL_AT, hard))
     try:
-        candidate.save(30)
+        candidate.save(STRUCK)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    candidate.task.fill(40)
-    candidate.save(40)
+    candidate.fill(LATER)
+    candidate.save(LATER)
 
 
 def _start_from(template: Path, trial: Path) -> None:
     shutil.rmtree(trial, ignore_errors=True)
     shutil.copytree(template, trial)
-
-
-def _of_step(sizes: dict[str, int], step: int) -> dict[str, int]:
-    return {file: size for file, size in sizes.items() if str(step) in file.partition("/")[0]}
-
-
-def _is_there(trial: Path, sizes: dict[str, int]) -> bool:
-    return all((trial / file).is_file() and (trial / file).stat().st_size == size for file, size in sizes.items())

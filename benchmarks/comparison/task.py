@@ -69,7 +69,6 @@ class Task:
         for particle, value in self.particles.items():
             found |= self.particle_state(particle, value)
         for name, parameter in self.network.named_parameters():
-            name = name.removeprefix("module.")
             found[f"network/{name}"] = parameter.data
             for key, tensor in self.network_optimizer.state[parameter].items():
                 found[f"optimizer/{name}/{key}"] = tensor
@@ -85,13 +84,9 @@ class Task:
         for name, tensor in self.state().items():
             tensor.copy_(_known(name, tensor, step, variant))
 
-    def differing(self, step: int, variant: int = 0) -> list[str]:
-        """Names of tensors that are not, bit for bit, those of `fill`."""
-        return [
-            name
-            for name, tensor in self.state().items()
-            if not torch.equal(tensor, _known(name, tensor, step, variant))
-        ]
+    def is_of(self, step: int, variant: int = 0) -> bool:
+        """Whether every tensor is, bit for bit, that of `fill`."""
+        return all(torch.equal(tensor, _known(name, tensor, step, variant)) for name, tensor in self.state().items())
 
     def digests(self) -> dict[str, str]:
         """SHA-256 by tensor."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from distvsd.checkpoint.format import particle_of
 from distvsd.errors import CheckpointError
-from distvsd.parallel.collectives import gather_objects
+from distvsd.parallel.collectives import attempt
 from distvsd.parallel.world import World
 
 
@@ -22,17 +21,11 @@ def together(world: World, action: str, work: Callable[[], Any]) -> list[Any]:
     Where any rank's work fails, all raise one CheckpointError in the same words that says which did not and why: a
     StorageError if only disks failed. A rank that raised on its own would leave the others waiting for ever.
     """
-    value = "null"
-    problem: str | None = None
-    by_disk = False
-    try:
-        value = json.dumps(work())
-    except Exception as error:  # whatever it is, the others are waiting to hear of it
-        problem, by_disk = _describe(error), isinstance(error, OSError)
-    reports = gather_objects(world, [value, problem, by_disk])
-    failed = [by_disk for _, problem, by_disk in reports if problem is not None]
-    refuse(action, [problem for _, problem, _ in reports], StorageError if all(failed) else CheckpointError)
-    return [json.loads(value) for value, _, _ in reports]
+    values, problems, _ = attempt(world, lambda: _described(work))
+    failed = [problem.kind for problem in problems if problem is not None]
+    by_disks = all(kind == StorageError.__name__ for kind in failed)
+    refuse(action, [problem and problem.text for problem in problems], StorageError if by_disks else CheckpointError)
+    return values
 
 
 def refuse(action: str, problems: Sequence[str | None], error: type[CheckpointError] = CheckpointError) -> None:
@@ -76,10 +69,14 @@ def refuse_drift(action: str, contents: Sequence[Mapping[str, str]]) -> None:
     refuse(action, problems)
 
 
-def _describe(error: Exception) -> str:
-    match error:
-        case CheckpointError():
-            return str(error)
-        case OSError():
-            return f"{error}; check the free space, the quota and the permissions of the run directory"
-    return f"{type(error).__name__}: {error}"
+def _described(work: Callable[[], Any]) -> Any:
+    """What the work returns; its errors say what they are, and which are the disk's."""
+    try:
+        return work()
+    except CheckpointError:
+        raise
+    except OSError as error:
+        hint = "check the free space, the quota and the permissions of the run directory"
+        raise StorageError(f"{error}; {hint}") from error
+    except Exception as error:
+        raise CheckpointError(f"{type(error).__name__}: {error}") from error

@@ -68,6 +68,19 @@ def _exact_backend(config: Config) -> str | None:
     return "is nerfacc, whose sums change from run to run, but parallel.numerics is exact; allowed: auto, torch"
 
 
+def _exact_strategy(config: Config) -> str | None:
+    if config.parallel.strategy == "flat" or config.parallel.numerics != "exact":
+        return None
+    strategy = config.parallel.strategy
+    return f"is {strategy}, whose sums change with the ranks, but parallel.numerics is exact; allowed: flat"
+
+
+def _strategy_without_score(config: Config) -> str | None:
+    if config.parallel.strategy == "flat" or config.objective.kind != "sds":
+        return None
+    return f"is {config.parallel.strategy}, but objective.kind is sds, which trains no score network; allowed: flat"
+
+
 RELATIONS = (
     Relation(("prompt", "particles.count"), _prompt_count),
     Relation(("objective.t_min", "objective.t_max"), _time_range),
@@ -75,4 +88,6 @@ RELATIONS = (
     Relation(("score.replay_share", "score.replay_rounds"), _replay),
     Relation(("render.resolution", "particles.kind", "particles.image.space"), _latent_size),
     Relation(("render.backend", "parallel.numerics"), _exact_backend),
+    Relation(("parallel.strategy", "parallel.numerics"), _exact_strategy),
+    Relation(("parallel.strategy", "objective.kind"), _strategy_without_score),
 )

@@ -247,8 +247,10 @@ class ScheduleConfig:
 class ParallelConfig:
     """How ranks work together."""
 
-    strategy: Literal["flat"] = "flat"
-    """How the score network is kept the same on all ranks; flat: one flat reduction a step."""
+    strategy: Literal["flat", "ddp", "fsdp2", "deepspeed"] = "flat"
+    """How ranks train the score network; flat: one reduction a step, all else whole. Same adapter up to rounding."""
+    zero_stage: Annotated[int, Range(1, 3)] = 1
+    """deepspeed only: what ranks hold in parts, 1 the optimiser, 2 the gradient too, 3 the frozen network too."""
     exchange: Literal["all_gather"] = "all_gather"
     """How renders reach the other ranks."""
     numerics: Literal["fast", "exact"] = "fast"

@@ -2,21 +2,26 @@
 
 What differs between versions of torch.distributed is hidden here. Values travel as JSON bytes, never as code that a
 receiver runs. A collective that fails (a peer died, or was silent for longer than the timeout) raises `RankError`.
+
+Before hosts wait for NCCL they meet on the host: nothing can be raised out of a wait for a device, and NCCL's own watch
+ends a process without a word. So the host's timeout is the one that strikes where a rank hangs or has died; NCCL's is
+longer, and is for a device that hangs while its host is well.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distvsd.errors import RankError
+from distvsd import errors
+from distvsd.errors import RankError, RunError
 
 if TYPE_CHECKING:
     from distvsd.parallel.world import World
@@ -25,6 +30,15 @@ if TYPE_CHECKING:
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 MAX_FLAG_BITS = 62
+
+T = TypeVar("T")
+
+
+class Problem(NamedTuple):
+    """Why one rank's work failed: the name of the error's class, and its text."""
+
+    kind: str
+    text: str
 
 
 class GatheredRows:
@@ -37,7 +51,8 @@ class GatheredRows:
     def wait(self) -> Tensor:
         """`[size, n, F]`, the rows of rank r at index r. May be called again."""
         if self._work is not None:
-            with _talking(self._world, "the gather of rows"):
+            meet(self._world, self._gathered.device, "the gather of rows")
+            with talking(self._world, "the gather of rows"):
                 self._work.wait()
             self._work = self._source = None
         return self._gathered
@@ -52,7 +67,7 @@ def all_gather_rows(world: World, rows: Tensor) -> GatheredRows:
         return GatheredRows(world, rows[None], rows, None)
     rows = rows.contiguous()
     gathered = rows.new_empty((world.size, *rows.shape))
-    with _talking(world, "the gather of rows"):
+    with talking(world, "the gather of rows"):
         work = _all_gather(gathered.flatten(0, 1), rows, async_op=True)
     return GatheredRows(world, gathered, rows, work)
 
@@ -83,7 +98,7 @@ def broadcast_text(world: World, text: str | None) -> str:
     if world.size == 1:
         return data.decode()
     device = _control_device(world)
-    with _talking(world, "the broadcast of a text"):
+    with talking(world, "the broadcast of a text"):
         length = torch.tensor([len(data)], device=device)
         dist.broadcast(length, src=0)
         buffer = _to_tensor(data, int(length), device)
@@ -91,22 +106,36 @@ def broadcast_text(world: World, text: str | None) -> str:
     return bytes(buffer.tolist()).decode()
 
 
-def agree(world: World, problem: str | None) -> None:
-    """Makes what one rank knows everybody's: returns if no rank has a problem, else raises `RankError` on all ranks.
+def attempt(world: World, work: Callable[[], Any]) -> tuple[list[Any], list[Problem | None], Exception | None]:
+    """Does this rank's `work` and hears how the others' went; communicates once, whatever comes of the work.
 
-    The text is the same on every rank and names the ranks. Call it wherever a rank may fail before a collective that
-    the others would wait in; a rank that raises on its own would leave them hanging.
+    Returns what each rank's work returned, which must be JSON, and each rank's problem, by rank; then this rank's own
+    error. For wherever one rank may fail before a collective that the others would wait in.
     """
-    problems = gather_objects(world, problem)
-    ranks_by_problem: dict[str, list[int]] = {}
-    for rank, text in enumerate(problems):
-        if text is not None:
-            ranks_by_problem.setdefault(text, []).append(rank)
-    if not ranks_by_problem:
-        return
-    if world.size == 1:
-        raise RankError(problems[0])
-    raise RankError("; ".join(f"{_name(ranks, world.size)}: {text}" for text, ranks in ranks_by_problem.items()))
+    value, problem = "null", None
+    try:
+        value = json.dumps(work())
+    except Exception as error:  # whatever it is: the others wait in the next line, and must not wait for ever
+        problem = error
+    reports = gather_objects(world, [value, None if problem is None else Problem(type(problem).__name__, str(problem))])
+    values = [json.loads(value) for value, _ in reports]
+    return values, [told and Problem(*told) for _, told in reports], problem
+
+
+def agreed(world: World, action: Callable[[], T]) -> T:
+    """What `action` returns on this rank, once it has worked on all; else all raise the first rank's error.
+
+    With the same text on every rank, and of the same class if it is one of `distvsd.errors`. Communicates.
+    """
+    results: list[T] = []
+    _, problems, mine = attempt(world, lambda: results.append(action()))
+    first = next((problem for problem in problems if problem is not None), None)
+    if first is None:
+        return results[0]
+    if mine is not None and str(mine) == first.text:
+        raise mine
+    kind = getattr(errors, first.kind, RunError)
+    raise kind(first.text) from mine
 
 
 def barrier(world: World) -> None:
@@ -114,18 +143,43 @@ def barrier(world: World) -> None:
     all_reduce_sum_(world, torch.zeros(1, device=_control_device(world)))
 
 
+def meet(world: World, device: torch.device, what: str) -> None:
+    """Returns when every host is about to wait for tensors on `device`, where that waits for no host by itself.
+
+    what: they wait for, for the error.
+    """
+    if _waits_for_device(world, device):
+        with talking(world, what):
+            dist.all_reduce(torch.zeros(1))
+
+
 def set_timeout(world: World, timeout_s: float) -> None:
     """How long any later collective of this rank waits for the others before it fails. Does not communicate."""
     if world.size > 1:
         # There is no public setter yet (torch 2.13), only an argument at the opening of a group.
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s))
+    if _waits_for_device(world, world.device):
+        backend = dist.distributed_c10d._get_default_group()._get_backend(world.device)
+        backend._set_default_timeout(timedelta(seconds=device_timeout(timeout_s)))
+
+
+def device_timeout(timeout_s: float) -> float:
+    """NCCL's timeout beside the host's. Its clock starts when a gather does, before the host begins to wait for it, and
+    the rank that hangs must have been looked for and named before it ends."""
+    return 2 * timeout_s + 60
 
 
 def _all_reduce_(world: World, tensor: Tensor, operation: Any, what: str) -> Tensor:
     if world.size > 1:
-        with _talking(world, what):
+        meet(world, tensor.device, what)
+        with talking(world, what):
             dist.all_reduce(tensor, op=operation)
     return tensor
+
+
+def _waits_for_device(world: World, device: torch.device) -> bool:
+    """Whether tensors there travel by NCCL, in a group whose hosts can talk beside it."""
+    return world.size > 1 and device.type == "cuda" and _control_device(world).type == "cpu"
 
 
 def _gather_bytes(world: World, data: bytes) -> list[bytes]:
@@ -145,14 +199,8 @@ def _control_device(world: World) -> torch.device:
     return world.device if world.size > 1 and dist.get_backend() == "nccl" else torch.device("cpu")
 
 
-def _name(ranks: list[int], size: int) -> str:
-    if len(ranks) == size:
-        return f"all {size} ranks"
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} of {size}"
-
-
 @contextmanager
-def _talking(world: World, what: str) -> Iterator[None]:
+def talking(world: World, what: str) -> Iterator[None]:
     """Turns the transport's error into one that says what it means; torch raises RuntimeError for all of them."""
     try:
         yield

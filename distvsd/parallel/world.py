@@ -26,7 +26,8 @@ OPENING_TIMEOUT_S = 600.0
 LEAVING_S = 3.0
 
 # Read by torch when an NCCL group opens. 3: a collective that timed out ends the process, without waiting for kernels
-# that never end. The others keep the last collectives of every rank and write them down then (/tmp/nccl_trace_rank_*).
+# that never end. The others keep the last collectives of every rank and write them down then, one file a rank, where
+# TORCH_NCCL_DEBUG_INFO_TEMP_FILE says.
 _NCCL = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",

@@ -8,7 +8,7 @@ last bit, which `numerics: exact` needs. A group that does not fit into memory i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from distvsd.cameras import Cameras, OrbitSampler
 from distvsd.errors import CheckpointError
 from distvsd.particles.adam import ParticleAdam
 from distvsd.particles.base import Keys, Parameters, Particle, Rendered
+from distvsd.particles.good import GOOD_EVERY, GoodStates, saved_place
 from distvsd.particles.group import Group
 from distvsd.particles.health import DefaultHealth, Health, HealthOptions, Update
 from distvsd.testing.faults import fault, poison
@@ -59,8 +60,7 @@ class Ensemble:
         self.ids = list(ids)
         self._options: HealthOptions = health or DefaultHealth()
         self._health = {particle_id: Health() for particle_id in self.ids}
-        self._good: dict[int, dict[str, Tensor]] = {}  # on the host; who is not in it goes back to its initial state
-        self._loaded: set[int] = set()  # whose good state is the one they were loaded with, not copied yet
+        self._good = GoodStates()
         size = micro_batch or max(len(self.ids), 1)
         self.groups: list[Group] = []
         for first in range(0, len(self.ids), size):
@@ -78,6 +78,12 @@ class Ensemble:
     def num_bytes(self) -> int:
         """Of everything in `state`."""
         return sum(tensor.nbytes for state in self.state().values() for tensor in state.values())
+
+    def most_bytes(self, saves: Iterable[int]) -> int:
+        """Of the largest `state` after these numbers of rounds: between two good states it holds both, the present and
+        the good one. Asked at the start of a run."""
+        between = any(completed > GOOD_EVERY and completed % GOOD_EVERY for completed in saves)
+        return self.num_bytes * (2 if between else 1)
 
     def render(self, step: int, resolution: int) -> list[Views]:
         """Every particle from `num_views` fresh cameras, one entry a group; keyed by (seed, particle, step).
@@ -133,12 +139,12 @@ class Ensemble:
         latents: `[N, C, h, w]` with the graph to this ensemble's parameters, in the order of the groups; gradient: the
         same shape (Eq. 9: the UNet's Jacobian is left out, the encoder's and the renderer's are not). A particle whose
         latents, gradient at the latents or gradient is not finite keeps its state, as do all of this rank's when the
-        memory does not suffice for the backward pass; `particles.health` says what happens when that goes on. Consumes
-        the graph.
+        memory does not suffice for the backward pass; `particles.health` says what happens when that goes on. Every
+        `GOOD_EVERY` rounds the states are marked as good. Consumes the graph.
         """
         if not self.ids:
             return Update()
-        self._copy_loaded()
+        self._good.before_moves(self._state_of)
         # The backward pass may swallow a NaN (a ReLU does), so what goes into it is looked at as well.
         finite = latents.detach().flatten(1).isfinite().all(1) & gradient.flatten(1).isfinite().all(1)
         sound = finite.reshape(-1, self.num_views).all(1)
@@ -152,7 +158,10 @@ class Ensemble:
                 moved += group.move(rates, is_sound & taking_part, factors)
         else:
             self.groups = [half for group in self.groups for half in group.halves()]
-        return self._judge(set(moved))
+        update = self._judge(set(moved))
+        if (step + 1) % GOOD_EVERY == 0:
+            self.mark_good()
+        return update
 
     def _backward(self, views: list[Views], latents: Tensor, gradient: Tensor) -> bool:
         """Gradients into the parameters' `grad`; False, and none, where the memory did not suffice."""
@@ -186,13 +195,15 @@ class Ensemble:
                 update.quarantined.append(particle_id)
             if verdict in ("restore", "quarantine"):
                 self._put_back(particle_id)
+            if verdict == "quarantine":
+                self._good.forget(particle_id)  # it has moved for the last time
         return update
 
     @torch.no_grad()
     def _put_back(self, particle_id: int) -> None:
         """To its last good state; who was never marked good begins anew, with the initial state of its own stream."""
         group, row = self._find(particle_id)
-        good = self._good.get(particle_id)
+        good = self._good.kept(particle_id)
         if good is None:
             fresh = self.particle.init(self.seed, group.ids[row : row + 1])
             good = {f"param/{name}": value[0] for name, value in fresh.items()}
@@ -200,32 +211,13 @@ class Ensemble:
             live.copy_(good.get(name, torch.zeros_like(live)))
 
     def mark_good(self) -> None:
-        """The present state of every healthy particle becomes the one that it goes back to; copies it to the host.
+        """The present state of every particle that is well becomes the one that it goes back to.
 
-        Called when a checkpoint of this state was begun, so that a resumed run goes back to the same.
+        `update` calls it, by the number of the round: when checkpoints are written must not change what comes later.
         """
-        for group in self.groups:
-            for row, particle_id in enumerate(group.own):
-                health = self._health[particle_id]
-                if health.quarantined:
-                    self._good.pop(particle_id, None)  # it has moved for the last time
-                elif health.bad == 0:
-                    self._keep(particle_id, group.state_of(row))
-
-    def _copy_loaded(self) -> None:
-        """Not before the first round, because who only looks at particles needs no second copy of them."""
-        for particle_id in self._loaded:
-            group, row = self._find(particle_id)
-            self._keep(particle_id, group.state_of(row))
-        self._loaded.clear()
-
-    def _keep(self, particle_id: int, tensors: dict[str, Tensor]) -> None:
-        """Into the copies that are there already, where they are: a run must not allocate its size at every save."""
-        kept = self._good.setdefault(particle_id, {})
-        for name, value in tensors.items():
-            if name not in kept:
-                kept[name] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
-            kept[name].copy_(value, non_blocking=True)  # in the order of the stream: before the next update, not now
+        self._good.mark(
+            particle_id for particle_id, health in self._health.items() if not health.bad and not health.quarantined
+        )
 
     @torch.no_grad()
     def view(self, ids: Sequence[int], cameras: Cameras, resolution: int, background: float) -> Rendered:
@@ -240,21 +232,24 @@ class Ensemble:
         return {name: value.detach()[row] for name, value in group.parameters.items()}
 
     def health(self) -> dict[int, dict[str, Any]]:
-        """Every particle's record by id, as plain values for the manifest."""
-        return {particle_id: health.to_json() for particle_id, health in self._health.items()}
+        """Every particle's record by id, as plain values for the manifest; `good` says where its last good state is."""
+        return {
+            particle_id: health.to_json() | {"good": self._good.place(particle_id)}
+            for particle_id, health in self._health.items()
+        }
 
     def state(self) -> dict[int, dict[str, Tensor]]:
         """All that a particle needs to go on, by id: param/*, adam_m/*, adam_v/* and adam_step; views of live tensors.
 
-        A particle that has been failing also has the state that it would go back to, with names that begin with
-        `good/`, unless that is the initial one.
+        Also the state that a particle would go back to, with names that begin with `good/`, unless that is this one or
+        the initial one.
         """
         states = {}
         for group in self.groups:
             if group.ids.is_cuda:
                 torch.cuda.synchronize(group.ids.device)  # the copies of good states are on the host by now
             for row, particle_id in enumerate(group.own):
-                good = self._good.get(particle_id, {}) if self._health[particle_id].bad else {}
+                good = self._good.kept(particle_id) or {}
                 states[particle_id] = group.state_of(row) | {GOOD + name: value for name, value in good.items()}
         return states
 
@@ -268,18 +263,21 @@ class Ensemble:
         record = Health.from_json(health)
         targets = group.state_of(row)
         good = {name.removeprefix(GOOD): value for name, value in tensors.items() if name.startswith(GOOD)}
-        for found in (tensors, good) if good else (tensors,):
+        place = saved_place(health, bool(good))
+        for found in (tensors, good) if place == "beside" else (tensors,):
             _refuse_others(particle_id, targets, found)
         for name, target in targets.items():
             target.copy_(tensors[name])
         self._health[particle_id] = record
-        self._good.pop(particle_id, None)
-        self._loaded.discard(particle_id)
-        # Who is in a bad streak and has no good state beside its present one goes back to its initial one.
-        if good:
-            self._keep(particle_id, {name: good[name] for name in targets})
-        elif not record.bad and not record.quarantined:
-            self._loaded.add(particle_id)
+        self._good.forget(particle_id)
+        if place == "beside":
+            self._good.keep(particle_id, {name: good[name] for name in targets})
+        elif place == "present":
+            self._good.mark([particle_id])
+
+    def _state_of(self, particle_id: int) -> dict[str, Tensor]:
+        group, row = self._find(particle_id)
+        return group.state_of(row)
 
     def _find(self, particle_id: int) -> tuple[Group, int]:
         for group in self.groups:

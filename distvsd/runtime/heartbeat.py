@@ -18,9 +18,15 @@ from types import TracebackType
 from typing import Any, Final
 
 from distvsd.errors import RankError
-from distvsd.runtime.paths import may_live, process_state
+from distvsd.runtime.process import is_from_here, may_live, process_state, system_id
 
 _POLL_S: Final = 0.1
+# Every record has this length, so that one is written over the one before without a byte of it left; the longest, 500
+# characters of an error that JSON escapes, is well below.
+_RECORD_BYTES: Final = 8192
+# A record that is being written over may be read half old and half new.
+_READS: Final = 5
+_REREAD_S: Final = 0.02
 
 
 @dataclass(frozen=True)
@@ -35,16 +41,18 @@ class _Beat:
     phase: str
     beats: int
     ended: str
+    system: str = ""
 
     @property
     def place(self) -> tuple[int, str]:
         return self.round, self.phase
 
     def process(self) -> str:
-        """What is known of the process: "gone", "stopped", "exists", or "" on another host."""
-        if self.host != socket.gethostname():
+        """What is known of the process: "gone", "stopped", "exists", or "" where it cannot be seen from here."""
+        name = f"{self.host}:{self.pid}:{self.start}:{self.system}".rstrip(":")
+        if not is_from_here(name):
             return ""
-        if not may_live(f"{self.host}:{self.pid}:{self.start}".rstrip(":")):
+        if not may_live(name):
             return "gone"
         return "stopped" if process_state(self.pid)[0] in ("T", "t") else "exists"
 
@@ -56,11 +64,13 @@ class _Beat:
 class Heartbeat:
     """One rank's sign of life while entered, `RUN/heartbeats/rank-00003.json`; a daemon thread writes it.
 
-    The file holds rank, host, pid, start (of the process, in ticks since boot), round, phase, beats (a count) and, once
-    the block was left by an error, `ended`. Left without an error it is deleted. Nothing here raises: a full disk must
-    not end a run. Under a launcher (WORLD_SIZE above 1 in the environment) the thread also watches the parent: once
-    the launcher has died, `on_orphan` is called, on that thread, and a process that still lives `grace_s` later ends
-    with code 1, so that no device stays taken by processes that nobody can stop.
+    The file holds rank, host, pid, start (of the process, in ticks since boot), system (see `system_id`), round, phase,
+    beats (a count) and, once the block was left by an error, `ended`. Left without an error it is deleted. It is
+    written over in place, which takes no space: a rank beats on when the disk is full. Nothing here raises: a full disk
+    must not end a run. Under a launcher (WORLD_SIZE above 1 in the environment) the thread also watches the parent:
+    once the launcher has died, `on_orphan` is called, on that thread, and a process that then gets nowhere for
+    `grace_s`, or for as long as it has told `at`, ends with code 1, so that no device stays taken by processes that
+    nobody can stop.
     """
 
     def __init__(
@@ -76,6 +86,7 @@ class Heartbeat:
         self._folder, self._rank, self._size = folder, rank, size
         self._on_orphan, self._interval_s, self._grace_s = on_orphan, interval_s, grace_s
         self._place: tuple[int, str] = (0, "start")
+        self._arrived, self._patience_s = time.monotonic(), grace_s
         self._beats, self._ended = 0, ""
         self._parent = os.getppid() if os.environ.get("WORLD_SIZE", "1") not in ("", "1") else None
         self._orphan_since: float | None = None
@@ -106,9 +117,13 @@ class Heartbeat:
         self._ended = f"{type(value).__name__}: {value}"[:500]
         self._write()
 
-    def at(self, round: int, phase: str) -> None:
-        """Where this rank is from now on. Cheap: nothing is written before the next beat."""
+    def at(self, round: int, phase: str, takes_s: float = 0.0) -> None:
+        """Where this rank is from now on. Cheap: nothing is written before the next beat.
+
+        takes_s: how long it may be there, if that is longer than the grace of an orphan.
+        """
         self._place = round, phase
+        self._arrived, self._patience_s = time.monotonic(), max(self._grace_s, takes_s)
 
     def silent(self, wait_s: float = 3.0) -> str:
         """Which ranks do not beat any more, in one sentence; "" if all do and all are at the same place.
@@ -153,9 +168,10 @@ class Heartbeat:
         if self._orphan_since is None:
             self._orphan_since = now
             self._on_orphan()
-        elif now - self._orphan_since > self._grace_s:
+        elif now - max(self._orphan_since, self._arrived) > self._patience_s:
+            text = f"rank {self._rank}: its launcher died {now - self._orphan_since:.0f} s ago; ending\n"
             with contextlib.suppress(OSError):
-                os.write(2, f"rank {self._rank}: its launcher died {self._grace_s:g} s ago; ending\n".encode())
+                os.write(2, text.encode())
             os._exit(1)
 
     def _path(self, rank: int) -> Path:
@@ -173,23 +189,26 @@ class Heartbeat:
             "phase": phase,
             "beats": self._beats,
             "ended": self._ended,
+            "system": system_id(),
         }
-        path = self._path(self._rank)
-        staged = path.with_name(f".{path.name}-{os.getpid()}-{threading.get_ident()}")
-        try:
-            staged.write_text(json.dumps(record), encoding="utf-8")
-            staged.replace(path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                staged.unlink()
+        with contextlib.suppress(OSError):
+            # Closed after every beat: network file systems show others what was written by then.
+            handle = os.open(self._path(self._rank), os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            try:
+                os.pwrite(handle, json.dumps(record).encode().ljust(_RECORD_BYTES), 0)
+            finally:
+                os.close(handle)
 
     def _read(self, rank: int) -> _Beat | None:
-        """None where the file is missing or is not one of ours."""
-        try:
-            record = json.loads(self._path(rank).read_text(encoding="utf-8"))
-            return _Beat(**record)
-        except (OSError, ValueError, TypeError):
-            return None
+        """None where the file is missing or is not one of ours. Waits a moment for one that is being written."""
+        for _ in range(_READS):
+            try:
+                return _Beat(**json.loads(self._path(rank).read_text(encoding="utf-8")))
+            except OSError:
+                return None
+            except (ValueError, TypeError):
+                time.sleep(_REREAD_S)
+        return None
 
 
 def _is_plainly_lost(beat: _Beat) -> bool:

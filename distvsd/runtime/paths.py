@@ -8,7 +8,6 @@ import fcntl
 import hashlib
 import os
 import re
-import socket
 import time
 import unicodedata
 import uuid
@@ -19,6 +18,7 @@ from types import TracebackType
 from typing import Literal
 
 from distvsd.errors import RunError
+from distvsd.runtime.process import is_from_here, may_live, process_name
 
 Resume = Literal["auto", "must", "never"]
 
@@ -130,10 +130,10 @@ class RunPaths:
 class RunLock:
     """Keeps a second job out of a run directory, as a context manager or with `acquire` and `release`.
 
-    The lock file names its holder as host:pid:start, start being when that process began in ticks since boot. A holder
-    on this host that is dead, or whose pid belongs to a younger process by now, is replaced. One on another host is
-    replaced if no rank of its run writes its heartbeat for `SILENCE_S`; without heartbeats to look at nothing can be
-    known of it, and it is left in place.
+    The lock file names its holder as `process_name` does. A holder that can be seen from here and is dead, or whose
+    pid belongs to a younger process by now, is replaced. One on another host or in another container, whatever its host
+    is called, or from before a restart of the machine, is replaced if no rank of its run writes its heartbeat for
+    `SILENCE_S`; without heartbeats to look at nothing can be known of it, and it is left in place.
     """
 
     def __init__(self, path: Path, heartbeats: Path | None = None, silence_s: float = SILENCE_S) -> None:
@@ -163,7 +163,7 @@ class RunLock:
     def release(self) -> None:
         """Gives the lock back if this process still holds it."""
         with contextlib.suppress(OSError):
-            if self._path.read_text(encoding="utf-8") == _identity():
+            if self._path.read_text(encoding="utf-8") == process_name():
                 self._path.unlink()
 
     def _try(self, empty_is_free: bool) -> bool:
@@ -182,24 +182,25 @@ class RunLock:
             with contextlib.suppress(OSError):
                 fcntl.flock(handle, fcntl.LOCK_EX)
             holder = os.pread(handle, 4096, 0).decode("utf-8", "replace").strip("\0\n ")
-            if holder and holder != _identity() and may_live(holder) and not self._is_silent(holder):
+            if holder and holder != process_name() and may_live(holder) and not self._is_silent(holder):
                 raise RunError(
-                    f"{self._path} is held by {holder!r:.200} (host:pid:start), so another job uses this run "
+                    f"{self._path} is held by {holder!r:.200} (host:pid:start:system), so another job uses this run "
                     f"directory: end it or choose another run.dir; delete the file only if that job is surely gone"
                 )
             if not (holder or is_new or empty_is_free) or not _is_at(handle, self._path):
                 return False
             # A dead holder's name is replaced in the file, which is not deleted: nobody can slip in between.
             os.ftruncate(handle, 0)
-            os.pwrite(handle, _identity().encode(), 0)
+            os.pwrite(handle, process_name().encode(), 0)
             os.fsync(handle)
             return True
         finally:
             os.close(handle)
 
     def _is_silent(self, holder: str) -> bool:
-        """Whether the run of a holder on another host has left heartbeats and has stopped writing them. Waits."""
-        if holder.partition(":")[0] == socket.gethostname() or self._heartbeats is None:
+        """Whether the run of a holder that cannot be seen from here has left heartbeats and has stopped writing them.
+        Waits."""
+        if is_from_here(holder) or self._heartbeats is None:
             return False
         before = _contents(self._heartbeats)
         if not before:
@@ -244,10 +245,6 @@ def _changed_lines(before: str, after: str) -> list[str]:
     return [f"{'was' if line[0] == '-' else 'is'} {line[2:].strip()}" for line in lines if line[0] in "-+"]
 
 
-def _identity() -> str:
-    return f"{socket.gethostname()}:{os.getpid()}:{process_state(os.getpid())[1]}".rstrip(":")
-
-
 def _contents(folder: Path) -> dict[str, bytes]:
     found = {}
     for path in folder.glob("*.json"):
@@ -262,30 +259,3 @@ def _is_at(handle: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(handle), path.stat())
     except FileNotFoundError:
         return False
-
-
-def may_live(holder: str) -> bool:
-    """Whether the process named in a lock file may still run; whoever cannot be judged may."""
-    match = re.fullmatch(r"(.+?):(\d{1,9})(?::(\d+))?", holder, re.ASCII)
-    if match is None or match.group(1) != socket.gethostname():
-        return True
-    pid, then = int(match.group(2)), match.group(3)
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    state, now = process_state(pid)
-    return state not in "ZX" and (now == then or not now or not then)
-
-
-def process_state(pid: int) -> tuple[str, str]:
-    """State letter of a process and its start in clock ticks since boot; empty where the system does not tell."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return "?", ""
-    # The name in parentheses may hold anything; the state follows it, and the start is the 19th after that.
-    fields = stat.rpartition(")")[2].split()
-    return fields[0], fields[19]

@@ -82,20 +82,25 @@ def _send_results(tracker: Tracker, paths: RunPaths, pictures: list[Path], round
 
 
 def particle_rows(details: list[dict[str, Any]], events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row a particle: id, prompt, its labels each in a column, and what health.jsonl says of it.
+    """A row a particle: its health, its prompt, and each of its labels beside the one that the prompt asks for.
 
-    details: as in evaluation.json. events: lines of health.jsonl.
+    details: as in evaluation.json. events: lines of health.jsonl; the last one of a particle says how it stands.
     """
     rows: dict[int, dict[str, Any]] = {}
     for detail in details:
-        labels = {f"label/{head}": word for head, word in detail["labels"].items()}
-        rest = {key: detail.get(key) for key in ("prompt", "empty", "diverged", "opacity")}
-        rows[int(detail["id"])] = {"id": int(detail["id"])} | rest | labels
+        row = _healthy(int(detail["id"])) | {key: detail.get(key) for key in ("prompt", "empty", "diverged", "opacity")}
+        for kind, labels in (("label", detail["labels"]), ("expected", detail.get("expected", {}))):
+            row |= {f"{kind}/{head}": word for head, word in labels.items()}
+        rows[row["particle"]] = row
     for event in events:
-        row = rows.setdefault(int(event["particle"]), {"id": int(event["particle"])})
-        row["events"] = row.get("events", 0) + 1
+        row = rows.setdefault(int(event["particle"]), _healthy(int(event["particle"])))
+        row["events"] += 1
         row["last_event"], row["last_event_round"] = event["event"], event["round"]
     return [rows[i] for i in sorted(rows)]
+
+
+def _healthy(particle: int) -> dict[str, Any]:
+    return {"particle": particle, "events": 0, "last_event": None, "last_event_round": None}
 
 
 def summary_of(evaluation: dict[str, Any]) -> dict[str, float]:

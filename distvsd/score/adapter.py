@@ -51,3 +51,27 @@ def adapter_parameters(adapted: Any) -> dict[str, Parameter]:
     """The LoRA parameters in the order of the names peft saves them under, which leave the adapter's name out."""
     named = {name.replace(".default.", "."): p for name, p in adapted.named_parameters() if ".lora_" in name}
     return dict(sorted(named.items()))
+
+
+class AsPrior(nn.Module):
+    """An adapted UNet as it was before: its adapter and its camera are off for the length of a call.
+
+    For a network that is spread over ranks, of which nobody can keep a second tree of modules. The same bits as the
+    UNet it was made of; no gradient passes, and no graph of the adapter's may be pending across a call.
+    """
+
+    def __init__(self, adapted: Any) -> None:
+        super().__init__()
+        self._adapted = [adapted]  # in a list: not a submodule, or its parameters would be counted twice
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        adapted = self._adapted[0]
+        unet = adapted.get_base_model()
+        camera, unet.class_embedding = unet.class_embedding, None
+        adapted.base_model.disable_adapter_layers()
+        try:
+            with torch.no_grad():
+                return unet(*args, **kwargs)
+        finally:
+            adapted.base_model.enable_adapter_layers()
+            unet.class_embedding = camera

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 from torch import Tensor
 from torch.nn import Parameter
@@ -65,4 +66,60 @@ class Score(Protocol):
 
     def load_state(self, files: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Inverse of `state`; raises CheckpointError when a file or tensor is missing or has another shape."""
+        ...
+
+
+class Optimizer(Protocol):
+    """Who has the trained numbers and AdamW's moments: one rank all of them, or every rank its part."""
+
+    @property
+    def num_steps(self) -> int:
+        """Steps taken since the run began, across resumes."""
+        ...
+
+    def values(self) -> Mapping[str, Tensor]:
+        """Every trained tensor, whole, by name; collective where ranks have parts."""
+        ...
+
+    def moments(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """`step`, `exp_avg`, `exp_avg_sq` of each, whole; nothing before the first step. Collective like `values`."""
+        ...
+
+    def restore(
+        self, values: Mapping[str, Tensor], moments: Mapping[str, Mapping[str, Tensor]], num_steps: int
+    ) -> None:
+        """Inverse of the three above; before the first step of this process. Does not communicate."""
+        ...
+
+
+class Taken(Protocol):
+    """What became of one step. usable: False where all ranks left it out together, because something was not finite.
+
+    loss: sum of the row losses of all ranks. rows: this rank's losses `[N]`. sound: whether this rank's gradient was
+    finite, None where only the sum over ranks is known.
+    """
+
+    @property
+    def usable(self) -> bool: ...
+    @property
+    def loss(self) -> float: ...
+    @property
+    def rows(self) -> Tensor: ...
+    @property
+    def sound(self) -> bool | None: ...
+
+
+class Strategy(Protocol):
+    """How ranks make one step together, and who holds what. Every rank calls all of it, the same number of times."""
+
+    def begin(self) -> None:
+        """Spreads over ranks what is to be spread; before the first call of a network, again does nothing."""
+        ...
+
+    def calling(self) -> AbstractContextManager[None]:
+        """For a block that calls a network outside a step; where it is spread, a lost rank is a RankError there."""
+        ...
+
+    def step(self, work: Any, learning_rate: float) -> Taken:
+        """One optimiser step with what every rank's `score.work.Work` adds up to. Collective."""
         ...

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from distvsd.errors import CheckpointError
-from distvsd.score.adapter import adapted_unet, adapter_parameters
+from distvsd.score.adapter import AsPrior, adapted_unet, adapter_parameters
+from distvsd.score.base import Optimizer
 from distvsd.score.camera import CAMERA_FEATURES
+from distvsd.score.optimizer import AdapterOptimizer
 from distvsd.score.replay import Replay
 from distvsd.vsd.diffusion import PredictionType, add_noise, target, to_eps
 from distvsd.vsd.samples import Samples
@@ -46,9 +48,11 @@ class LoraScore:
     unet: the prior's frozen UNet2DConditionModel; its tensors are shared, never copied and never changed.
     alphas_cumprod: [T]. text_of: particle ids [N] -> text embeddings [N, L, D], the bare prompts. seed: of the
     adapter's initial values, equal on every rank. micro_batch: samples per UNet call in `eps` and `loss`, 0 = all.
-    Raises BackendError for a UNet with class conditioning. Nothing here communicates.
+    Raises BackendError for a UNet with class conditioning. Nothing here communicates, unless a strategy has spread the
+    network or the optimiser over ranks: then every call of the network, or `state`, is every rank's.
 
-    replay: the recent renders, saved and restored with the network.
+    replay: the recent renders, saved and restored with the network. local: the optimiser of whole parameters; holder:
+    who has the trained numbers and the moments, `local` or the strategy that took them over.
     """
 
     def __init__(
@@ -65,7 +69,6 @@ class LoraScore:
         self._alphas_cumprod = alphas_cumprod.to(device=device, dtype=torch.float32)
         self._prediction_type = prediction_type
         self._text_of = text_of
-        self._config = config
         self._micro_batch = micro_batch
         self._dtype = next(unet.parameters()).dtype
         self._peft, camera = adapted_unet(unet, config.rank, seed, device)
@@ -73,8 +76,9 @@ class LoraScore:
         self._adapter = adapter_parameters(self._peft)
         self._camera = {f"camera.{name}": parameter for name, parameter in camera.named_parameters()}
         self.trainable: dict[str, Parameter] = self._adapter | self._camera
-        self._optimizer = torch.optim.AdamW(self.trainable.values(), weight_decay=config.weight_decay)
-        self._num_steps = 0
+        self._base_class = type(self._unet)  # sharding puts another in its place
+        self.local = AdapterOptimizer(self.trainable, config.weight_decay, config.warmup, config.max_grad_norm)
+        self.holder: Optimizer = self.local
         self.replay = Replay(config.replay_rounds, device)
 
     @property
@@ -89,7 +93,16 @@ class LoraScore:
     @property
     def num_steps(self) -> int:
         """Steps taken since the run began, across resumes; the warm-up counts by it."""
-        return self._num_steps
+        return self.holder.num_steps
+
+    @property
+    def network(self) -> nn.Module:
+        """The UNet with its LoRA layers and the camera condition in it."""
+        return self._unet  # type: ignore[no-any-return]
+
+    def as_prior(self) -> nn.Module:
+        """The UNet as it was before the adapter, by switching the adapter off: for the prior, when only one is held."""
+        return AsPrior(self._peft)
 
     @torch.no_grad()
     def eps(self, noisy: Tensor, timesteps: Tensor, ids: Tensor, cameras: Tensor | None) -> Tensor:
@@ -128,19 +141,29 @@ class LoraScore:
         rows once, each one UNet call. A masked sample (weight 0) changes no bit, whatever it holds; its loss reads 0.
         """
         flats, losses = [], noise.new_zeros(len(samples), dtype=torch.float32)
-        scale = self._loss_scale(samples.latents, denominator)
+        scale = self.loss_scale(samples.latents, denominator)
         for rows in micro_batches:
             batch = samples[rows]
             if not len(batch):
                 flats.append(noise.new_zeros(sum(self.num_parameters), dtype=torch.float32))
                 continue
-            loss = self._loss(batch, timesteps[rows], noise[rows], keep_camera[rows])
-            valid = batch.weight > 0
-            objective = torch.where(valid, batch.weight * loss, 0.0).sum() * (scale / denominator)
+            factor = scale / denominator
+            objective, losses[rows] = self.objective(batch, timesteps[rows], noise[rows], keep_camera[rows], factor)
             gradients = torch.autograd.grad(objective, list(self.trainable.values()))
             flats.append(torch.cat([gradient.reshape(-1) for gradient in gradients]) / scale)
-            losses[rows] = torch.where(valid, loss.detach(), 0.0)
         return flats, losses
+
+    def objective(
+        self, samples: Samples, timesteps: Tensor, noise: Tensor, keep_camera: Tensor, factor: float
+    ) -> tuple[Tensor, Tensor]:
+        """sum_i weight_i loss_i * factor with its graph, in one UNet call, and the detached losses [N]; N > 0.
+
+        A masked sample (weight 0) changes no bit, whatever it holds; its loss reads 0.
+        """
+        loss = self._loss(samples, timesteps, noise, keep_camera)
+        valid = samples.weight > 0
+        objective = torch.where(valid, samples.weight * loss, 0.0).sum() * factor
+        return objective, torch.where(valid, loss.detach(), 0.0)
 
     def step(self, flat_gradient: Tensor, learning_rate: float) -> None:
         """One AdamW step with `flat_gradient` [G] float32, which is left as it is.
@@ -148,18 +171,13 @@ class LoraScore:
         learning_rate is multiplied by the linear warm-up, (steps taken + 1) / warmup up to 1. With max_grad_norm the
         gradient is scaled down to that norm. Every rank calls it with the same gradient, already known to be finite.
         """
-        if self._config.max_grad_norm > 0:
-            norm = flat_gradient.norm()
-            flat_gradient = flat_gradient * (self._config.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        sizes = [parameter.numel() for parameter in self.trainable.values()]
-        for parameter, part in zip(self.trainable.values(), torch.split(flat_gradient, sizes), strict=True):
-            parameter.grad = part.view_as(parameter)
-        self._optimizer.param_groups[0]["lr"] = learning_rate * min(
-            1.0, (self._num_steps + 1) / max(self._config.warmup, 1)
-        )
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        self._num_steps += 1
+        self.local.step(flat_gradient, learning_rate)
+
+    def loss_scale(self, latents: Tensor, denominator: float) -> float:
+        """A power of two that keeps float16 activations' gradients from rounding to zero: undoes both means' size."""
+        if self._dtype != torch.float16:
+            return 1.0
+        return 2.0 ** round(math.log2(max(latents[0].numel() * denominator, 1.0))) if len(latents) else 1.0
 
     def micro_batches(self, count: int) -> list[slice]:
         """`count` rows in consecutive slices of at most `micro_batch` (all in one when that is 0); none for no rows."""
@@ -168,16 +186,14 @@ class LoraScore:
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """See `Score.state`. `score/adapter_model.safetensors` is what peft's save_pretrained writes."""
-        from peft import get_peft_model_state_dict
-
-        optimizer = {"num_steps": torch.tensor(self._num_steps, dtype=torch.int64)}
-        for name, parameter in self.trainable.items():
-            for moment, value in self._optimizer.state[parameter].items():
-                optimizer[f"{name}.{moment}"] = value
-        files = {
-            ADAPTER_FILE: get_peft_model_state_dict(self._peft),
-            CAMERA_FILE: {name.removeprefix("camera."): value for name, value in self._camera.items()},
-            OPTIMIZER_FILE: optimizer,
+        files: dict[str, dict[str, Tensor]] = {ADAPTER_FILE: {}, CAMERA_FILE: {}}
+        for name, value in self.holder.values().items():
+            file, stored_as = _place(name)
+            files[file][stored_as] = value
+        files[OPTIMIZER_FILE] = {"num_steps": torch.tensor(self.num_steps, dtype=torch.int64)} | {
+            f"{name}.{moment}": value
+            for name, moments in self.holder.moments().items()
+            for moment, value in moments.items()
         }
         snapshot = {
             file: {name: _snapshot(value) for name, value in tensors.items()} for file, tensors in files.items()
@@ -189,35 +205,24 @@ class LoraScore:
         settings = self._peft.peft_config["default"].to_dict() | {
             "inference_mode": True,
             "auto_mapping": {
-                "base_model_class": type(self._unet).__name__,
-                "parent_library": type(self._unet).__module__,
+                "base_model_class": self._base_class.__name__,
+                "parent_library": self._base_class.__module__,
             },
         }
         text = json.dumps(settings, indent=2, sort_keys=True, default=sorted)
         return {ADAPTER_CONFIG_FILE: text}
 
-    @torch.no_grad()
     def load_state(self, files: Mapping[str, Mapping[str, Tensor]]) -> None:
         """See `Score.load_state`. Files that are not the score's are ignored; nothing changes when it raises."""
-        stored = {name: _read(files, *_place(name), parameter) for name, parameter in self.trainable.items()}
+        values = {name: _read(files, *_place(name), parameter) for name, parameter in self.trainable.items()}
         num_steps = int(_read(files, OPTIMIZER_FILE, "num_steps", torch.tensor(0)))
         moments = {name: self._read_moments(files, name) for name in self.trainable} if num_steps else {}
         self.replay.load_state(files.get(REPLAY_FILE, {}))
-        for name, parameter in self.trainable.items():
-            parameter.copy_(stored[name])
-        self._optimizer.state.clear()
-        for name, values in moments.items():
-            self._optimizer.state[self.trainable[name]] = values
-        self._num_steps = num_steps
+        self.holder.restore(values, moments, num_steps)
 
     def _read_moments(self, files: Mapping[str, Mapping[str, Tensor]], name: str) -> dict[str, Tensor]:
-        parameter = self.trainable[name]
-        moments = {
-            moment: _read(files, OPTIMIZER_FILE, f"{name}.{moment}", parameter).to(parameter.device, copy=True)
-            for moment in ("exp_avg", "exp_avg_sq")
-        }
-        # AdamW keeps its own step on the CPU, so that its bias correction does not wait for the device.
-        return {"step": _read(files, OPTIMIZER_FILE, f"{name}.step", torch.tensor(0.0)).clone(), **moments}
+        likes = {"step": torch.tensor(0.0)} | dict.fromkeys(("exp_avg", "exp_avg_sq"), self.trainable[name])
+        return {moment: _read(files, OPTIMIZER_FILE, f"{name}.{moment}", like) for moment, like in likes.items()}
 
     def _loss(self, samples: Samples, timesteps: Tensor, noise: Tensor, keep_camera: Tensor) -> Tensor:
         valid = samples.weight > 0
@@ -236,12 +241,6 @@ class LoraScore:
             return_dict=False,
         )[0]
         return output.float()
-
-    def _loss_scale(self, latents: Tensor, denominator: float) -> float:
-        """A power of two that keeps float16 activations' gradients from rounding to zero: undoes both means' size."""
-        if self._dtype != torch.float16:
-            return 1.0
-        return 2.0 ** round(math.log2(max(latents[0].numel() * denominator, 1.0))) if len(latents) else 1.0
 
 
 def _place(name: str) -> tuple[str, str]:

@@ -1,41 +1,26 @@
 """One round of the score network: K steps on the renders of all ranks, each rank on its slice.
 
 The batch, its noise and its timesteps are keyed by position in the union of the ranks' samples, so they do not depend
-on how many ranks there are. This file does not know how ranks talk: the reduction is handed in.
+on how many ranks there are. This file does not know how ranks talk: the strategy is handed in.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from distvsd.errors import DivergedError
+from distvsd.score.base import Strategy, Taken
 from distvsd.score.lora import LoraScore
 from distvsd.score.replay import on_policy_lag
+from distvsd.score.work import Draws, Work
 from distvsd.vsd.objectives import draw_timesteps
 from distvsd.vsd.rng import Purpose, normal, uniform
 from distvsd.vsd.samples import Samples
-
-
-class Reduced(Protocol):
-    """What a reduction over ranks gives back: the summed gradient `[G]`, the summed numbers, and whether both are
-    sound."""
-
-    @property
-    def gradient(self) -> Tensor: ...
-    @property
-    def sums(self) -> Tensor: ...
-    @property
-    def usable(self) -> bool: ...
-
-
-Reduce = Callable[[Sequence[Tensor], int, Tensor], Reduced]
-"""(gradients of this rank's micro-batches, flag bits, float64 rows to sum) -> Reduced. Collective."""
 
 LAG_SAMPLES = 64  # of the union, in which the lag is measured: enough to see it, and its cost does not grow
 NAMED_ROWS = 8  # in an error message
@@ -67,16 +52,6 @@ class Fit:
     skipped: int
 
 
-@dataclass(frozen=True)
-class Draws:
-    """What one rank trains on in one step: its rows of the batch, with a time, noise and a kept camera for each."""
-
-    samples: Samples
-    timesteps: Tensor
-    noise: Tensor
-    keep_camera: Tensor
-
-
 def _alone(value: Any) -> list[Any]:
     return [value]
 
@@ -85,14 +60,14 @@ def _alone(value: Any) -> list[Any]:
 class ScoreTraining:
     """Trains the shared score network; every rank calls `round` with the same union.
 
-    reduce: the collective sum. slice_of(n): this rank's share of n rows. micro_batch: rows a backward pass, 0 for all;
-    one makes a row's gradient independent of its neighbours, which `numerics: exact` needs with an exact reduction.
-    gather(value): every rank's JSON-able value, by rank; collective, called only before the error that names what went
-    wrong. skipped: steps left out one after another, over rounds; the same on every rank.
+    strategy: how the ranks' parts become one step. slice_of(n): this rank's share of n rows. micro_batch: rows a
+    backward pass, 0 for all; one makes a row's gradient independent of its neighbours, which `numerics: exact` needs
+    with an exact reduction. gather(value): every rank's JSON-able value, by rank; collective, called only before the
+    error that names what went wrong. skipped: steps left out one after another, over rounds; the same on every rank.
     """
 
     score: LoraScore
-    reduce: Reduce
+    strategy: Strategy
     slice_of: Callable[[int], slice]
     options: TrainingOptions
     seed: int
@@ -119,24 +94,16 @@ class ScoreTraining:
         """One optimiser step and its mean loss, or None where all ranks leave it out together."""
         valid = float(batch.weight.sum())
         if valid == 0:
-            self._leave_out(step, None, None, [])
+            self._leave_out(step, None, None)
             return None
-        draws = self._draw(batch, step, lane)
-        vectors, row_losses = self.score.gradients(
-            draws.samples,
-            draws.timesteps,
-            draws.noise,
-            draws.keep_camera,
-            valid,
-            self._micro_batches(len(draws.samples)),
-        )
-        reduced = self.reduce(vectors, 0, row_losses.double()[:, None])
-        if not reduced.usable:
-            self._leave_out(step, draws, row_losses, vectors)
+        draws = self._draw(batch, step, lane).never_empty()
+        work = Work(self.score, draws, valid, self._micro_batches(len(draws.samples)))
+        taken = self.strategy.step(work, self._rate(len(batch)))
+        if not taken.usable:
+            self._leave_out(step, draws, taken)
             return None
         self.skipped = 0
-        self.score.step(reduced.gradient, self._rate(len(batch)))
-        return float(reduced.sums[0]) / valid
+        return taken.loss / valid
 
     def _draw(self, batch: Samples, step: int, lane: int) -> Draws:
         """This rank's share; the draws are keyed by position in the whole batch."""
@@ -150,18 +117,17 @@ class ScoreTraining:
             uniform(self.seed, Purpose.SCORE_CAMERA_DROP, rows, step, (), lane) >= self.options.camera_drop,
         )
 
-    def _leave_out(self, step: int, draws: Draws | None, row_losses: Tensor | None, vectors: Sequence[Tensor]) -> None:
+    def _leave_out(self, step: int, draws: Draws | None, taken: Taken | None) -> None:
         """Counts a step that was left out; the last that may be communicates, and raises on all ranks."""
         self.skipped += 1
         if self.skipped < self.options.max_skipped:
             return
-        if draws is None or row_losses is None:
+        if draws is None or taken is None:
             cause = "no render of any particle was finite"
         else:
-            bad = ~row_losses.isfinite()
+            bad = ~taken.rows.isfinite()
             rows = torch.stack([draws.samples.ids[bad], draws.timesteps[bad]], 1).tolist()
-            sound = all(bool(vector.isfinite().all()) for vector in vectors)
-            cause = _cause(self.gather([rows, sound]))
+            cause = _cause(self.gather([rows, taken.sound]))
         raise DivergedError(
             f"the score network's last {self.skipped} optimiser steps were left out (score.max_skipped), up to round "
             f"{step + 1}: {cause}. Its weights are those of before; resume with a lower score.learning_rate, with "
@@ -182,7 +148,8 @@ class ScoreTraining:
         old = self.score.replay.oldest()
         if old is None:
             return None
-        return on_policy_lag(self.score, union[:LAG_SAMPLES], old[:LAG_SAMPLES], self.seed, step)
+        with self.strategy.calling():
+            return on_policy_lag(self.score, union[:LAG_SAMPLES], old[:LAG_SAMPLES], self.seed, step)
 
     def _batch(self, union: Samples, step: int, lane: int) -> Samples:
         extra = round(len(union) * self.options.replay_share / (1 - self.options.replay_share))
@@ -206,12 +173,14 @@ class ScoreTraining:
 
 
 def _cause(reports: list[list[Any]]) -> str:
-    """What was not finite, from each rank's [[particle, timestep] of rows, whether its gradient was finite]."""
+    """What was not finite, from each rank's [[particle, timestep] of rows, whether its gradient was finite or None]."""
     rows = sorted(tuple(row) for report in reports for row in report[0])
     if rows:
         named = ", ".join(f"particle {particle} at timestep {timestep}" for particle, timestep in rows[:NAMED_ROWS])
         more = f" and {len(rows) - NAMED_ROWS} more rows" if len(rows) > NAMED_ROWS else ""
         return f"the loss was not finite for {named}{more}"
+    if reports[0][1] is None:
+        return "every loss was finite, the sum of the ranks' gradients was not"
     ranks = [str(rank) for rank, (_, sound) in enumerate(reports) if not sound]
     if ranks:
         return f"every loss was finite, the gradient was not on rank {', '.join(ranks)}"

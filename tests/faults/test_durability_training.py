@@ -6,15 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.kill_campaign import last_reported, small_training, warm_up
+from distvsd.build import build_run
 from distvsd.checkpoint import particle_file, reader, verify_run
 from distvsd.parallel.world import World
+from distvsd.particles import ensemble
 from distvsd.testing.faults import injected
 from distvsd.testing.pipelines import tiny_pipeline
 from distvsd.testing.ranks import run_ranks
 from distvsd.train import train
-from tests.small_run import told
+from distvsd.trainer import largest_part
+from tests.small_run import small_config, told
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -98,3 +102,26 @@ def test_a_training_with_damaged_checkpoints_only_does_not_start_anew(tmp_path: 
     messages = run_ranks(lambda world: told(lambda: train(config)), 2)
     assert messages[0] == messages[1] and "none of the 2 checkpoints" in messages[0]
     assert reader.steps(folder) == [3, 2]
+
+
+@pytest.mark.guarantee("G5")
+@pytest.mark.parametrize("good_every", [4, 2], ids=["at a good state", "between two"])
+def test_the_room_a_run_asks_for_is_what_its_checkpoints_take_once_everything_is_full(
+    tmp_path: Path, prior: Path, monkeypatch: pytest.MonkeyPatch, figure: Callable[[str], None], good_every: int
+) -> None:
+    """Before the first round a run makes sure of the room of its largest checkpoint: with the moments of both
+    optimisers, a full replay buffer, and good states beside the present ones where a save falls between."""
+    monkeypatch.setattr(ensemble, "GOOD_EVERY", good_every)
+    growing = {"render.resolution": "{0: 16, 1: 24}", "score.replay_share": 0.25, "score.replay_rounds": 2}
+    config = small_config(tmp_path / "run", prior, **growing, **{"schedule.rounds": 4, "checkpoint.every": 3})
+    worlds = [World(rank, 2, rank, 2, torch.device("cpu")) for rank in (0, 1)]
+    asked = sum(largest_part(build_run(config, world, lambda done: False)) for world in worlds)
+    assert run_ranks(lambda world: train(config), 2) == [0, 0]
+    largest = 0
+    for step in reader.steps(tmp_path / "run/checkpoints"):
+        checkpoint = reader.open_checkpoint(tmp_path / "run/checkpoints", step)
+        files = [file for file in checkpoint.manifest.files if file.endswith(".safetensors")]
+        largest = max(largest, sum(value.nbytes for file in files for value in checkpoint.read(file).values()))
+    # A few numbers of a step each are not counted; the margin for headers, 1 MiB, has room for them.
+    assert asked <= largest < asked + 4096
+    figure(f"{asked} bytes asked for, {largest} taken")

@@ -215,7 +215,7 @@ def test_a_particle_that_keeps_failing_is_put_back_then_quarantined_and_the_run_
     # Bad in rounds 0 to 3; from then on it is not even tried.
     assert [told["unhealthy"] for told in owner["rounds"]] == [[STRUCK]] * 4 + [[]] * 2
     assert [told["absent"] for told in owner["rounds"]] == [[STRUCK]] * 6
-    assert owner["health"][STRUCK] == {"bad": 0, "total": 4, "restores": 1, "quarantined": True}
+    assert owner["health"][STRUCK] == {"bad": 0, "total": 4, "restores": 1, "quarantined": True, "good": "initial"}
     others = sorted(set(ranks) - {STRUCK})
     for step in range(6):
         assert sorted(id for of_rank in found for id in of_rank["rounds"][step]["healthy"]) == others

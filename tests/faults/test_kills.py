@@ -33,7 +33,7 @@ def test_a_kill_at_any_instant_loses_no_more_than_the_save_under_way_and_changes
     nobody hangs, and the resumed training ends with the bits of one that was never disturbed."""
 
     def config_in(run: Path) -> Config:
-        return small_training(prior, run, asynchronous, rounds=24)
+        return small_training(prior, run, asynchronous, rounds=8)
 
     tally = campaign(tmp_path, config_in, kills=8, draw=random.Random(1), ranks=2)
     assert tally.kills >= 8 and len(tally.lost) == tally.kills, str(tally)

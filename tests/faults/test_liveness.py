@@ -19,9 +19,11 @@ import pytest
 from distvsd.config import Config
 from distvsd.errors import RankError
 from distvsd.parallel.world import World
+from distvsd.runtime.heartbeat import Heartbeat
 from distvsd.testing.faults import injected
 from distvsd.testing.ranks import run_ranks
 from distvsd.train import train
+from tests.faults.test_durability import small_disk
 from tests.small_run import small_config
 
 ROOT = Path(__file__).parents[2]
@@ -103,6 +105,23 @@ def test_a_hung_rank_is_found_by_the_timeout_and_named(tmp_path: Path, prior: Pa
     seconds = max(report["time"] for report in found.values()) - last_round_ended(run)
     assert 3.5 < seconds < 30
     figure(f"stopped: the others ended after {seconds:.1f} s, timeout 4 s")
+
+
+@pytest.mark.guarantee("G20")
+def test_a_rank_beats_on_when_the_disk_is_full(tmp_path: Path) -> None:
+    """On a full disk living ranks still give signs of life, so that none of them is taken for a silent one."""
+    with small_disk(tmp_path / "disk", 1):
+        file, others = tmp_path / "disk/heartbeats/rank-00000.json", tmp_path / "disk/others"
+        with Heartbeat(file.parent, 0, 1, lambda: None, 0.01):
+            with others.open("wb", buffering=0) as rest, pytest.raises(OSError, match="No space left"):
+                while True:
+                    rest.write(bytes(4096))
+            seen = set()
+            deadline = time.monotonic() + 20
+            while len(seen) < 5:
+                assert time.monotonic() < deadline, "it beats no more"
+                seen.add(json.loads(file.read_text())["beats"])
+                time.sleep(0.01)
 
 
 @pytest.mark.guarantee("G19", "G23")

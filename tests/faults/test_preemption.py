@@ -16,6 +16,7 @@ import pytest
 from distvsd.checkpoint.verify import verify_run
 from distvsd.config import Config
 from distvsd.parallel.world import World
+from distvsd.particles import ensemble
 from distvsd.testing.faults import injected
 from distvsd.testing.ranks import run_ranks
 from distvsd.train import train
@@ -91,3 +92,29 @@ def test_a_signal_in_the_last_round_changes_nothing(tmp_path: Path, prior: Path,
     assert trained(run, 2, "term@round:rank=1:step=3")[0] == [0, 0]
     assert json.loads((tmp_path / "run/STATUS.json").read_text())["state"] == "done"
     assert verify_run(tmp_path / "run", digest=True) == uninterrupted
+
+
+@pytest.mark.guarantee("G24", "G9", "G16")
+@pytest.mark.parametrize(("every", "size"), [(0, 1), (1, 2)])
+def test_where_a_run_was_stopped_and_saved_does_not_change_what_a_particle_goes_back_to(
+    tmp_path: Path, prior: Path, monkeypatch: pytest.MonkeyPatch, figure: Figure, every: int, size: int
+) -> None:
+    """Stopped and saved at a round at which nothing was due, a run whose particle fails afterwards puts it back to the
+    same state, and ends with the same bits, as one that was not stopped and is saved at other rounds."""
+    monkeypatch.setattr(ensemble, "GOOD_EVERY", 2)  # the good states of these six rounds: after 2 and 4
+    streak = "nan@gradient:particle=1:step=3; nan@gradient:particle=1:step=4"
+    limits = {"schedule.rounds": 6, "particles.health.max_bad": 2, "log.every": 1}
+
+    whole = small_config(tmp_path / "whole", prior, **limits, **{"checkpoint.every": 4})
+    assert trained(whole, 2, streak)[0] == [0, 0]
+    stopped = small_config(tmp_path / "stopped", prior, **limits, **{"checkpoint.every": every})
+    assert trained(stopped, size, "term@render:rank=0:step=2:nth=1")[0] == [3] * size
+    assert max((tmp_path / "stopped/checkpoints").iterdir()).name == "step-00000003"
+    assert trained(stopped, 3 - size, streak)[0] == [0] * (3 - size)
+
+    for run in ("whole", "stopped"):
+        lines = (tmp_path / run / "health.jsonl").read_text().splitlines()
+        events = [(line["round"], line["event"]) for line in map(json.loads, lines) if line["event"].startswith("went")]
+        assert events == [(5, "went back to its last good state")]
+    assert verify_run(tmp_path / "stopped", digest=True) == verify_run(tmp_path / "whole", digest=True)
+    figure(f"saved after round 3, put back in round 5, checkpoint.every {every} against 4: the same bits")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from distvsd.errors import RankError
+from distvsd.checkpoint.ranks import together
+from distvsd.errors import CheckpointError, RankError, RunError
 from distvsd.parallel import collectives
 from distvsd.parallel.world import World
 from distvsd.testing.ranks import run_ranks
@@ -37,24 +39,96 @@ def test_an_empty_text_and_an_empty_value_travel() -> None:
     assert run_ranks(talk, 2) == [["", ["", ""]]] * 2
 
 
-def test_a_problem_of_one_rank_is_the_same_error_on_all() -> None:
-    def answer(world: World, problems: list[str | None]) -> str:
-        try:
-            collectives.agree(world, problems[world.rank])
-        except RankError as error:
-            return str(error)
-        return "fine"
+FULL, OTHER, STRANGE = CheckpointError("the disk is full"), RunError("other"), KeyError("strange")
 
-    full = "the disk is full"
-    expected = {
-        (None, None, None): "fine",
-        (None, full, None): "rank 1 of 3: the disk is full",
-        (full, None, full): "ranks 0, 2 of 3: the disk is full",
-        (full, full, full): "all 3 ranks: the disk is full",
-        (full, "other", None): "rank 0 of 3: the disk is full; rank 1 of 3: other",
-    }
-    answers = run_ranks(lambda world: [answer(world, list(problems)) for problems in expected], 3)
-    assert answers == [list(expected.values())] * 3
+
+def failing(world: World, errors: list[Exception | None]) -> Callable[[], int]:
+    """Work that fails on the ranks that have an error there, and else gives the rank."""
+
+    def work() -> int:
+        error = errors[world.rank]
+        if error is not None:
+            raise error
+        return world.rank
+
+    return work
+
+
+def test_a_failure_of_one_rank_is_the_same_error_on_all() -> None:
+    def answer(world: World, errors: list[Exception | None]) -> list[Any]:
+        try:
+            return [collectives.agreed(world, failing(world, errors))]
+        except Exception as error:
+            return [type(error).__name__, str(error)]
+
+    # What a rank raised is raised again as it is; the others know the house's own classes, and else say RunError.
+    full, other = ["CheckpointError", "the disk is full"], ["RunError", "other"]
+    foreign, raised = ["RunError", "'strange'"], ["KeyError", "'strange'"]
+    expected: list[tuple[list[Exception | None], list[list[Any]]]] = [
+        ([None, None, None], [[0], [1], [2]]),
+        ([None, FULL, None], [full, full, full]),
+        ([FULL, None, FULL], [full, full, full]),
+        ([FULL, FULL, FULL], [full, full, full]),
+        ([FULL, OTHER, None], [full, full, full]),
+        ([None, OTHER, FULL], [other, other, other]),
+        ([None, STRANGE, OTHER], [foreign, raised, foreign]),
+    ]
+    answers = run_ranks(lambda world: [answer(world, errors) for errors, _ in expected], 3)
+    assert [list(by_rank) for by_rank in zip(*answers, strict=True)] == [by_rank for _, by_rank in expected]
+
+
+def test_every_rank_hears_what_each_did_and_why_others_failed() -> None:
+    def answer(world: World, errors: list[Exception | None]) -> list[Any]:
+        values, problems, mine = collectives.attempt(world, failing(world, errors))
+        return [values, problems, str(mine)]
+
+    told = [[0, None, 2], [None, ("RunError", "other"), None]]
+    answers = run_ranks(answer, 3, [None, OTHER, None])
+    assert answers == [[*told, "None"], [*told, "other"], [*told, "None"]]
+
+
+def test_what_all_ranks_did_together_is_one_error_that_names_the_ranks() -> None:
+    def answer(world: World, errors: list[Exception | None]) -> list[Any]:
+        try:
+            return together(world, "saving", failing(world, errors))
+        except CheckpointError as error:
+            return [type(error).__name__, str(error)]
+
+    disk = OSError(28, "No space left on device")
+    hint = (
+        "[Errno 28] No space left on device; check the free space, the quota and the permissions of the run directory"
+    )
+    expected: list[tuple[list[Exception | None], list[Any]]] = [
+        ([None, None, None], [0, 1, 2]),
+        ([None, FULL, None], ["CheckpointError", "saving failed: rank 1: the disk is full"]),
+        ([FULL, None, FULL], ["CheckpointError", "saving failed: rank 0, 2: the disk is full"]),
+        (
+            [FULL, STRANGE, None],
+            ["CheckpointError", "saving failed: rank 0: the disk is full; rank 1: KeyError: 'strange'"],
+        ),
+        ([disk, None, disk], ["StorageError", f"saving failed: rank 0, 2: {hint}"]),
+        ([disk, FULL, None], ["CheckpointError", f"saving failed: rank 0: {hint}; rank 1: the disk is full"]),
+    ]
+    answers = run_ranks(lambda world: [answer(world, errors) for errors, _ in expected], 3)
+    assert answers == [[told for _, told in expected]] * 3
+
+
+def test_hosts_meet_before_they_wait_for_devices_and_the_silent_one_is_found_there() -> None:
+    """Nothing can be raised out of a wait for a device; what travels between hosts needs no meeting."""
+
+    def wait(world: World) -> str:
+        collectives.set_timeout(world, 0.5)
+        collectives.meet(world, torch.device("cuda"), "the sum over ranks")
+        collectives.meet(world, torch.device("cpu"), "the sum over ranks")  # nobody has to come
+        if world.rank == 1:
+            time.sleep(2)
+            return "late"
+        with pytest.raises(RankError, match="rank 0 of 2 lost the others in the sum over ranks"):
+            collectives.meet(world, torch.device("cuda"), "the sum over ranks")
+        raise TimeoutError("found")
+
+    with pytest.raises(RankError, match="TimeoutError: found"):
+        run_ranks(wait, 2)
 
 
 def test_a_rank_that_dies_fails_the_others_at_once() -> None:

@@ -13,6 +13,7 @@ from distvsd.checkpoint.verify import verify_run
 from distvsd.config import load_config
 from distvsd.parallel.exchange import Exchange, slice_for
 from distvsd.parallel.reduce import reduce_gradients
+from distvsd.parallel.strategies.flat import Flat
 from distvsd.parallel.world import World
 from distvsd.score.training import ScoreTraining
 from distvsd.testing.pipelines import tiny_pipeline
@@ -137,7 +138,7 @@ def score_gradient(world, run, samples, counts):
     reduce = functools.partial(reduce_gradients, world, length=sum(parts.score.num_parameters), numerics="fast")
     training = ScoreTraining(
         parts.score,
-        lambda vectors, flags, sums: reduce(vectors, flags=flags, extra_sums=sums),
+        Flat(lambda vectors, flags, sums: reduce(vectors, flags=flags, extra_sums=sums), parts.score.step),
         functools.partial(slice_for, world),
         run.score,
         0,

@@ -65,6 +65,18 @@ def test_ranks_without_particles_are_counted(prior: str) -> None:
     assert "2 ranks own no particle" in draw(plan)
 
 
+def test_many_ranks_are_shown_by_node(prior: str) -> None:
+    text = draw(make_plan(config(prior, particles={"count": 100}), nodes=16, gpus_per_node=8))
+    lines = [line.split() for line in text.splitlines() if line.startswith("  node ")]
+    # 128 ranks, a particle each from the first on: 12 whole nodes, 4 particles on the next, none on the last three.
+    assert len(lines) == 16
+    assert lines[1] == ["node", "1", "ranks", "8-15", "particles", "8-15", "(8)"]
+    assert lines[12] == ["node", "12", "ranks", "96-103", "particles", "96-99", "(4)"]
+    assert lines[15] == ["node", "15", "ranks", "120-127", "particles", "none", "(0)"]
+    many = draw(make_plan(config(prior, particles={"count": 100}), nodes=20, gpus_per_node=8))
+    assert "... and 4 more nodes, the last with 0 particles" in many
+
+
 def test_a_small_dense_grid_counts_its_vertices() -> None:
     nerf = replace(Config().particles.nerf, levels=2, features=4, base_resolution=16, max_resolution=40)
     run = replace(Config(), particles=replace(Config().particles, nerf=nerf))
@@ -152,6 +164,13 @@ def test_a_rank_sends_its_padded_rows_to_every_other_rank(prior: str) -> None:
     assert plan["phases"][0]["sent_a_round"] == plan["phases"][0]["received_a_round"] == 2 * block
 
 
+def test_the_wire_carries_renders_at_their_largest_and_gradients(prior: str) -> None:
+    render = {"resolution": Schedule(((0, 64.0), (100, 128.0)))}
+    plan = make_plan(config(prior, render=render, particles={"count": 4}), nodes=2, gpus_per_node=2)
+    each = 3 * (48 * 32 * 32 + 21) * 4 + 2 * 3 * plan["score"]["gradient"] // 4
+    assert plan["wire"] == {"rank": each, "all": 4 * each}
+
+
 def test_each_resolution_of_the_schedule_has_its_own_bytes(prior: str) -> None:
     render = {"resolution": Schedule(((0, 64.0), (100, 128.0)))}
     phases = make_plan(config(prior, render=render), nodes=2)["phases"]
@@ -161,18 +180,44 @@ def test_each_resolution_of_the_schedule_has_its_own_bytes(prior: str) -> None:
 
 def test_one_rank_sends_nothing(prior: str) -> None:
     plan = make_plan(config(prior))
-    assert plan["phases"][0]["sent_a_round"] == plan["score"]["reduced_a_round"] == 0
+    assert plan["phases"][0]["sent_a_round"] == plan["wire"]["all"] == 0
+    assert {row["sent_a_round"] for row in plan["strategies"]} == {0}
 
 
 @pytest.mark.parametrize(("numerics", "width"), [("fast", 4), ("exact", 16)])
 def test_the_score_gradient_is_reduced_once_a_step(prior: str, numerics: str, width: int) -> None:
     run = config(prior, parallel={"numerics": numerics}, score={"steps_per_round": 2, "rank": 3})
-    score = make_plan(run, nodes=4)["score"]
+    plan = make_plan(run, nodes=4)
+    score = plan["score"]
     # 16 -> 128 -> 128 with biases for the camera; the adapter as counted above.
     parameters = 4 * 3 * 944 + (16 * 128 + 128 + 128 * 128 + 128)
     assert score["parameters"] == parameters
     assert score["gradient"] == parameters * width
-    assert score["reduced_a_round"] == 2 * 2 * 3 * parameters * width // 4
+    assert plan["strategies"][0]["sent_a_round"] == 2 * 2 * 3 * parameters * width // 4
+
+
+def test_every_strategy_has_its_bytes_and_the_configurations_decides(prior: str) -> None:
+    run = config(prior, parallel={"strategy": "deepspeed", "zero_stage": 3}, score={"steps_per_round": 2})
+    plan = make_plan(run, nodes=2, gpus_per_node=2)
+    rows = {row["strategy"]: row for row in plan["strategies"]}
+    assert [name for name, row in rows.items() if row["chosen"]] == ["deepspeed-3"]
+    values = 4 * plan["score"]["parameters"]
+    # The UNet's file has 1000 bytes. Trained: values, gradient, two moments, and ddp's buckets; with DeepSpeed a fourth
+    # of the moments and of values of its own, then of the gradient, then of all.
+    assert [row["base"] for row in rows.values()] == [1000, 1000, 250, 1000, 1000, 250]
+    trained = [4, 5, 4, 2 + 3 / 4, 1 + 4 / 4, 5 / 4]
+    assert [row["trained"] for row in rows.values()] == [share * values for share in trained]
+    # Two steps, in each a sum in a ring and with DeepSpeed the new values; a spread network comes for the prior, the
+    # score, and twice for each step: 6 times 750.
+    once = 2 * 3 * values // 4
+    spread = 6 * 750
+    sent = [2 * once, 2 * once, 2 * once + spread, 3 * once, 3 * once, 3 * once + spread]
+    assert [row["sent_a_round"] for row in rows.values()] == sent
+    # The text encoder's file has 24 bytes.
+    memory = plan["rank_memory"]
+    assert (memory["prior"], memory["score"]) == (24 + 250, rows["deepspeed-3"]["trained"])
+    assert memory["total"] == memory["particles"] + memory["prior"] + memory["score"]
+    assert "  deepspeed-3 * " in draw(plan)
 
 
 @pytest.mark.parametrize(
@@ -206,6 +251,12 @@ def test_a_checkpoint_holds_values_and_moments_and_the_replay(prior: str) -> Non
     assert checkpoint["score"] == 3 * (4 * 3 * 944 + 18_688) * 4
     assert checkpoint["replay"] == 2 * 5 * (48 * 16 * 16 + 21) * 4
     assert checkpoint["total"] == checkpoint["particles"] + checkpoint["score"] + checkpoint["replay"]
+
+
+def test_a_resume_reads_all_for_its_hashes_then_a_particle_once_and_the_score_on_every_rank(prior: str) -> None:
+    checkpoint = make_plan(config(prior, particles={"count": 5}), nodes=3, gpus_per_node=2)["checkpoint"]
+    shared = checkpoint["score"] + checkpoint["replay"]
+    assert checkpoint["loaded"] == checkpoint["total"] + checkpoint["particles"] + 6 * shared
 
 
 def test_a_prior_that_is_not_here_leaves_its_numbers_open_and_says_why(tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ def configs(draw: st.DrawFn) -> Config:
     nerf = config.particles.nerf
     low, high = sorted((nerf.base_resolution, nerf.max_resolution))
     nerf = replace(nerf, base_resolution=low, max_resolution=max(low, high))
+    any_strategy = config.parallel.numerics == "fast" and config.objective.kind != "sds"
     count = draw(st.integers(1, 4))
     prompt = draw(TEXTS | st.lists(TEXTS, min_size=count, max_size=count).filter(lambda texts: count > 1).map(tuple))
     return replace(
@@ -77,6 +78,7 @@ def configs(draw: st.DrawFn) -> Config:
         ),
         score=replace(config.score, replay_rounds=config.score.replay_rounds + 1),
         render=replace(config.render, backend="auto"),
+        parallel=config.parallel if any_strategy else replace(config.parallel, strategy="flat"),
         log=replace(config.log, wandb="off"),
     )
 

@@ -70,7 +70,10 @@ BAD = [
     ("render: {resolution: {0: 64, 9: 100}}", 1, ["render.resolution at round 9 is 100", "a multiple of 8"]),
     ("score: {replay_share: 0.5, replay_rounds: 0}", 1, ["score.replay_share is 0.5 but score.replay_rounds is 0"]),
     ("score: {replay_share: 1}", 1, ["score.replay_share is 1", "below 1"]),
-    ("parallel: {strategy: hsdp}", 1, ["parallel.strategy", "known is 'flat'"]),
+    ("parallel: {strategy: hsdp}", 1, ["parallel.strategy", "flat, ddp, fsdp2, deepspeed"]),
+    ("parallel: {zero_stage: 4}", 1, ["parallel.zero_stage is 4", "at most 3"]),
+    ("parallel: {strategy: fsdp2, numerics: exact}", 1, ["parallel.strategy is fsdp2", "exact; allowed: flat"]),
+    ("objective: {kind: sds}\nparallel: {strategy: ddp}", 2, ["parallel.strategy is ddp", "kind is sds"]),
     ("parallel: {numerics: exact}\nrender: {backend: nerfacc}", 2, ["render.backend is nerfacc", "exact", "torch"]),
     (
         "particles: {kind: image, image: {space: latent}}\nrender: {resolution: {0: 64, 9: 128}}",

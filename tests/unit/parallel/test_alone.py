@@ -23,15 +23,29 @@ def test_collectives_return_what_they_were_given() -> None:
     assert collectives.gather_objects(ALONE, {"a": [1, None]}) == [{"a": [1, None]}]
     assert collectives.broadcast_text(ALONE, "text") == "text"
     assert collectives.max_flags(ALONE, 0b101) == 0b101
-    collectives.agree(ALONE, None)
+    collectives.meet(ALONE, torch.device("cuda"), "nothing")
+    assert collectives.agreed(ALONE, lambda: tensor) is tensor
     collectives.barrier(ALONE)
     collectives.set_timeout(ALONE, 5.0)
     assert not dist.is_initialized()
 
 
-def test_a_problem_is_told_without_naming_ranks() -> None:
-    with pytest.raises(RankError, match=r"^the disk is full$"):
-        collectives.agree(ALONE, "the disk is full")
+def test_a_failure_is_the_very_error_that_was_raised() -> None:
+    failure = RankError("the disk is full")
+
+    def fail() -> None:
+        raise failure
+
+    with pytest.raises(RankError, match=r"^the disk is full$") as caught:
+        collectives.agreed(ALONE, fail)
+    assert caught.value is failure
+    assert collectives.attempt(ALONE, fail) == ([None], [("RankError", "the disk is full")], failure)
+
+
+def test_the_timeout_of_devices_leaves_the_hosts_time_to_say_who_is_silent() -> None:
+    """A gather may start a whole timeout before a host waits for it, and looking for the silent takes seconds."""
+    for timeout_s in (0.5, 120.0, 86_400.0):
+        assert collectives.device_timeout(timeout_s) >= 2 * timeout_s + 30
 
 
 def test_a_flag_word_that_cannot_travel_is_refused() -> None:

@@ -9,6 +9,8 @@ import torch
 from distvsd.cameras import OrbitSampler
 from distvsd.errors import CheckpointError
 from distvsd.particles import Ensemble, ImageParticle
+from distvsd.particles import ensemble as ensemble_module
+from distvsd.particles.good import GOOD_EVERY, saved_place
 from distvsd.particles.health import Health
 from distvsd.testing.faults import begin_round, injected
 
@@ -43,6 +45,11 @@ def copy_of(particles, particle_id):
     return {name: value.clone() for name, value in particles.state()[particle_id].items()}
 
 
+def present_of(particles, particle_id):
+    """Its present state alone."""
+    return {name: value for name, value in copy_of(particles, particle_id).items() if not name.startswith("good/")}
+
+
 def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
@@ -51,8 +58,8 @@ def test_bad_rounds_count_only_in_a_row():
     particles = ensemble(max_bad=3)
     for step, poison in enumerate([[1], [1], [], [1], [1]]):
         assert move(particles, step, poison).restored == []
-    assert particles.health()[1] == {"bad": 2, "total": 4, "restores": 0, "quarantined": False}
-    assert particles.health()[0] == Health().to_json()
+    assert particles.health()[1] == {"bad": 2, "total": 4, "restores": 0, "quarantined": False, "good": "initial"}
+    assert particles.health()[0] == Health().to_json() | {"good": "initial"}
     assert move(particles, 5, [1]).restored == [1]
 
 
@@ -60,89 +67,136 @@ def test_a_particle_goes_back_to_where_it_was_marked_good_and_moves_more_slowly_
     particles = ensemble()
     move(particles, 0)
     particles.mark_good()
-    good = copy_of(particles, 1)
+    good = present_of(particles, 1)
     move(particles, 1)
-    assert not same(copy_of(particles, 1), good)
+    assert not same(present_of(particles, 1), good)
     assert move(particles, 2, [1]).restored == []
     update = move(particles, 3, [1])
     assert update.restored == [1] and update.unhealthy == [1] and update.healthy == [0, 2]
-    assert same(copy_of(particles, 1), good)
+    assert same(present_of(particles, 1), good)
     twin = ensemble((1,))
     twin.load_state(1, good)
     move(particles, 4), move(twin, 4)
     # The same moments and the same gradient: the change differs by the factor on the rate alone.
-    changes = [state["param/image"] - good["param/image"] for state in (copy_of(particles, 1), copy_of(twin, 1))]
+    changes = [state["param/image"] - good["param/image"] for state in (present_of(particles, 1), present_of(twin, 1))]
     torch.testing.assert_close(changes[0], 0.25 * changes[1], rtol=1e-5, atol=1e-8)
 
 
 def test_a_particle_that_was_never_marked_good_begins_anew():
     particles = ensemble()
-    start = copy_of(particles, 1)
+    start = present_of(particles, 1)
     move(particles, 0)
     move(particles, 1, [1])
     assert move(particles, 2, [1]).restored == [1]
-    assert same(copy_of(particles, 1), start)
+    assert same(present_of(particles, 1), start)
 
 
 def test_a_state_inside_a_bad_streak_is_not_marked_good():
     particles = ensemble()
     particles.mark_good()
-    good = copy_of(particles, 1)
+    good = present_of(particles, 1)
     move(particles, 0)
     move(particles, 1, [1])
     particles.mark_good()
     assert move(particles, 2, [1]).restored == [1]
-    assert same(copy_of(particles, 1), good)
+    assert same(present_of(particles, 1), good)
 
 
 def test_a_quarantined_particle_keeps_its_last_good_state_and_the_others_move_on():
     particles = ensemble(max_restores=0)
     particles.mark_good()
-    good = copy_of(particles, 1)
+    good = present_of(particles, 1)
     move(particles, 0)
     move(particles, 1, [1])
     assert move(particles, 2, [1]).quarantined == [1]
     assert particles.quarantined == [1]
-    before = copy_of(particles, 0)
+    before = present_of(particles, 0)
     update = move(particles, 3)  # its gradient would be finite again
     assert update.healthy == [0, 2] and update.unhealthy == [] and update.absent == [1]
-    assert same(copy_of(particles, 1), good) and not same(copy_of(particles, 0), before)
+    assert same(present_of(particles, 1), good) and not same(present_of(particles, 0), before)
 
 
-@pytest.mark.parametrize("save_after", range(6))
-def test_a_resume_at_any_point_of_a_streak_ends_with_the_same_bits(save_after):
-    """Rounds 0 to 7; the particle fails in 2 to 5 and is put back in 3 and given up in 5."""
-    poison = [[], [], [1], [1], [1], [1], [], []]
-    whole = ensemble()
-    resumed = ensemble((2, 1, 0), micro_batch=1)
+@pytest.mark.parametrize("save_after", range(10))
+def test_a_resume_at_any_point_of_a_streak_ends_with_the_same_bits(monkeypatch, save_after):
+    """Rounds 0 to 10; states are marked good after 3 and 7. The particle fails in 4 to 6 and is put back in 5; it fails
+    again in 8 and 9 and is given up in 9. Nothing is saved in the run that is not interrupted."""
+    monkeypatch.setattr(ensemble_module, "GOOD_EVERY", 4)
+    poison = [[], [], [], [], [1], [1], [1], [], [1], [1], []]
+    whole, resumed = ensemble(), ensemble((2, 1, 0), micro_batch=1)
     for step, struck in enumerate(poison):
         move(whole, step, struck)
         if step > save_after:
             move(resumed, step, struck)
-        if step in (1, save_after):  # checkpoints
-            saved = {particle_id: copy_of(whole, particle_id) for particle_id in whole.ids}
-            health = whole.health()
-            whole.mark_good()
-            if step > save_after:
-                resumed.mark_good()
         if step == save_after:
-            for particle_id, tensors in saved.items():
-                resumed.load_state(particle_id, tensors, health[particle_id])
+            health = whole.health()
+            for particle_id in whole.ids:
+                resumed.load_state(particle_id, copy_of(whole, particle_id), health[particle_id])
     assert whole.health() == {particle_id: resumed.health()[particle_id] for particle_id in whole.ids}
-    assert whole.quarantined == [1]
+    assert whole.quarantined == [1] and whole.health()[1]["restores"] == 1
     for particle_id in whole.ids:
         assert same(copy_of(whole, particle_id), copy_of(resumed, particle_id)), particle_id
 
 
-def test_only_a_particle_in_a_streak_carries_its_good_state_into_the_checkpoint():
+def test_only_a_good_state_that_is_neither_the_present_nor_the_initial_one_lies_beside_it_in_the_checkpoint():
     particles = ensemble()
     plain = set(copy_of(particles, 1))
+    beside = plain | {f"good/{name}" for name in plain}
     size = particles.num_bytes
+    move(particles, 0)
+    assert set(copy_of(particles, 1)) == plain and particles.health()[1]["good"] == "initial"
     particles.mark_good()
-    move(particles, 0, [1])
-    assert set(copy_of(particles, 1)) == plain | {f"good/{name}" for name in plain}
-    assert set(copy_of(particles, 0)) == plain
-    assert particles.num_bytes == size + size // 3
+    assert set(copy_of(particles, 1)) == plain and particles.health()[1]["good"] == "present"
+    move(particles, 1, [1])
+    for particle_id in (0, 1):
+        assert set(copy_of(particles, particle_id)) == beside and particles.health()[particle_id]["good"] == "beside"
+    assert particles.num_bytes == 2 * size
+    particles.mark_good()
+    assert set(copy_of(particles, 0)) == plain and set(copy_of(particles, 1)) == beside
+
+
+def test_states_are_marked_good_by_the_number_of_the_round():
+    particles = ensemble()
+    for step in (GOOD_EVERY - 2, GOOD_EVERY - 1, GOOD_EVERY):
+        move(particles, step)
+        good = {0: "initial", 1: "present", 2: "beside"}[step - GOOD_EVERY + 2]
+        assert [record["good"] for record in particles.health().values()] == [good] * 3
+
+
+@pytest.mark.parametrize(
+    ("saves", "times"),
+    [
+        ([GOOD_EVERY, 3 * GOOD_EVERY], 1),
+        ([GOOD_EVERY - 1], 1),
+        ([GOOD_EVERY, GOOD_EVERY + 1], 2),
+        ([GOOD_EVERY // 2, GOOD_EVERY * 3 // 2], 2),
+    ],
+)
+def test_the_largest_checkpoint_is_known_before_the_first_round(saves, times):
+    assert ensemble().most_bytes(saves) == times * ensemble().num_bytes
+
+
+@pytest.mark.parametrize(
+    ("record", "has_beside", "place"),
+    [
+        (None, False, "present"),
+        ({"bad": 0}, False, "present"),
+        ({"bad": 2}, False, "initial"),
+        ({"bad": 2}, True, "beside"),
+        ({"bad": 0, "good": "initial"}, False, "initial"),
+    ],
+)
+def test_manifests_from_before_good_states_had_a_schedule_mean_what_they_meant(record, has_beside, place):
+    assert saved_place(record, has_beside) == place
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [({"good": "else"}, "good = 'else' .*altered"), ({"good": "beside"}, "should be .* holds nothing")],
+)
+def test_a_record_whose_good_state_is_nowhere_is_refused(record, said):
+    particles = ensemble()
+    with pytest.raises(CheckpointError, match=said):
+        particles.load_state(1, copy_of(particles, 1), record)
 
 
 @pytest.mark.parametrize("record", [{"bad": -1}, {"total": "2"}, {"quarantined": 1}, {"restores": True}])

@@ -8,6 +8,7 @@ import os
 import select
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -185,8 +186,45 @@ def test_nonsense_in_place_of_a_heartbeat_is_no_sign_of_life(tmp_path: Path) -> 
         assert beating.silent(wait_s=0.01).count("left no sign of life") == 3
 
 
-def orphaned(folder: Path, world_size: str) -> int:
-    """Ends the parent of a process that beats; returns the pipe into which that one writes when it notices."""
+def test_a_record_that_is_being_written_is_read_again(tmp_path: Path) -> None:
+    put(tmp_path, 1)
+    path = tmp_path / "rank-00001.json"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:20])
+    with heartbeat(tmp_path) as beating:
+        beating.at(7, "score")
+        finish = threading.Timer(0.03, path.write_bytes, [whole])
+        finish.start()
+        assert "does not beat any more" in beating.silent(wait_s=0.1)
+        finish.join()
+
+
+def test_a_rank_beats_on_where_no_new_file_can_be_made(tmp_path: Path) -> None:
+    """As on a full disk: the file is written over in place, and so is a shorter or longer one of an earlier run."""
+    put(tmp_path, 0, ended="x" * 700)
+    before = (tmp_path / "rank-00000.json").stat().st_ino
+    with heartbeat(tmp_path):
+        assert read(tmp_path, 0)["ended"] == ""
+        count = read(tmp_path, 0)["beats"]
+        size = (tmp_path / "rank-00000.json").stat().st_size
+        until(lambda: read(tmp_path, 0)["beats"] > count + 3)
+        found = (tmp_path / "rank-00000.json").stat()
+        assert (found.st_ino, found.st_size) == (before, size)
+        assert [path.name for path in tmp_path.iterdir()] == ["rank-00000.json"]
+
+
+def test_of_another_container_with_the_same_host_name_only_the_counts_are_judged(tmp_path: Path) -> None:
+    put(tmp_path, 1, host=socket.gethostname(), pid=2**22 + 1, system="another-boot.1")  # no such process here
+    with heartbeat(tmp_path) as beating:
+        beating.at(7, "score")
+        assert beating.silent(wait_s=0.01).endswith("does not beat any more")
+
+
+def orphaned(folder: Path, world_size: str, busy_s: float = 0.0, takes_s: float = 0.0) -> int:
+    """Ends the parent of a process that beats; returns the pipe into which that one writes when it notices.
+
+    For `busy_s` it is somewhere new again and again, then at a place where it says it may be for `takes_s`.
+    """
     reader, writer = os.pipe()
 
     def tell() -> None:
@@ -195,8 +233,12 @@ def orphaned(folder: Path, world_size: str) -> int:
     def launcher() -> None:
         os.environ["WORLD_SIZE"] = world_size
         if os.fork() == 0:
-            with Heartbeat(folder, 0, 2, tell, 0.05, grace_s=0.3):
+            with Heartbeat(folder, 0, 2, tell, 0.05, grace_s=0.3) as beating:
                 os.write(writer, b"ready;")
+                for step in range(round(busy_s / 0.05)):
+                    beating.at(step, "render")
+                    time.sleep(0.05)
+                beating.at(0, "save", takes_s)
                 time.sleep(20)
             os._exit(0)
         time.sleep(60)
@@ -218,6 +260,18 @@ def test_a_worker_whose_launcher_was_killed_is_told_once_and_ends_after_its_grac
         said += block
     assert said == b"orphan;"
     assert 0.2 < time.monotonic() - began < 15
+    os.close(reader)
+
+
+@pytest.mark.parametrize(("busy_s", "takes_s"), [(1.5, 0.0), (0.0, 1.5)])
+def test_an_orphan_has_its_grace_after_the_last_progress_and_as_long_as_its_save_may_take(
+    tmp_path: Path, busy_s: float, takes_s: float
+) -> None:
+    reader = orphaned(tmp_path, "2", busy_s, takes_s)
+    began = time.monotonic()
+    while os.read(reader, 100):
+        pass
+    assert 1.2 < time.monotonic() - began < 16
     os.close(reader)
 
 

@@ -279,11 +279,15 @@ def test_a_failed_write_leaves_the_old_text_and_no_rest(tmp_path: Path, monkeypa
 
 
 @pytest.mark.guarantee("G34")
-def test_a_holder_on_another_host_keeps_the_lock_while_its_ranks_beat(tmp_path: Path) -> None:
-    """A holder on another host keeps its lock while its ranks beat, and loses it when they are silent."""
+@pytest.mark.parametrize("holder", ["elsewhere:7:1", f"{socket.gethostname()}:{2**22 + 1}:1:another-boot.1"])
+def test_a_holder_on_another_host_or_in_another_container_keeps_the_lock_while_its_ranks_beat(
+    tmp_path: Path, holder: str
+) -> None:
+    """A holder on another host, or in another container of the same name, where its pid says nothing, keeps its lock
+    while its ranks beat, and loses it when they are silent."""
     lock, beats = tmp_path / "run.lock", tmp_path / "heartbeats"
     beats.mkdir()
-    lock.write_text("elsewhere:7:1")
+    lock.write_text(holder)
     stop = threading.Event()
 
     def beat() -> None:
@@ -295,7 +299,7 @@ def test_a_holder_on_another_host_keeps_the_lock_while_its_ranks_beat(tmp_path: 
     thread = threading.Thread(target=beat)
     thread.start()
     try:
-        with pytest.raises(RunError, match="held by 'elsewhere:7:1'"):
+        with pytest.raises(RunError, match=re.escape(f"held by '{holder}'")):
             RunLock(lock, beats, silence_s=0.3).acquire()
     finally:
         stop.set()

@@ -11,7 +11,6 @@ import json
 import os
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -23,6 +22,7 @@ from typing import Any
 import pytest
 
 from distvsd.runtime.tracker import Limits, Mode, Tracker, open_tracker
+from tests.wandb_file import history_of, records_of
 
 ROOT = Path(__file__).parents[3]
 # Long enough for a Python to start on a busy machine; what hangs is waited for only in `answer_s`.
@@ -112,27 +112,6 @@ def test_everything_reaches_wandb_in_order_with_its_round(tmp_path: Path, calls:
     assert opened.tracker.dropped == 0 and opened.notes == []
 
 
-def records_of(path: Path) -> Iterator[Any]:
-    """The records of an offline run, as wandb's own definition of its file reads them.
-
-    The file is a log of leveldb after 7 bytes of its own: blocks of 32 KiB, fragments with a header of 7 bytes (sum of
-    4, length of 2, kind of 1: whole, first, middle, last).
-    """
-    definition = pytest.importorskip("wandb.proto.wandb_internal_pb2")
-    data, at, whole = path.read_bytes(), 7, b""
-    assert data[:4] == b":W&B"
-    while at + 7 <= len(data):
-        if 32768 - at % 32768 < 7:
-            at += 32768 - at % 32768
-            continue
-        length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
-        whole += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):
-            yield definition.Record.FromString(whole)
-            whole = b""
-
-
 def test_the_real_wandb_keeps_the_run_offline_and_goes_on_with_its_id(tmp_path: Path) -> None:
     """Two starts of one run: the numbers of both are in wandb's own files, under one id."""
     pytest.importorskip("wandb")
@@ -151,9 +130,7 @@ def test_the_real_wandb_keeps_the_run_offline_and_goes_on_with_its_id(tmp_path: 
         if record.WhichOneof("record_type") == "run":
             config = {item.key: json.loads(item.value_json) for item in record.run.config.update}
             assert config["particles"] == {"count": 2} and record.run.project == "castles"
-        if record.WhichOneof("record_type") == "history":
-            items = record.history.item
-            seen.append({"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items})
+        seen += history_of(record)
     assert [(row["_step"], row["round"], row["score_loss"]) for row in seen] == [(n, n, 1 / n) for n in (1, 2, 3, 4)]
     assert all(row["particles/nrows"] == 1 for row in seen[1::2])
 

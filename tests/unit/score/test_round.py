@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from distvsd.errors import DivergedError
+from distvsd.parallel.strategies.flat import Flat
 from distvsd.score.lora import LoraScore
 from distvsd.score.training import LAG_SAMPLES, Fit, ScoreTraining
 from distvsd.vsd.samples import Samples
@@ -54,7 +55,8 @@ class OneRank:
 def training(
     score: LoraScore, reduce: Any, share: Callable[[int], slice] = lambda n: slice(0, n), **options: Any
 ) -> ScoreTraining:
-    return ScoreTraining(score, reduce, share, Options(**options), seed=3, micro_batch=0)
+    strategy = Flat(reduce, lambda gradient, rate: score.step(gradient, rate))
+    return ScoreTraining(score, strategy, share, Options(**options), seed=3, micro_batch=0)
 
 
 def union_of(count: int, lane: int = 2, size: int = 8) -> Samples:

@@ -25,7 +25,7 @@ def test_the_first_steps_are_adamw_with_linear_warm_up(unet, make_score):
     assert torch.allclose(flat(score), expected * (1 - rate * 0.1) - rate * gradient.sign(), atol=1e-5)
     for _ in range(4):
         score.step(gradient, 1e-2)
-    assert score._optimizer.param_groups[0]["lr"] == 1e-2
+    assert score.local._adamw.param_groups[0]["lr"] == 1e-2
     assert score.num_steps == 6
 
 

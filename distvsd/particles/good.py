@@ -1,0 +1,73 @@
+"""The last good states of particles: what one that keeps failing goes back to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from distvsd.errors import CheckpointError
+
+# Where a particle's last good state is: its present one, in the checkpoint beside that, or how it began.
+Place = Literal["present", "beside", "initial"]
+
+# Rounds between good states: a schedule of its own, so that no save, due or not, changes what a particle goes back to.
+# A divisor of the usual checkpoint.every, because a checkpoint between two good states holds every particle twice.
+GOOD_EVERY: Final = 50
+
+
+class GoodStates:
+    """The last good state of each particle of a shard, on the host; who has none goes back to its initial state."""
+
+    def __init__(self) -> None:
+        self._copies: dict[int, dict[str, Tensor]] = {}
+        self._settled: set[int] = set()  # whose present state is the good one, not copied yet
+
+    def mark(self, ids: Iterable[int]) -> None:
+        """The present state of these becomes the good one; it is copied when they are about to move."""
+        self._settled.update(ids)
+
+    def before_moves(self, state_of: Callable[[int], Mapping[str, Tensor]]) -> None:
+        """Copies the states that were marked; who only looks at particles never needs a second copy of them."""
+        for particle_id in self._settled:
+            self.keep(particle_id, state_of(particle_id))
+        self._settled.clear()
+
+    def keep(self, particle_id: int, tensors: Mapping[str, Tensor]) -> None:
+        """Into the copies that are there already, where they are: a run must not allocate its size again and again."""
+        kept = self._copies.setdefault(particle_id, {})
+        for name, value in tensors.items():
+            if name not in kept:
+                kept[name] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+            kept[name].copy_(value, non_blocking=True)  # in the order of the stream: before the next update, not now
+
+    def forget(self, particle_id: int) -> None:
+        self._copies.pop(particle_id, None)
+        self._settled.discard(particle_id)
+
+    def kept(self, particle_id: int) -> dict[str, Tensor] | None:
+        """The copy; None where the good state is the present or the initial one."""
+        return None if particle_id in self._settled else self._copies.get(particle_id)
+
+    def place(self, particle_id: int) -> Place:
+        if particle_id in self._settled:
+            return "present"
+        return "beside" if particle_id in self._copies else "initial"
+
+
+def saved_place(record: Mapping[str, Any] | None, is_beside: bool) -> Place:
+    """Where a manifest's record of a particle says that its good state is. is_beside: whether its file holds one.
+
+    Manifests from before there was such a word mean the state beside, else the present one, which was marked as good
+    when it was saved, else, in a bad streak, the initial one. Raises CheckpointError for another word.
+    """
+    record = record or {}
+    place: Place = record.get("good", "beside" if is_beside else "initial" if record.get("bad") else "present")
+    if place not in get_args(Place):
+        raise CheckpointError(
+            f"the manifest says good = {place!r} of a particle's health, which must be one of "
+            f"{', '.join(get_args(Place))}; the checkpoint was altered: resume from an earlier one"
+        )
+    return place
