@@ -117,6 +117,12 @@ def read_launch(environment: Mapping[str, str], has_cuda: bool) -> Launch:
             f"accelerate launch started {size} processes for GPUs, but no CUDA device is found here, so that each of "
             f"them would train alone; {_how_to_start_on_cpu(size)}"
         )
+    if environment.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        raise RankError(
+            "accelerate launch was configured for its own DeepSpeed (distributed_type: DEEPSPEED), which would open a "
+            "group of its own beside this program's; take launch/accelerate/deepspeed.yaml and set "
+            "parallel.strategy=deepspeed"
+        )
     missing = [name for name in ("RANK", "LOCAL_RANK") if name not in environment]
     if missing:
         raise RankError(

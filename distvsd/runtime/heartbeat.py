@@ -27,6 +27,7 @@ _RECORD_BYTES: Final = 8192
 # A record that is being written over may be read half old and half new.
 _READS: Final = 5
 _REREAD_S: Final = 0.02
+_MAX_HOSTS: Final = 16  # that one message names
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class Heartbeat:
         For after a failed collective, inside the block, on whichever ranks are left. Reads every rank's file, again
         after `wait_s` seconds unless a process was already found dead or stopped, and compares counts, never the clocks
         of two hosts. Where all ranks beat, those that are elsewhere than this one are named: one may be slower than
-        the timeout allows. Never raises.
+        the timeout allows. Where they wait in one place on several hosts, those are named. Never raises.
         """
         self._write()  # so that the others see at once where this rank waits
         others = [rank for rank in range(self._size) if rank != self._rank]
@@ -142,7 +143,7 @@ class Heartbeat:
             time.sleep(wait_s)
         after = {rank: self._read(rank) for rank in others}
         lost = [_describe(rank, before.get(rank), after[rank]) for rank in others]
-        found = [text for text in lost if text] or self._elsewhere(after)
+        found = [text for text in lost if text] or self._elsewhere(after) or _apart(after)
         return "; ".join(found)
 
     def _elsewhere(self, beats: dict[int, _Beat | None]) -> list[str]:
@@ -209,6 +210,15 @@ class Heartbeat:
             except (ValueError, TypeError):
                 time.sleep(_REREAD_S)
         return None
+
+
+def _apart(beats: dict[int, _Beat | None]) -> list[str]:
+    """What is left where no rank is lost and all wait for each other."""
+    hosts = sorted({socket.gethostname(), *(beat.host for beat in beats.values() if beat is not None)})
+    if len(hosts) == 1:
+        return []
+    named = ", ".join(hosts[:_MAX_HOSTS]) + (f" and {len(hosts) - _MAX_HOSTS} more" if len(hosts) > _MAX_HOSTS else "")
+    return [f"no rank is lost, so the network between hosts {named} is cut, or slower than parallel.timeout_s"]
 
 
 def _is_plainly_lost(beat: _Beat) -> bool:

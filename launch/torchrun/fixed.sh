@@ -9,6 +9,8 @@
 # DISTVSD_JOB    any word of your own, the same on all machines (default distvsd)
 # DISTVSD_RESTARTS  how often processes that died are started again on one machine (default 0)
 # torchrun ends with 1 whenever a process did not end with 0, also after a clean preemption: read RUN/STATUS.json.
+# A machine cut off from the others: its ranks end after parallel.timeout_s, its torchrun only when the kernel gives up
+# that connection, after a quarter of an hour (100 seconds with sysctl -w net.ipv4.tcp_retries2=8).
 set -eu
 
 if [ $# -lt 1 ]; then

@@ -158,7 +158,7 @@ def test_a_cut_cable_ends_both_hosts_and_one_of_them_goes_on(
     assert end_of(jobs[1], two) != 0
     whole = time.monotonic() - began
     for host, other in ((one, "two"), (two, "one")):
-        assert re.search(rf"RankError.*(between hosts one, two|host {other}, pid \d+)", host.log), host.log
+        assert re.search(rf"lost the others in .*(between hosts one, two|host {other}, pid \d+)", host.log), host.log
     status = json.loads((run / "STATUS.json").read_text())
     assert status["state"] == "failed" and re.search(r"between hosts one, two|\(host (one|two), pid", status["message"])
     saved = len(rounds(run))

@@ -51,10 +51,11 @@ class Host:
         self.pid = int(Path(f"/proc/{parent}/task/{parent}/children").read_text())
         self._address = address
 
-    def plug_in(self) -> None:
-        """Gives its end of the cable, which is there, its address."""
-        self.run("ip", "address", "add", f"{self._address}/24", "dev", CABLE)
+    def plug_in(self, other: Host) -> None:
+        """Its end of the cable, which is there, leads to the other host. Its own address does not go with the cable."""
+        self.run("ip", "address", "add", self._address, "dev", "lo")
         self.run("ip", "link", "set", CABLE, "up")
+        self.run("ip", "route", "add", other._address, "dev", CABLE, "src", self._address)
 
     def run(self, *command: str) -> None:
         subprocess.run([*self._entering(), *command], check=True, capture_output=True, text=True)
@@ -109,8 +110,8 @@ def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
         one, two = hosts
         ends = ["name", CABLE, "netns", str(one.pid), "type", "veth", "peer", "name", CABLE, "netns", str(two.pid)]
         subprocess.run(["ip", "link", "add", *ends], check=True, capture_output=True, text=True)
-        one.plug_in()
-        two.plug_in()
+        one.plug_in(two)
+        two.plug_in(one)
         yield one, two
     finally:
         for host in hosts:

@@ -118,6 +118,17 @@ def test_ranks_that_all_beat_in_one_place_are_no_news(tmp_path: Path) -> None:
         assert one.silent(wait_s=0.2) == two.silent(wait_s=0.2) == ""
 
 
+def test_hosts_between_which_nothing_passes_are_named(tmp_path: Path) -> None:
+    """The other host's rank waits in the same place, or has given up: what a cut network leaves on a shared disk."""
+    with heartbeat(tmp_path) as beating:
+        beating.at(7, "score")
+        put(tmp_path, 1, ended=f"{RankError.__name__}: rank 1 of 2 lost the others")
+        hosts = ", ".join(sorted((socket.gethostname(), "elsewhere")))
+        assert beating.silent(wait_s=0.01) == (
+            f"no rank is lost, so the network between hosts {hosts} is cut, or slower than parallel.timeout_s"
+        )
+
+
 def test_a_rank_that_beats_elsewhere_is_named_with_its_place(tmp_path: Path) -> None:
     with heartbeat(tmp_path) as one, heartbeat(tmp_path, 1) as two:
         one.at(7, "exchange")
