@@ -37,11 +37,13 @@ def test_accelerate_with_gpu_processes_and_no_gpu_is_refused_with_the_right_comm
 
 @pytest.mark.guarantee("G31")
 def test_deepspeed_of_accelerate_is_refused_for_our_own() -> None:
+    """accelerate's own DeepSpeed, whose group would be another, is refused with the way to the program's."""
     configured = TORCHRUN | ACCELERATE | {"ACCELERATE_USE_DEEPSPEED": "true"}
     with pytest.raises(RankError, match=r"launch/accelerate/deepspeed\.yaml and set parallel\.strategy=deepspeed"):
         read_launch(configured, has_cuda=True)
 
 
+@pytest.mark.guarantee("G31")
 def test_the_one_process_of_a_multi_cpu_config_is_refused() -> None:
     """The one process that accelerate starts for a MULTI_CPU configuration is refused."""
     environment = ACCELERATE | {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
