@@ -10,6 +10,7 @@ import faulthandler
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,6 +20,7 @@ from distvsd.commands import is_first_rank
 from distvsd.errors import ConfigError, DistvsdError, UsageError
 
 Command = Callable[[argparse.Namespace], int]
+FIRST_RANK_S = 3.0
 
 # What `distvsd plan` assumes where nobody says: option, unit, meaning.
 PLAN_ASSUMPTIONS = (
@@ -34,6 +36,9 @@ def program(argv: Sequence[str] | None = None) -> NoReturn:
     faulthandler.enable()
     code = main(argv)
     if os.environ.get("WORLD_SIZE", "1") != "1":
+        if code == ConfigError.exit_code and not is_first_rank():
+            # A launcher ends all when one has ended, and only the first rank says what is wrong.
+            time.sleep(FIRST_RANK_S)
         # gloo's threads let go of the last tensors whenever they come to it; in an interpreter that is being torn down
         # that aborts the process (seen with torch 2.13), and a finished run would count as failed.
         sys.stdout.flush()
