@@ -85,26 +85,26 @@ def absurd(samples):
 def rounds(world, config, plan: str, change: Callable | None):
     """Every byte of this rank's run after ROUNDS rounds, by name. change: what is done to the samples in ROUND."""
     parts = build_run(config, world, lambda done: False)
-    now = -1
+    step = -1
 
     def encode(views, resolution):
         samples = parts.loop.encode(views, resolution)
-        return change(samples) if change and now == ROUND else samples
+        return change(samples) if change and step == ROUND else samples
 
     loop = dataclasses.replace(parts.loop, encode=encode)
     found = {}
     with injected(plan):
-        for now in range(ROUNDS):
+        for step in range(ROUNDS):
             before = {name: value.clone() for name, value in parts.ensemble.state().get(STRUCK, {}).items()}
-            done = loop.round(now)
-            if change is absent and now == ROUND:
+            done = loop.round(step)
+            if change is absent and step == ROUND:
                 for name, value in parts.ensemble.state().get(STRUCK, {}).items():
                     value.copy_(before[name])
-            elif now == ROUND:
+            elif step == ROUND:
                 assert done.update.unhealthy == [STRUCK] * bool(before), "it was struck, and nobody else"
             else:
                 assert not done.update.unhealthy, "only in that round"
-            found[f"round {now}"] = repr((done.lag, done.fit)).encode()
+            found[f"round {step}"] = repr((done.lag, done.fit)).encode()
     for particle_id, tensors in parts.ensemble.state().items():
         found |= {f"particle {particle_id}: {name}": value.numpy().tobytes() for name, value in tensors.items()}
     for file, tensors in parts.score.state().items():
