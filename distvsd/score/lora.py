@@ -51,7 +51,8 @@ class LoraScore:
     Raises BackendError for a UNet with class conditioning. Nothing here communicates, unless a strategy has spread the
     network or the optimiser over ranks: then every call of the network, or `state`, is every rank's.
 
-    replay: the recent renders, saved and restored with the network. local: the optimiser of whole parameters; holder:
+    replay: the recent renders; left_out: optimiser steps that all ranks left out, one after another, up to now, over
+    rounds. Both are saved and restored with the network. local: the optimiser of whole parameters; holder:
     who has the trained numbers and the moments, `local` or the strategy that took them over.
     """
 
@@ -80,6 +81,7 @@ class LoraScore:
         self.local = AdapterOptimizer(self.trainable, config.weight_decay, config.warmup, config.max_grad_norm)
         self.holder: Optimizer = self.local
         self.replay = Replay(config.replay_rounds, device)
+        self.left_out = 0
 
     @property
     def num_timesteps(self) -> int:
@@ -190,7 +192,8 @@ class LoraScore:
         for name, value in self.holder.values().items():
             file, stored_as = _place(name)
             files[file][stored_as] = value
-        files[OPTIMIZER_FILE] = {"num_steps": torch.tensor(self.num_steps, dtype=torch.int64)} | {
+        counts = {"num_steps": self.num_steps, "left_out": self.left_out}
+        files[OPTIMIZER_FILE] = {name: torch.tensor(count, dtype=torch.int64) for name, count in counts.items()} | {
             f"{name}.{moment}": value
             for name, moments in self.holder.moments().items()
             for moment, value in moments.items()
@@ -215,10 +218,13 @@ class LoraScore:
     def load_state(self, files: Mapping[str, Mapping[str, Tensor]]) -> None:
         """See `Score.load_state`. Files that are not the score's are ignored; nothing changes when it raises."""
         values = {name: _read(files, *_place(name), parameter) for name, parameter in self.trainable.items()}
-        num_steps = int(_read(files, OPTIMIZER_FILE, "num_steps", torch.tensor(0)))
+        num_steps, left_out = (
+            int(_read(files, OPTIMIZER_FILE, name, torch.tensor(0))) for name in ("num_steps", "left_out")
+        )
         moments = {name: self._read_moments(files, name) for name in self.trainable} if num_steps else {}
         self.replay.load_state(files.get(REPLAY_FILE, {}))
         self.holder.restore(values, moments, num_steps)
+        self.left_out = left_out
 
     def _read_moments(self, files: Mapping[str, Mapping[str, Tensor]], name: str) -> dict[str, Tensor]:
         likes = {"step": torch.tensor(0.0)} | dict.fromkeys(("exp_avg", "exp_avg_sq"), self.trainable[name])

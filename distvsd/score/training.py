@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -63,7 +63,7 @@ class ScoreTraining:
     strategy: how the ranks' parts become one step. slice_of(n): this rank's share of n rows. micro_batch: rows a
     backward pass, 0 for all; one makes a row's gradient independent of its neighbours, which `numerics: exact` needs
     with an exact reduction. gather(value): every rank's JSON-able value, by rank; collective, called only before the
-    error that names what went wrong. skipped: steps left out one after another, over rounds; the same on every rank.
+    error that names what went wrong.
     """
 
     score: LoraScore
@@ -73,7 +73,6 @@ class ScoreTraining:
     seed: int
     micro_batch: int
     gather: Callable[[Any], list[Any]] = _alone
-    skipped: int = field(default=0, init=False)
 
     def round(self, union: Samples, step: int) -> Fit:
         """K optimiser steps, t uniform over the whole range, then the union joins the replay. Communicates K times.
@@ -102,7 +101,7 @@ class ScoreTraining:
         if not taken.usable:
             self._leave_out(step, draws, taken)
             return None
-        self.skipped = 0
+        self.score.left_out = 0
         return taken.loss / valid
 
     def _draw(self, batch: Samples, step: int, lane: int) -> Draws:
@@ -119,8 +118,8 @@ class ScoreTraining:
 
     def _leave_out(self, step: int, draws: Draws | None, taken: Taken | None) -> None:
         """Counts a step that was left out; the last that may be communicates, and raises on all ranks."""
-        self.skipped += 1
-        if self.skipped < self.options.max_skipped:
+        self.score.left_out += 1
+        if self.score.left_out < self.options.max_skipped:
             return
         if draws is None or taken is None:
             cause = "no render of any particle was finite"
@@ -129,7 +128,7 @@ class ScoreTraining:
             rows = torch.stack([draws.samples.ids[bad], draws.timesteps[bad]], 1).tolist()
             cause = _cause(self.gather([rows, taken.sound]))
         raise DivergedError(
-            f"the score network's last {self.skipped} optimiser steps were left out (score.max_skipped), up to round "
+            f"the score network's last {self.score.left_out} optimiser steps were left out (score.max_skipped), up to round "
             f"{step + 1}: {cause}. Its weights are those of before; resume with a lower score.learning_rate, with "
             "score.max_grad_norm, or from an older checkpoint"
         )

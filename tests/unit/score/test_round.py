@@ -230,7 +230,7 @@ def test_a_step_that_is_taken_ends_the_count(unet, make_score) -> None:
     step = training(score, at_times, max_skipped=3)
     for number in range(5):
         step.round(union_of(4), number)
-    assert step.skipped == 2
+    assert score.left_out == 2
     with pytest.raises(DivergedError, match="every rank's loss and gradient were finite, their sum over ranks was not"):
         step.round(union_of(4), 5)
 
