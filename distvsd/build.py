@@ -79,6 +79,8 @@ def build_run(
         config.prior.dtype,
         world.device,
         micro_batch=views if exact else 0,
+        # A UNet that is cut up may be one that fits on no device: it waits in the host's memory.
+        unet_device="cpu" if spreads_network(config.parallel, world) else None,
     )
     assigned = owners(config.particles.count, world.size)
     ensemble = make_ensemble(config, prior.latent_shape, assigned[world.rank], world.device)

@@ -27,12 +27,14 @@ def load_prior(
     dtype: torch.dtype | str = torch.float32,
     device: torch.device | str = "cpu",
     micro_batch: int = 0,
+    unet_device: torch.device | str | None = None,
 ) -> Pipeline:
     """The frozen pipeline at `path`, with `prompts` (one per particle id) encoded and the text encoder freed again.
 
     path: a folder, or "shapes" for the embedded prior; nothing is ever downloaded. view_dependent: every prompt is
     encoded with each view named too. dtype: of the UNet, the autoencoder and the texts, also by name ("float16").
-    micro_batch: samples a UNet call, 0 for all. Each rank calls it for itself; it does not communicate. Warns of
+    micro_batch: samples a UNet call, 0 for all. unet_device: where the UNet is left, if not on `device`: a strategy that
+    spreads it over ranks takes it from there in parts, and moves those. Each rank calls it for itself; it does not communicate. Warns of
     prompts longer than the text encoder reads. Raises PriorError, before any weight is read where the configurations
     tell.
     """
@@ -48,8 +50,9 @@ def load_prior(
     texts = PromptTable(prompts, negative_prompt, view_dependent, encode)
     if place.type == "cuda":
         torch.cuda.empty_cache()
-    unet, codec = _load_unet(folder, precision, place), _load_codec(folder, precision, place)
-    return Pipeline(folder, unet, codec, scheduler, prediction_type, texts, micro_batch)
+    unet = _load_unet(folder, precision, torch.device(unet_device or place))
+    codec = _load_codec(folder, precision, place)
+    return Pipeline(folder, unet, codec, scheduler, prediction_type, texts, micro_batch, place)
 
 
 def build_scheduler(folder: PipelineFolder) -> Any:

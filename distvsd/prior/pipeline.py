@@ -19,7 +19,7 @@ class Pipeline:
     """The one implementation of the `Prior` protocol; made by `load_prior`.
 
     scheduler: of the pipeline's own class, not stepped by anyone (samplers take a copy). micro_batch: samples a UNet
-    call, 0 for all at once; a call with guidance runs twice as many rows.
+    call, 0 for all at once; a call with guidance runs twice as many rows. device: where it computes.
     """
 
     def __init__(
@@ -31,6 +31,7 @@ class Pipeline:
         prediction_type: PredictionType,
         texts: PromptTable,
         micro_batch: int,
+        device: torch.device,
     ) -> None:
         self.folder = folder
         self.unet = unet
@@ -39,8 +40,7 @@ class Pipeline:
         self.prediction_type: PredictionType = prediction_type
         self.texts = texts
         self.micro_batch = micro_batch
-        parameter = next(unet.parameters())
-        self.dtype, self.device = parameter.dtype, parameter.device
+        self.dtype, self.device = next(unet.parameters()).dtype, device
         self.alphas_cumprod: Tensor = scheduler.alphas_cumprod.to(self.device, torch.float32)
         self._identity: str | None = None
 

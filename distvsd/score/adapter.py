@@ -32,7 +32,7 @@ def adapted_unet(unet: nn.Module, rank: int, seed: int, device: torch.device | s
         adapted = get_peft_model(_structural_copy(unet), settings).eval()  # type: ignore[arg-type]
         camera = CameraEmbedding(width)
         for name, parameter in adapter_parameters(adapted).items():
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(device, torch.float32)
             if ".lora_A." in name:
                 drawn = nn.init.kaiming_uniform_(torch.empty(parameter.shape), a=math.sqrt(5))
                 parameter.data.copy_(drawn)

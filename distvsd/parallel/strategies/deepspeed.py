@@ -128,10 +128,15 @@ class DeepSpeed:
         local = self._local
         moments = local.release()
         trained = list(local.trainable.values())
+        config = self._config(sum(parameter.numel() for parameter in trained))
+        model = Spread(self._network) if self._stage == 3 else Trained(local.trainable)
+        if self._stage == 3:
+            # Tensor by tensor from where it lies; the engine would first put all of it on the device.
+            deepspeed.zero.Init(module=model, config_dict_or_path=config)
         engine, *_ = deepspeed.initialize(
-            model=Spread(self._network) if self._stage == 3 else Trained(local.trainable),
+            model=model,
             optimizer=torch.optim.AdamW(trained, weight_decay=local.weight_decay),
-            config=self._config(sum(parameter.numel() for parameter in trained)),
+            config=config,
             dist_init_required=False,
         )
         # The group is DeepSpeed's own copy of the world's, with a patience of half an hour.

@@ -28,7 +28,10 @@ class Fsdp2:
         self._is_spread = False
 
     def begin(self) -> None:
-        """Cuts the network up, the first time; every rank has loaded the same, so nothing is sent."""
+        """Cuts the network up, the first time; every rank has loaded the same, so nothing is sent.
+
+        A network that lies in the host's memory comes to the device block by block: only parts of it ever stay there.
+        """
         if self._is_spread:
             return
         from torch.distributed.device_mesh import init_device_mesh
