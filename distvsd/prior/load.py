@@ -33,10 +33,10 @@ def load_prior(
 
     path: a folder, or "shapes" for the embedded prior; nothing is ever downloaded. view_dependent: every prompt is
     encoded with each view named too. dtype: of the UNet, the autoencoder and the texts, also by name ("float16").
-    micro_batch: samples a UNet call, 0 for all. unet_device: where the UNet is left, if not on `device`: a strategy that
-    spreads it over ranks takes it from there in parts, and moves those. Each rank calls it for itself; it does not communicate. Warns of
-    prompts longer than the text encoder reads. Raises PriorError, before any weight is read where the configurations
-    tell.
+    micro_batch: samples a UNet call, 0 for all. unet_device: where the UNet is left, if not on `device`: a strategy
+    that spreads it over ranks takes it from there in parts. Each rank calls it for itself; it does not communicate.
+    Warns of prompts longer than the text encoder reads. Raises PriorError, before any weight is read where the
+    configurations tell.
     """
     folder = open_folder(path)
     place = torch.device(device)

@@ -128,8 +128,8 @@ class ScoreTraining:
             rows = torch.stack([draws.samples.ids[bad], draws.timesteps[bad]], 1).tolist()
             cause = _cause(self.gather([rows, taken.sound]))
         raise DivergedError(
-            f"the score network's last {self.score.left_out} optimiser steps were left out (score.max_skipped), up to round "
-            f"{step + 1}: {cause}. Its weights are those of before; resume with a lower score.learning_rate, with "
+            f"the score network's last {self.score.left_out} optimiser steps were left out (score.max_skipped), up to "
+            f"round {step + 1}: {cause}. Its weights are those of before; resume with a lower score.learning_rate, with "
             "score.max_grad_norm, or from an older checkpoint"
         )
 
