@@ -129,8 +129,8 @@ class ScoreTraining:
             cause = _cause(self.gather([rows, taken.sound]))
         raise DivergedError(
             f"the score network's last {self.score.left_out} optimiser steps were left out (score.max_skipped), up to "
-            f"round {step + 1}: {cause}. Its weights are those of before; resume with a lower score.learning_rate, with "
-            "score.max_grad_norm, or from an older checkpoint"
+            f"round {step + 1}: {cause}. Its weights are those of before; resume with a lower score.learning_rate, "
+            "with score.max_grad_norm, or from an older checkpoint"
         )
 
     def _worth_keeping(self, union: Samples) -> Samples:
