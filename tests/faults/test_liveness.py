@@ -107,6 +107,32 @@ def test_a_hung_rank_is_found_by_the_timeout_and_named(tmp_path: Path, prior: Pa
     figure(f"stopped: the others ended after {seconds:.1f} s, timeout 4 s")
 
 
+@pytest.mark.guarantee("G19", "G20")
+@pytest.mark.parametrize("lost", ["kill", "stop"])
+@pytest.mark.parametrize("strategy", [{"strategy": "fsdp2"}, {"strategy": "deepspeed", "zero_stage": 2}])
+def test_a_rank_lost_inside_another_librarys_collectives_is_named_too(
+    tmp_path: Path, prior: Path, figure: Figure, strategy: dict[str, Any], lost: str
+) -> None:
+    """Where torch's FSDP2 or DeepSpeed waits for a rank that died or hangs, the run ends as it does under `flat`."""
+    if strategy["strategy"] == "deepspeed":
+        pytest.importorskip("deepspeed")
+    changes = {f"parallel.{name}": value for name, value in strategy.items()}
+    run = config(tmp_path / "run", prior, **{"parallel.timeout_s": 8, "parallel.numerics": "fast"} | changes)
+    # The sleep is for a heartbeat, as above.
+    faults = f"sleep@reduce:rank=1:step=1:nth=1:ms=2500; {lost}@reduce:rank=1:step=1:nth=1"
+    found = reports(tmp_path / "said", run, faults, 3)
+    assert sorted(found) == [0, 2]
+    for report in found.values():
+        assert report["kind"] == "RankError"
+        state = "gone" if lost == "kill" else "stopped"
+        assert re.search(
+            rf"rank 1 \(host \S+, pid \d+, last seen in phase 'score' of round 1\) is {state}", report["text"]
+        )
+    seconds = max(report["time"] for report in found.values()) - last_round_ended(run) - 2.5
+    assert seconds < 30
+    figure(f"{' '.join(map(str, strategy.values()))}, {lost}: the others ended after {seconds:.1f} s, timeout 8 s")
+
+
 @pytest.mark.guarantee("G20")
 def test_a_rank_beats_on_when_the_disk_is_full(tmp_path: Path) -> None:
     """On a full disk living ranks still give signs of life, so that none of them is taken for a silent one."""
