@@ -117,9 +117,10 @@ def campaign(
     while total.kills < kills:
         config = config_in(folder / f"killed-{total.trainings}")
         tally = Tally(trainings=1)
-        for _ in range(MOST_ATTEMPTS):
+        for attempts in range(MOST_ATTEMPTS):
             victims = draw.choice([[0], [ranks - 1], list(range(ranks))])
-            kill = Kill(victims, draw.uniform(0, seconds))
+            # Later and later, or a machine that has become slower since would never come to the end.
+            kill = Kill(victims, draw.uniform(0, seconds * (1 + attempts / 10)))
             if not config.checkpoint.asynchronous and draw.random() < 0.5:
                 kill = Kill(victims, kill.after_s, Path(config.run.dir) / "checkpoints", draw.uniform(0, save_s))
             if attempt(config, folder / "pids", ranks, kill, tally):
@@ -233,9 +234,10 @@ def page(arguments: argparse.Namespace, tallies: dict[str, Tally], seconds: floa
     {command} --ranks {arguments.ranks} --page benchmarks/kill_campaign.md
 
 Real trainings of {PARTICLES} image particles with a tiny prior, {ROUNDS} rounds on {arguments.ranks} ranks, saved after
-every round. Each is killed at instants drawn uniformly from the length of an undisturbed training (rank 0, the last
-rank, or all), and resumed with the same configuration until it is done. Of the kills of trainings that save in the
-foreground, every second one waits from that instant for the next save to begin, and strikes within it.
+every round. Each is killed at instants drawn uniformly from the length of an undisturbed training (a tenth more after
+each kill; rank 0, the last rank, or all), and resumed with the same configuration until it is done. Of the kills of
+trainings that save in the foreground, every second one waits from that instant for the next save to begin, and strikes
+within it.
 
 | saves | trainings | kills | of these in a save | unreadable checkpoints | most rounds lost | rounds lost, mean \
 | hangs | other bits at the end |
