@@ -50,11 +50,12 @@ def trained(out: Path, kind: str, count: int, rounds: int, seed: int, overrides:
         f"schedule.rounds={rounds}",
         "checkpoint.every=0",
         f"log.every={max(rounds // 10, 1)}",
-        # Coarse to fine in proportion to the rounds. The rate is small: what Adam strays at random in pixels stays,
-        # since the score network cannot learn the noise of every single image.
+        # Coarse to fine in proportion to the rounds. The rate and the first noise are small: what is random in pixels
+        # stays, since the score network cannot learn the noise of every single image.
         f"objective.t_min={{0: 0.5, {rounds * 2 // 5}: 0.2, {rounds * 7 // 10}: 0.02}}",
         f"objective.t_max={{0: 0.98, {rounds * 2 // 5}: 0.9, {rounds * 7 // 10}: 0.5}}",
         f"particles.learning_rate={{linear: {{0: 0.015, {rounds}: 0.001}}}}",
+        "particles.image.init_scale=0.02",
         "score.learning_rate=3e-3",
         *overrides,
     ]
