@@ -92,7 +92,7 @@ class NetworkScore:
         self.trainable: dict[str, Parameter] = dict(self.network.named_parameters())
         self.optimizer = torch.optim.AdamW(self.trainable.values(), weight_decay=0.0)
         self.num_steps, self.steps = num_steps, 0
-        self.replay = Replay(0)
+        self.replay, self.left_out = Replay(0), 0
         share = torch.arange(len(alphas_cumprod)) / len(alphas_cumprod)
         turns = share[:, None] * 2.0 ** torch.arange(frequencies) * math.pi / 2
         half_log_snr = (alphas_cumprod.clamp_min(1e-9) / (1 - alphas_cumprod)).log()[:, None] / 4
@@ -201,7 +201,7 @@ def distil(mixture: Mixture, settings: Settings, watch: Callable[[int, Tensor], 
         length = sum(parameter.numel() for parameter in network.trainable.values())
         training = ScoreTraining(
             cast(LoraScore, network),
-            Flat(lambda grads, flags, sums: reduce_gradients(world, grads, length, flags, "fast", sums), network.step),
+            Flat(lambda grads, sums: reduce_gradients(world, grads, length, "fast", sums), network.step),
             lambda total: slice_for(world, total),
             options,
             seed,

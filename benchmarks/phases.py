@@ -155,9 +155,9 @@ def measured(loop: Loop, meter: Meter) -> Loop:
     )
     learner = None
     if training is not None:
-        flat = cast(Flat, training.strategy)
-        flat = dataclasses.replace(flat, reduce=within("reduction", flat.reduce))
-        training = dataclasses.replace(training, strategy=flat)
+        if isinstance(training.strategy, Flat):  # the others reduce within a step
+            flat = dataclasses.replace(training.strategy, reduce=within("reduction", training.strategy.reduce))
+            training = dataclasses.replace(training, strategy=flat)
         learner = cast(ScoreTraining, SimpleNamespace(round=within("score training", training.round)))
     return dataclasses.replace(
         loop,

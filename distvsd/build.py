@@ -141,7 +141,7 @@ def _objective(config: Config, world: World, prior: Pipeline, score: LoraScore, 
 
 def _flat(config: Config, world: World, score: LoraScore) -> Flat:
     numerics, length = config.parallel.numerics, sum(score.num_parameters)
-    return Flat(lambda grads, flags, sums: reduce_gradients(world, grads, length, flags, numerics, sums), score.step)
+    return Flat(lambda grads, sums: reduce_gradients(world, grads, length, numerics, sums), score.step)
 
 
 def _score_training(config: Config, world: World, score: LoraScore, strategy: Strategy) -> ScoreTraining:

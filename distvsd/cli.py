@@ -34,7 +34,10 @@ PLAN_ASSUMPTIONS = (
 def program(argv: Sequence[str] | None = None) -> NoReturn:
     """`main` as a process of its own, which ends with its exit code; a crash leaves a traceback of every thread."""
     faulthandler.enable()
-    code = main(argv)
+    try:
+        code = main(argv)
+    except SystemExit as ended:  # argparse, which has said why
+        code = ended.code if isinstance(ended.code, int) else 1
     if os.environ.get("WORLD_SIZE", "1") != "1":
         if code == ConfigError.exit_code and not is_first_rank():
             # A launcher ends all when one has ended, and only the first rank says what is wrong.

@@ -11,9 +11,8 @@ from typing import Any
 
 from distvsd.config import Config, Schedule
 from distvsd.errors import PriorError
-from distvsd.plan_cluster import Assumptions, disk_times, failures, strategies
+from distvsd.plan_cluster import FLOAT_BYTES, Assumptions, disk_times, failures, strategies
 
-FLOAT_BYTES = 4
 CAMERA_NUMBERS = 16
 # A sample travels as 32-bit words: its latents, its camera, id and view (64 bits each), its weight.
 SAMPLE_WORDS = CAMERA_NUMBERS + 2 + 2 + 1
@@ -195,7 +194,7 @@ def _unet_samples(config: Config, largest_shard: int, world: int) -> dict[str, i
     replay = config.score.replay_share
     batch = total + round(total * replay / (1 - replay))
     return {
-        "prior": local * (1 if config.prior.guidance_scale == 1 else 2),
+        "prior": local * (1 if config.prior.guidance_scale in (0, 1) else 2),
         "score": local * _score_passes(config),
         "score_training": 0 if config.objective.kind == "sds" else -(-batch // world) * config.score.steps_per_round,
     }
@@ -232,11 +231,15 @@ def _wire(phases: list[dict[str, Any]], chosen: Mapping[str, Any], world: int) -
 def _checkpoint(
     config: Config, particle: int | None, score: Mapping[str, Any], phases: list[dict[str, Any]], world: int
 ) -> dict[str, Any]:
-    """Values and two moments of every particle and of the score network, and the replay at its largest.
+    """Of the largest: values and two moments of every particle, perhaps its good state too, and of the score network;
+    and the replay.
 
     loaded: what a resume reads. Each file is hashed by one rank; then its owner reads a particle, every rank the score.
     """
-    particles = None if particle is None else 3 * particle * FLOAT_BYTES * config.particles.count
+    from distvsd.particles.good import most_copies
+
+    copies = most_copies(config.schedule.rounds, config.checkpoint.every)
+    particles = None if particle is None else 3 * copies * particle * FLOAT_BYTES * config.particles.count
     network = None if score["parameters"] is None else 3 * score["parameters"] * FLOAT_BYTES
     samples = config.particles.count * config.particles.views * config.score.replay_rounds
     replay: int | None = None

@@ -53,14 +53,14 @@ def strategies(
     zero_sum = steps * 3 * others * values // world  # the sum, and the new values from those who stepped
     # A spread network is gathered for each call, and again in a backward pass.
     gathered = (passes + 2 * steps) * others * base // world
-    # Values, gradient, two moments; ddp has buckets beside them, DeepSpeed's optimiser values of its own.
+    # Values, gradient, two moments; ddp and DeepSpeed have buckets beside them, DeepSpeed's optimiser its own values.
     rows = (
         ("flat", base, 4 * values, flat_sum),
         ("ddp", base, 5 * values, values_sum),
         ("fsdp2", base_part, 4 * values, flat_sum + gathered),
-        ("deepspeed-1", base, 2 * values + 3 * part, zero_sum),
-        ("deepspeed-2", base, values + 4 * part, zero_sum),
-        ("deepspeed-3", base_part, 5 * part, zero_sum + gathered),
+        ("deepspeed-1", base, 3 * values + 3 * part, zero_sum),
+        ("deepspeed-2", base, 2 * values + 4 * part, zero_sum),
+        ("deepspeed-3", base_part, values + 5 * part, zero_sum + gathered),
     )
     names = ("strategy", "base", "trained", "sent_a_round")
     return [dict(zip(names, row, strict=True)) | {"chosen": row[0] == chosen} for row in rows]

@@ -20,6 +20,7 @@ from distvsd.journal import Journal
 from distvsd.loop import Round
 from distvsd.parallel.collectives import agreed, max_flags, set_timeout
 from distvsd.parallel.world import OPENING_TIMEOUT_S, World
+from distvsd.particles.good import most_copies
 from distvsd.render_run import SHEET_ROWS, contact_sheets
 from distvsd.runtime.heartbeat import Heartbeat
 from distvsd.runtime.paths import RunPaths
@@ -254,8 +255,7 @@ def largest_part(parts: Run) -> int:
     A score that is trained gets AdamW's two moments of every parameter, and its replay fills up. Local.
     """
     config, rounds = parts.config, parts.config.schedule.rounds
-    every = config.checkpoint.every or rounds
-    total = parts.ensemble.most_bytes([*range(every, rounds, every), rounds])
+    total = most_copies(rounds, config.checkpoint.every) * parts.ensemble.num_bytes
     if parts.world.rank != 0:
         return total
     trained = 4 * sum(parts.score.num_parameters)

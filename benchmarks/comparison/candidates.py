@@ -263,7 +263,7 @@ class Distvsd(Candidate):
             vectors.append(nn.utils.parameters_to_vector(torch.autograd.grad(loss, parameters)))
         sums = torch.zeros(len(vectors), 1, dtype=torch.float64)
         length = sum(parameter.numel() for parameter in parameters)
-        total = reduce_gradients(self.world, vectors, length, 0, "exact", sums)
+        total = reduce_gradients(self.world, vectors, length, "exact", sums)
         parts = total.gradient.div(PARTICLES).split([parameter.numel() for parameter in parameters])
         for parameter, gradient in zip(parameters, parts, strict=True):
             parameter.grad = gradient.reshape(parameter.shape)

@@ -20,11 +20,3 @@ def shares(total: int, parts: int) -> list[range]:
 def owners(num_particles: int, world_size: int) -> list[list[int]]:
     """The particle ids of every rank: contiguous, balanced, first ranks one more; a rank may own none."""
     return [list(ids) for ids in shares(num_particles, world_size)]
-
-
-def owner_of(particle: int, num_particles: int, world_size: int) -> int:
-    """The rank that owns a particle; the inverse of `owners`."""
-    for rank, ids in enumerate(shares(num_particles, world_size)):
-        if particle in ids:
-            return rank
-    raise ValueError(f"particle {particle} does not exist; ids go from 0 to {num_particles - 1}")

@@ -92,20 +92,6 @@ def gather_objects(world: World, value: Any) -> list[Any]:
     return [json.loads(data) for data in _gather_bytes(world, json.dumps(value).encode())]
 
 
-def broadcast_text(world: World, text: str | None) -> str:
-    """Rank 0's text, on every rank; what the others pass is ignored."""
-    data = (text or "").encode() if world.rank == 0 else b""
-    if world.size == 1:
-        return data.decode()
-    device = _control_device(world)
-    with talking(world, "the broadcast of a text"):
-        length = torch.tensor([len(data)], device=device)
-        dist.broadcast(length, src=0)
-        buffer = _to_tensor(data, int(length), device)
-        dist.broadcast(buffer, src=0)
-    return bytes(buffer.tolist()).decode()
-
-
 def attempt(world: World, work: Callable[[], Any]) -> tuple[list[Any], list[Problem | None], Exception | None]:
     """Does this rank's `work` and hears how the others' went; communicates once, whatever comes of the work.
 

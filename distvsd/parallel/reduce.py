@@ -1,4 +1,4 @@
-"""The sum of score gradients over micro-batches and ranks: one flat all-reduce that also carries flags and sums.
+"""The sum of score gradients over micro-batches and ranks: one flat all-reduce that also carries sums.
 
 "fast" adds in float32: its last bits depend on how the micro-batches lie on ranks. "exact" adds integers, which is
 associative, so that the bits are the same for every world size as long as the micro-batches are the same.
@@ -20,13 +20,11 @@ from distvsd.testing.faults import fault, poison
 
 
 class Flag(enum.IntFlag):
-    """Bits of the flag word that the reduction sets itself; callers may use the others below `1 << NUM_FLAGS`."""
+    """Why a sum cannot be used."""
 
     NONFINITE = 1
     OVERFLOW = 2
 
-
-NUM_FLAGS = 16
 
 # Exact mode holds x as two int64 words: round(x 2^30) and, of what is left, round(rest 2^80). With |x| < 2^20 the first
 # stays below 2^50 and the second at most 2^49, so that 2^13 addends cannot wrap 63 bits, and x is kept to 2^-81: all of
@@ -41,79 +39,76 @@ MAX_ADDENDS = 2**13 - 1
 class Reduced:
     """What all ranks agree on, the same bits on each.
 
-    gradient: `[G]` float32, on the vectors' device. flags: all ranks' bits and `Flag`'s. sums: `[k]` float64 on the
+    gradient: `[G]` float32, on the vectors' device. flags: those that any rank has raised. sums: `[k]` float64 on the
     CPU; in fast mode with float32's precision. Where `usable` is false, gradient and sums mean nothing.
     """
 
     gradient: Tensor
-    flags: int
+    flags: Flag
     sums: Tensor
 
     @property
     def usable(self) -> bool:
         """False if anything was not finite or, in exact mode, too large: skip the step."""
-        return not self.flags & (Flag.NONFINITE | Flag.OVERFLOW)
+        return not self.flags
 
 
 def reduce_gradients(
     world: World,
     vectors: Iterable[Tensor],
     length: int,
-    flags: int,
     numerics: Literal["fast", "exact"],
     extra_sums: Tensor,
 ) -> Reduced:
     """Sums gradient vectors over this rank's micro-batches and all ranks; one collective, called by every rank.
 
-    vectors: `[G]` float32 each, on the world's device; none where a rank has no micro-batch. length: G. flags: this
-    rank's bits. extra_sums: `[k]` or `[m, k]` float64, rows are added (loss sums, counts); in exact mode give one row a
+    vectors: `[G]` float32 each, on the world's device; none where a rank has no micro-batch. length: G.
+    extra_sums: `[k]` or `[m, k]` float64, rows are added (loss sums, counts); in exact mode give one row a
     micro-batch, so that no addition happened before this one. Exact mode takes magnitudes below 2^20 and at most 8191
     micro-batches over all ranks, and raises `Flag.OVERFLOW` on every rank beyond that.
     """
-    if not 0 <= flags < 1 << NUM_FLAGS:
-        raise ValueError(f"flags is {flags}; it must be a word of at most {NUM_FLAGS} bits")
     rows = extra_sums.to(world.device, torch.float64)
     rows = rows.reshape(-1, rows.shape[-1])
     fault("reduce")
     vectors = (poison("reduce", vector) for vector in vectors)
     match numerics:
         case "fast":
-            return _reduce_fast(world, vectors, length, flags, rows)
+            return _reduce_fast(world, vectors, length, rows)
         case "exact":
-            return _reduce_exact(world, vectors, length, flags, rows)
+            return _reduce_exact(world, vectors, length, rows)
     raise ValueError(f"numerics is {numerics!r}; known are 'fast' and 'exact'")
 
 
-def _reduce_fast(world: World, vectors: Iterable[Tensor], length: int, flags: int, rows: Tensor) -> Reduced:
-    """One float32 buffer: gradient, sums, one count a flag bit."""
+def _reduce_fast(world: World, vectors: Iterable[Tensor], length: int, rows: Tensor) -> Reduced:
+    """One float32 buffer: gradient and sums."""
     total = torch.zeros(length, device=world.device)
     for vector in vectors:
         total += _checked(vector, length)
-    packed = torch.cat((total, rows.sum(0).float(), _counts(flags, total)))
-    gradient, sums, counts = torch.split(all_reduce_sum_(world, packed), [length, rows.shape[1], NUM_FLAGS])
+    packed = all_reduce_sum_(world, torch.cat((total, rows.sum(0).float())))
+    gradient, sums = torch.split(packed, [length, rows.shape[1]])
     # The reduced values have the same bits on every rank and a non-finite addend never sums to a finite number, so
     # looking at the result alone gives every rank the same answer.
-    nonfinite = ~packed.isfinite().all()
-    sums, counts, nonfinite = _to_host(sums, counts, nonfinite[None])
-    return Reduced(gradient, _bits(counts) | (Flag.NONFINITE if nonfinite else 0), sums)
+    sums, nonfinite = _to_host(sums, ~packed.isfinite().all()[None])
+    return Reduced(gradient, Flag.NONFINITE if nonfinite else Flag(0), sums)
 
 
-def _reduce_exact(world: World, vectors: Iterable[Tensor], length: int, flags: int, rows: Tensor) -> Reduced:
-    """One int64 buffer: both words of gradient and sums, one count a flag bit, the number of addends."""
+def _reduce_exact(world: World, vectors: Iterable[Tensor], length: int, rows: Tensor) -> Reduced:
+    """One int64 buffer: both words of gradient and sums, how much did not fit, the number of addends."""
     gradient, sums = _FixedPoint(length, world.device), _FixedPoint(rows.shape[1], world.device)
     for vector in vectors:
         gradient.add(_checked(vector, length))
     for row in rows:
         sums.add(row)
-    counts = _counts(flags, gradient.words)
-    counts[_bit(Flag.NONFINITE)] += gradient.nonfinite + sums.nonfinite
-    counts[_bit(Flag.OVERFLOW)] += gradient.too_large + sums.too_large
-    addends = counts.new_tensor([max(gradient.addends, sums.addends)])
-    packed = all_reduce_sum_(world, torch.cat((gradient.words.flatten(), sums.words.flatten(), counts, addends)))
-    gradient_words, sums_words, counts, addends = torch.split(packed, [2 * length, 2 * rows.shape[1], NUM_FLAGS, 1])
-    total, counts, addends = _to_host(_value(sums_words), counts, addends)
-    overflow = Flag.OVERFLOW if addends > MAX_ADDENDS else 0
-    return Reduced(_value(gradient_words).float(), _bits(counts) | overflow, total)
+    addends = gradient.words.new_tensor(max(gradient.addends, sums.addends))
+    counts = torch.stack([gradient.nonfinite + sums.nonfinite, gradient.too_large + sums.too_large, addends])
+    packed = all_reduce_sum_(world, torch.cat((gradient.words.flatten(), sums.words.flatten(), counts)))
+    gradient_words, sums_words, counts = torch.split(packed, [2 * length, 2 * rows.shape[1], len(counts)])
+    total, counts = _to_host(_value(sums_words), counts)
+    nonfinite, too_large, added = counts.tolist()
+    flags = Flag.NONFINITE if nonfinite else Flag(0)
+    if too_large or added > MAX_ADDENDS:
+        flags |= Flag.OVERFLOW
+    return Reduced(_value(gradient_words).float(), flags, total)
 
 
 class _FixedPoint:
@@ -148,19 +143,6 @@ def _checked(vector: Tensor, length: int) -> Tensor:
     if vector.shape != (length,) or vector.dtype != torch.float32:
         raise ValueError(f"a gradient is {list(vector.shape)} {vector.dtype}; it must be [{length}] torch.float32")
     return vector.detach()
-
-
-def _counts(flags: int, like: Tensor) -> Tensor:
-    """One number a flag bit, so that a sum over ranks is their union."""
-    return like.new_tensor([flags >> bit & 1 for bit in range(NUM_FLAGS)])
-
-
-def _bits(counts: Tensor) -> int:
-    return sum(1 << bit for bit, count in enumerate(counts.tolist()) if count)
-
-
-def _bit(flag: Flag) -> int:
-    return flag.bit_length() - 1
 
 
 def _to_host(*parts: Tensor) -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ last bit, which `numerics: exact` needs. A group that does not fit into memory i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,12 +78,6 @@ class Ensemble:
     def num_bytes(self) -> int:
         """Of everything in `state`."""
         return sum(tensor.nbytes for state in self.state().values() for tensor in state.values())
-
-    def most_bytes(self, saves: Iterable[int]) -> int:
-        """Of the largest `state` after these numbers of rounds: between two good states it holds both, the present and
-        the good one. Asked at the start of a run."""
-        between = any(completed > GOOD_EVERY and completed % GOOD_EVERY for completed in saves)
-        return self.num_bytes * (2 if between else 1)
 
     def render(self, step: int, resolution: int) -> list[Views]:
         """Every particle from `num_views` fresh cameras, one entry a group; keyed by (seed, particle, step).

@@ -18,6 +18,15 @@ Place = Literal["present", "beside", "initial"]
 GOOD_EVERY: Final = 50
 
 
+def most_copies(rounds: int, every: int) -> int:
+    """How often the largest checkpoint holds a particle: twice where a save falls between two good states.
+
+    every: rounds between saves, 0 for none but the last.
+    """
+    saves = [*range(every, rounds, every), rounds] if every else [rounds]
+    return 2 if any(completed > GOOD_EVERY and completed % GOOD_EVERY for completed in saves) else 1
+
+
 class GoodStates:
     """The last good state of each particle of a shard, on the host; who has none goes back to its initial state."""
 

@@ -5,11 +5,8 @@ from __future__ import annotations
 import contextlib
 import difflib
 import fcntl
-import hashlib
 import os
-import re
 import time
-import unicodedata
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -211,16 +208,6 @@ class RunLock:
             if _contents(self._heartbeats) != before:
                 return False
         return True
-
-
-def slug(prompt: str) -> str:
-    """A prompt as part of a file name: at most 48 characters of [a-z0-9-], then 8 hexadecimal digits of its hash.
-
-    Never empty, never a path, never an option, different for different prompts (up to a collision of 32 bits).
-    """
-    plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode("ascii").lower()
-    words = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:48].strip("-") or "prompt"
-    return f"{words}-{hashlib.sha256(prompt.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
 
 
 def write_atomically(path: Path, text: str) -> None:

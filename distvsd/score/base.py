@@ -15,8 +15,8 @@ from distvsd.vsd.samples import Samples
 class Score(Protocol):
     """A network that estimates the score of the rendered images' distribution (eps_phi of Eq. 9, arXiv 2305.16213).
 
-    No method communicates. Every rank holds a replica; replicas stay equal because every rank calls `step` with the
-    same gradient.
+    Every rank holds a replica, and no method communicates, unless a strategy has spread the network over ranks.
+    Replicas stay equal because every rank calls `step` with the same gradient.
     """
 
     @property

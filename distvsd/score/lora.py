@@ -218,9 +218,8 @@ class LoraScore:
     def load_state(self, files: Mapping[str, Mapping[str, Tensor]]) -> None:
         """See `Score.load_state`. Files that are not the score's are ignored; nothing changes when it raises."""
         values = {name: _read(files, *_place(name), parameter) for name, parameter in self.trainable.items()}
-        num_steps, left_out = (
-            int(_read(files, OPTIMIZER_FILE, name, torch.tensor(0))) for name in ("num_steps", "left_out")
-        )
+        num_steps = int(_read(files, OPTIMIZER_FILE, "num_steps", torch.tensor(0)))
+        left_out = int(files[OPTIMIZER_FILE].get("left_out", 0))  # checkpoints did not always have it
         moments = {name: self._read_moments(files, name) for name in self.trainable} if num_steps else {}
         self.replay.load_state(files.get(REPLAY_FILE, {}))
         self.holder.restore(values, moments, num_steps)

@@ -96,6 +96,9 @@ class Objective:
                 return noise
             case "vsd":
                 return self.score_eps(noisy, timesteps, samples.ids, samples.cameras)
+            case "esd" if self.esd_lambda in (0, 1):  # one of both answers would be multiplied by zero
+                cameras = samples.cameras if self.esd_lambda == 0 else None
+                return self.score_eps(noisy, timesteps, samples.ids, cameras)
             case "esd":
                 with_camera = self.score_eps(noisy, timesteps, samples.ids, samples.cameras)
                 return entropic_eps(with_camera, self.score_eps(noisy, timesteps, samples.ids, None), self.esd_lambda)

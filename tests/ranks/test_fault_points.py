@@ -29,7 +29,7 @@ def test_a_poisoned_gradient_of_one_rank_is_seen_by_all_and_only_in_its_turn(num
         with injected("nan@reduce:rank=1:nth=2"):
             for _ in range(3):
                 vectors = [torch.ones(4), torch.ones(4)]
-                reduced = reduce_gradients(world, vectors, 4, 0, numerics, torch.zeros(2, 1, dtype=torch.float64))  # type: ignore[arg-type]
+                reduced = reduce_gradients(world, vectors, 4, numerics, torch.zeros(2, 1, dtype=torch.float64))  # type: ignore[arg-type]
                 whole = bool((reduced.gradient == 2.0 * world.size).all())
                 found.append([reduced.usable, bool(reduced.flags & Flag.NONFINITE), whole and reduced.usable])
         return found

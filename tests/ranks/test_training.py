@@ -138,7 +138,7 @@ def score_gradient(world, run, samples, counts):
     reduce = functools.partial(reduce_gradients, world, length=sum(parts.score.num_parameters), numerics="fast")
     training = ScoreTraining(
         parts.score,
-        Flat(lambda vectors, flags, sums: reduce(vectors, flags=flags, extra_sums=sums), parts.score.step),
+        Flat(lambda vectors, sums: reduce(vectors, extra_sums=sums), parts.score.step),
         functools.partial(slice_for, world),
         run.score,
         0,

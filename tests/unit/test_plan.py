@@ -202,10 +202,10 @@ def test_every_strategy_has_its_bytes_and_the_configurations_decides(prior: str)
     rows = {row["strategy"]: row for row in plan["strategies"]}
     assert [name for name, row in rows.items() if row["chosen"]] == ["deepspeed-3"]
     values = 4 * plan["score"]["parameters"]
-    # The UNet's file has 1000 bytes. Trained: values, gradient, two moments, and ddp's buckets; with DeepSpeed a fourth
-    # of the moments and of values of its own, then of the gradient, then of all.
+    # The UNet's file has 1000 bytes. Trained: values, gradient, two moments, and buckets in ddp and DeepSpeed; there a
+    # fourth of the moments and of values of its own, then of the gradient, then of all.
     assert [row["base"] for row in rows.values()] == [1000, 1000, 250, 1000, 1000, 250]
-    trained = [4, 5, 4, 2 + 3 / 4, 1 + 4 / 4, 5 / 4]
+    trained = [4, 5, 4, 3 + 3 / 4, 2 + 4 / 4, 1 + 5 / 4]
     assert [row["trained"] for row in rows.values()] == [share * values for share in trained]
     # Two steps, in each a sum in a ring and with DeepSpeed the new values; a spread network comes for the prior, the
     # score, and twice for each step: 6 times 750.
@@ -225,6 +225,7 @@ def test_every_strategy_has_its_bytes_and_the_configurations_decides(prior: str)
     [
         ({"kind": "vsd"}, 7.5, {"prior": 8, "score": 4, "score_training": 4}),
         ({"kind": "vsd"}, 1.0, {"prior": 4, "score": 4, "score_training": 4}),
+        ({"kind": "vsd"}, 0.0, {"prior": 4, "score": 4, "score_training": 4}),
         ({"kind": "esd"}, 7.5, {"prior": 8, "score": 8, "score_training": 4}),
         ({"kind": "esd", "esd_lambda": 0.0}, 7.5, {"prior": 8, "score": 4, "score_training": 4}),
         ({"kind": "sds"}, 7.5, {"prior": 8, "score": 0, "score_training": 0}),

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distvsd.errors import BackendError
-from distvsd.parallel.collectives import all_gather_rows
+from distvsd.parallel.collectives import all_gather_rows, device_timeout
 from distvsd.parallel.strategies.base import Local, Taken, Trained, Work, together, total_loss
 from distvsd.parallel.world import World
 from distvsd.testing.faults import fault, poison
@@ -133,6 +133,8 @@ class DeepSpeed:
         if self._stage == 3:
             # Tensor by tensor from where it lies; the engine would first put all of it on the device.
             deepspeed.zero.Init(module=model, config_dict_or_path=config)
+            for buffer in model.buffers():  # which it leaves where they are
+                buffer.data = buffer.data.to(self._world.device)
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=torch.optim.AdamW(trained, weight_decay=local.weight_decay),
@@ -140,7 +142,8 @@ class DeepSpeed:
             dist_init_required=False,
         )
         # The group is DeepSpeed's own copy of the world's, with a patience of half an hour.
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self._timeout_s), engine.data_parallel_group)
+        patience = device_timeout(self._timeout_s) if self._world.device.type == "cuda" else self._timeout_s
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=patience), engine.data_parallel_group)
         if moments:
             self._hand_over(engine, moments)
         return engine

@@ -23,8 +23,8 @@ class Reduced(Protocol):
     def usable(self) -> bool: ...
 
 
-Reduce = Callable[[Sequence[Tensor], int, Tensor], Reduced]
-"""(gradients of this rank's micro-batches, flag bits, float64 rows to sum) -> Reduced. Collective."""
+Reduce = Callable[[Sequence[Tensor], Tensor], Reduced]
+"""(gradients of this rank's micro-batches, float64 rows to sum) -> Reduced. Collective."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Flat:
     def step(self, work: Work, learning_rate: float) -> Taken:
         """See `score.base.Strategy`. Looks at the gradient before it is used; one collective."""
         vectors, rows = work.gradients()
-        reduced = self.reduce(vectors, 0, rows.double()[:, None])
+        reduced = self.reduce(vectors, rows.double()[:, None])
         if reduced.usable:
             self.move(reduced.gradient, learning_rate)
             return Taken(True, float(reduced.sums[0]), rows, True)

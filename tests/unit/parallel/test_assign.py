@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distvsd.parallel.assign import owner_of, owners
+from distvsd.parallel.assign import owners
 
 
 def test_first_ranks_own_one_more() -> None:
@@ -24,13 +24,6 @@ def test_owners_partition_the_particles_in_order_and_evenly(num_particles: int, 
     assert [particle for ids in assignment for particle in ids] == list(range(num_particles))
     lengths = [len(ids) for ids in assignment]
     assert max(lengths) - min(lengths) <= 1 and lengths == sorted(lengths, reverse=True)
-    for rank, ids in enumerate(assignment):
-        assert all(owner_of(particle, num_particles, world_size) == rank for particle in ids[:2])
-
-
-def test_a_particle_that_does_not_exist_has_no_owner() -> None:
-    with pytest.raises(ValueError, match="particle 7 does not exist; ids go from 0 to 6"):
-        owner_of(7, 7, 2)
 
 
 def test_no_ranks_are_refused() -> None:

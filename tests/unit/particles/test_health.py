@@ -10,7 +10,7 @@ from distvsd.cameras import OrbitSampler
 from distvsd.errors import CheckpointError
 from distvsd.particles import Ensemble, ImageParticle
 from distvsd.particles import ensemble as ensemble_module
-from distvsd.particles.good import GOOD_EVERY, saved_place
+from distvsd.particles.good import GOOD_EVERY, most_copies, saved_place
 from distvsd.particles.health import Health
 from distvsd.testing.faults import begin_round, injected
 
@@ -163,16 +163,11 @@ def test_states_are_marked_good_by_the_number_of_the_round():
 
 
 @pytest.mark.parametrize(
-    ("saves", "times"),
-    [
-        ([GOOD_EVERY, 3 * GOOD_EVERY], 1),
-        ([GOOD_EVERY - 1], 1),
-        ([GOOD_EVERY, GOOD_EVERY + 1], 2),
-        ([GOOD_EVERY // 2, GOOD_EVERY * 3 // 2], 2),
-    ],
+    ("rounds", "every", "copies"),
+    [(3 * GOOD_EVERY, GOOD_EVERY, 1), (GOOD_EVERY - 1, 0, 1), (GOOD_EVERY + 1, 0, 2), (2 * GOOD_EVERY, 30, 2)],
 )
-def test_the_largest_checkpoint_is_known_before_the_first_round(saves, times):
-    assert ensemble().most_bytes(saves) == times * ensemble().num_bytes
+def test_the_largest_checkpoint_is_known_before_the_first_round(rounds, every, copies):
+    assert most_copies(rounds, every) == copies
 
 
 @pytest.mark.parametrize(

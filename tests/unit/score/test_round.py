@@ -45,7 +45,7 @@ class OneRank:
     gradients: list[Tensor] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
 
-    def __call__(self, vectors: Sequence[Tensor], flags: int, sums: Tensor) -> Sum:
+    def __call__(self, vectors: Sequence[Tensor], sums: Tensor) -> Sum:
         total = torch.stack(list(vectors)).sum(0)
         self.gradients.append(total)
         self.rows.append(len(sums))
@@ -184,8 +184,8 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(unet, make_score) -> 
     score, reduce = make_score(unet, shaken=True), OneRank()
     before, calls = flat(score), iter(range(9))
 
-    def second_fails(vectors: Sequence[Tensor], flags: int, sums: Tensor) -> Sum:
-        reduced = reduce(vectors, flags, sums)
+    def second_fails(vectors: Sequence[Tensor], sums: Tensor) -> Sum:
+        reduced = reduce(vectors, sums)
         return Sum(reduced.gradient * math.nan, reduced.sums, False) if next(calls) == 1 else reduced
 
     fit = training(score, second_fails, steps_per_round=3).round(union_of(4), 0)
@@ -224,8 +224,8 @@ def test_a_step_that_is_taken_ends_the_count(unet, make_score) -> None:
     score, reduce = make_score(unet, shaken=True), OneRank()
     usable = iter([False, False, True, False, False, False])
 
-    def at_times(vectors: Sequence[Tensor], flags: int, sums: Tensor) -> Sum:
-        return dataclasses.replace(reduce(vectors, flags, sums), usable=next(usable))
+    def at_times(vectors: Sequence[Tensor], sums: Tensor) -> Sum:
+        return dataclasses.replace(reduce(vectors, sums), usable=next(usable))
 
     step = training(score, at_times, max_skipped=3)
     for number in range(5):

@@ -99,6 +99,16 @@ def test_the_adapter_files_are_those_peft_itself_would_write(unet, make_unet, ma
     assert configs[0] == configs[1]
 
 
+def test_a_checkpoint_from_before_steps_left_out_were_counted_is_read(unet, make_score, make_batch):
+    score = make_score(unet)
+    train(score, make_batch(3), 1)
+    old = score.state()
+    del old["score/optimizer.safetensors"]["left_out"]
+    restored = make_score(unet, seed=99)
+    restored.load_state(old)
+    assert equal(restored.state(), score.state()) and restored.left_out == 0
+
+
 @pytest.mark.parametrize(
     ("file", "name"),
     [

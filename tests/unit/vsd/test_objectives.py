@@ -1,6 +1,7 @@
 """The distillation gradients, against a computation in float64 written out here."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -68,6 +69,20 @@ def test_gradient_equals_the_formula_in_float64(kind):
     gradient = objective(kind, esd_lambda=0.3)(batch, STEP).double()
     expected = by_hand(kind, batch, esd_lambda=0.3)
     assert (gradient - expected).abs().max() / expected.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(("esd_lambda", "has_camera"), [(0.0, True), (1.0, False)])
+def test_esd_asks_the_score_once_where_the_other_answer_would_count_for_nothing(esd_lambda, has_camera):
+    asked, batch = [], samples()
+    found = replace(
+        objective("esd", esd_lambda=esd_lambda),
+        score_eps=lambda noisy, timesteps, ids, cameras: (
+            asked.append(cameras is not None) or score_eps(noisy, timesteps, ids, cameras)
+        ),
+    )(batch, STEP)
+    assert asked == [has_camera]
+    expected = by_hand("esd", batch, esd_lambda)
+    assert (found.double() - expected).abs().max() / expected.abs().max() < 1e-6
 
 
 def test_vsd_is_zero_where_the_score_is_the_prior():
