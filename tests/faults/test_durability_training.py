@@ -12,7 +12,7 @@ from benchmarks.kill_campaign import last_reported, small_training, warm_up
 from distvsd.build import build_run
 from distvsd.checkpoint import particle_file, reader, verify_run
 from distvsd.parallel.world import World
-from distvsd.particles import ensemble
+from distvsd.particles import ensemble, good
 from distvsd.testing.faults import injected
 from distvsd.testing.pipelines import tiny_pipeline
 from distvsd.testing.ranks import run_ranks
@@ -111,7 +111,8 @@ def test_the_room_a_run_asks_for_is_what_its_checkpoints_take_once_everything_is
 ) -> None:
     """Before the first round a run makes sure of the room of its largest checkpoint: with the moments of both
     optimisers, a full replay buffer, and good states beside the present ones where a save falls between."""
-    monkeypatch.setattr(ensemble, "GOOD_EVERY", good_every)
+    for module in (ensemble, good):  # one marks the states, the other knows beforehand when it will
+        monkeypatch.setattr(module, "GOOD_EVERY", good_every)
     growing = {"render.resolution": "{0: 16, 1: 24}", "score.replay_share": 0.25, "score.replay_rounds": 2}
     config = small_config(tmp_path / "run", prior, **growing, **{"schedule.rounds": 4, "checkpoint.every": 3})
     worlds = [World(rank, 2, rank, 2, torch.device("cpu")) for rank in (0, 1)]
