@@ -13,6 +13,7 @@ from distvsd.prior.autoencoder import Codec
 from distvsd.prior.folder import PipelineFolder
 from distvsd.prior.prompts import PromptTable
 from distvsd.vsd.diffusion import PredictionType, to_eps
+from distvsd.vsd.samples import slices
 
 
 class Pipeline:
@@ -94,10 +95,9 @@ class Pipeline:
         """The UNet's own output under guidance, float32, shaped as `noisy`. timesteps `[N]`, text `[N, L, D]`."""
         if len(noisy) == 0:
             return noisy.float()
-        size = self.micro_batch or len(noisy)
         parts = [
             self._guided_part(noisy[part], timesteps[part], text[part], guidance_scale)
-            for part in (slice(first, first + size) for first in range(0, len(noisy), size))
+            for part in slices(len(noisy), self.micro_batch)
         ]
         return torch.cat(parts)
 

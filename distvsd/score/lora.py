@@ -18,7 +18,7 @@ from distvsd.score.camera import CAMERA_FEATURES
 from distvsd.score.optimizer import AdapterOptimizer
 from distvsd.score.replay import Replay
 from distvsd.vsd.diffusion import PredictionType, add_noise, target, to_eps
-from distvsd.vsd.samples import Samples
+from distvsd.vsd.samples import Samples, slices
 
 ADAPTER_FILE = "score/adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "score/adapter_config.json"
@@ -113,7 +113,7 @@ class LoraScore:
             cameras = noisy.new_zeros(len(noisy), CAMERA_FEATURES)
         outputs = [
             self._predict(noisy[rows], timesteps[rows], ids[rows], cameras[rows])
-            for rows in self.micro_batches(len(noisy))
+            for rows in slices(len(noisy), self._micro_batch)
         ]
         return to_eps(torch.cat(outputs), noisy.float(), self._alphas_cumprod[timesteps], self._prediction_type)
 
@@ -123,7 +123,7 @@ class LoraScore:
         noise [N, C, h, w]; keep_camera [N] bool, False zeroes the camera. A masked sample's latents and camera count
         as zeros, so that its loss is finite; giving it no weight is up to the caller.
         """
-        batches = self.micro_batches(len(samples))
+        batches = slices(len(samples), self._micro_batch)
         losses = [self._loss(samples[b], timesteps[b], noise[b], keep_camera[b]) for b in batches]
         return torch.cat(losses) if losses else noise.new_zeros(0, dtype=torch.float32)
 
@@ -180,11 +180,6 @@ class LoraScore:
         if self._dtype != torch.float16:
             return 1.0
         return 2.0 ** round(math.log2(max(latents[0].numel() * denominator, 1.0))) if len(latents) else 1.0
-
-    def micro_batches(self, count: int) -> list[slice]:
-        """`count` rows in consecutive slices of at most `micro_batch` (all in one when that is 0); none for no rows."""
-        size = self._micro_batch or max(count, 1)
-        return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """See `Score.state`. `score/adapter_model.safetensors` is what peft's save_pretrained writes."""

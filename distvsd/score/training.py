@@ -20,7 +20,7 @@ from distvsd.score.replay import on_policy_lag
 from distvsd.score.work import Draws, Work
 from distvsd.vsd.objectives import draw_timesteps
 from distvsd.vsd.rng import Purpose, normal, uniform
-from distvsd.vsd.samples import Samples
+from distvsd.vsd.samples import Samples, slices
 
 LAG_SAMPLES = 64  # of the union, in which the lag is measured: enough to see it, and its cost does not grow
 NAMED_ROWS = 8  # in an error message
@@ -96,7 +96,7 @@ class ScoreTraining:
             self._leave_out(step, None, None)
             return None
         draws = self._draw(batch, step, lane).never_empty()
-        work = Work(self.score, draws, valid, self._micro_batches(len(draws.samples)))
+        work = Work(self.score, draws, valid, slices(len(draws.samples), self.micro_batch))
         taken = self.strategy.step(work, self._rate(len(batch)))
         if not taken.usable:
             self._leave_out(step, draws, taken)
@@ -165,10 +165,6 @@ class ScoreTraining:
             case "linear":
                 return self.options.learning_rate * batch_size
         return self.options.learning_rate
-
-    def _micro_batches(self, count: int) -> list[slice]:
-        size = self.micro_batch or max(count, 1)
-        return [slice(first, min(first + size, count)) for first in range(0, count, size)]
 
 
 def _cause(reports: list[list[Any]]) -> str:

@@ -41,3 +41,9 @@ class Samples:
     def cat(parts: Sequence[Samples]) -> Samples:
         """Rows of all parts, in order; at least one part."""
         return Samples(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Samples)))
+
+
+def slices(count: int, size: int) -> list[slice]:
+    """`count` rows in consecutive slices of at most `size` (all in one where that is 0); none for no rows."""
+    size = size or max(count, 1)
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
