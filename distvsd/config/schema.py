@@ -130,7 +130,7 @@ class NerfConfig:
     entropy: Weight = 0.0
     """Weight of the entropy of the opacity (pushes it to 0 or 1)."""
     sparsity: Weight = 0.0
-    """Weight of the mean opacity (pushes matter away)."""
+    """Weight of the opacity's mean over its root mean square (pushes faint matter away, solid matter not)."""
     background: Literal["learned", "none"] = "learned"
     """learned: a small network of the viewing direction; none: black, or the random colour."""
     random_background: Share = 0.5

@@ -151,14 +151,16 @@ class NerfParticle:
         )
 
     def _penalty(self, opacity_PVHW1: Tensor, particles: int) -> Tensor:
-        """Binary entropy of the opacity (clear or solid, not fog) and its mean (no clutter), averaged over pixels."""
+        """Entropy of the opacity (clear or solid, not fog) and its sparsity (no clutter), over a particle's rays."""
         opacity = opacity_PVHW1.reshape(particles, -1)
         penalty = torch.zeros(particles, device=opacity.device)
         if self.entropy > 0:
             safe = opacity.clamp(1e-5, 1 - 1e-5)
             penalty = penalty - self.entropy * (safe * safe.log() + (1 - safe) * (1 - safe).log()).mean(1)
         if self.sparsity > 0:
-            penalty = penalty + self.sparsity * (opacity.square() + 0.01).sqrt().mean(1)
+            # Mean over root mean square (Hoyer 2004): its gradient is zero on solid rays and on the particle's overall
+            # strength, so it takes fog away and can be had neither by thinning the object nor by fading out altogether.
+            penalty = penalty + self.sparsity * opacity.mean(1) / (opacity.square().mean(1) + 1e-4).sqrt()
         return penalty
 
 

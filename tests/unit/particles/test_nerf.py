@@ -134,9 +134,22 @@ def test_penalties_prefer_clear_or_solid_pixels():
     penalty = entropy._penalty(opacity, 3)
     assert penalty[0].item() == pytest.approx(math.log(2), abs=1e-5)
     assert penalty[1:].max() < 2e-4
-    sparse = replace(NERF, sparsity=2.0)._penalty(opacity, 3)
-    # 2 sqrt(0.25 + 0.01) = 1.0198
-    assert sparse[0].item() == pytest.approx(1.0198, abs=1e-4)
+
+
+def test_sparsity_clears_fog_and_neither_thins_what_is_solid_nor_lets_a_particle_fade():
+    # A quarter of the rays solid, a quarter fog, the rest clear; beside it the same, ten times fainter.
+    rays = torch.tensor([1.0, 0.1, 0.0, 0.0])
+    opacity = torch.stack((rays, rays / 10)).reshape(2, 1, 2, 2, 1).requires_grad_()
+    penalty = replace(NERF, sparsity=2.0)._penalty(opacity, 2)
+    # Mean 0.275, mean square 0.2525 (+ 0.0001): 2 * 0.275 / 0.50259 = 1.0943.
+    assert penalty[0].item() == pytest.approx(1.0943, abs=1e-4)
+    (gradient,) = torch.autograd.grad(penalty.sum(), opacity)
+    solid, fog, *_ = gradient[0].flatten()
+    # 2 / (4 * 0.50259) * (1 - o * 0.275 / 0.2526): -0.0882 for solid rays, 0.8865 for fog.
+    assert (solid.item(), fog.item()) == pytest.approx((-0.0882, 0.8865), abs=1e-3)
+    # Ten times fainter: 2 * 0.0275 / sqrt(0.002525 + 0.0001) = 1.0735, where a mean would fall to a tenth.
+    assert penalty[1].item() == pytest.approx(1.0735, abs=1e-4)
+    assert replace(NERF, sparsity=2.0)._penalty(torch.zeros(1, 1, 2, 2, 1), 1).item() == 0
 
 
 def test_the_view_for_evaluation_draws_nothing_random():
