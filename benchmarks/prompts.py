@@ -61,7 +61,7 @@ def main() -> None:
     ]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks)]
     command = [sys.executable, *launcher, "-m", "distvsd.train", str(QUICKSTART), *overrides]
-    threads = max((os.cpu_count() or 1) // args.ranks, 1)
+    threads = max(len(os.sched_getaffinity(0)) // args.ranks, 1)
     start = time.monotonic()
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
     text = page(args, prompts, evaluate_run(args.out), time.monotonic() - start)
