@@ -22,13 +22,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.machine import machine
-from distvsd.build import load_particles
 from distvsd.config import load_config
 from distvsd.evaluate import diversity
 from distvsd.evaluate.views import render_group, ring
 from distvsd.export.images import contact_sheet, save_png
 from distvsd.prior.load import load_prior
 from distvsd.prior.shapes.classifier import SCENES, Classifier, load_classifier
+from distvsd.restored import load_particles
 from distvsd.train import train
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
@@ -43,7 +43,6 @@ def trained(out: Path, kind: str, count: int, rounds: int, seed: int, overrides:
         f"run.dir={out}",
         f"run.seed={seed}",
         f"prompt={PROMPT}",
-        "prior.view_dependent=false",
         f"objective.kind={kind}",
         "particles.kind=image",
         f"particles.count={count}",

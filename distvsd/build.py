@@ -6,17 +6,14 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from distvsd.cameras import Cameras, OrbitSampler
-from distvsd.checkpoint import reader
-from distvsd.config import Config, load_config
-from distvsd.errors import BackendError, CheckpointError, RunError
+from distvsd.cameras import OrbitSampler
+from distvsd.config import Config
+from distvsd.errors import BackendError
 from distvsd.loop import Loop, Round
 from distvsd.parallel.assign import owners
 from distvsd.parallel.collectives import all_reduce_sum_, gather_objects
@@ -31,7 +28,6 @@ from distvsd.prior.pipeline import Pipeline
 from distvsd.prior.prompts import view_indices
 from distvsd.render import HashGrid
 from distvsd.render.volume import VolumeBackend
-from distvsd.runtime.paths import RunPaths
 from distvsd.score.base import Strategy
 from distvsd.score.lora import LoraScore
 from distvsd.score.spread import SpreadObjective
@@ -71,14 +67,15 @@ def build_run(
     if exact:
         _fix_order_of_sums(world.device)
     # One particle a call makes its arithmetic independent of who else is on the rank, to the last bit.
+    samples_a_call = views if exact else config.score.micro_batch
     prior = load_prior(
         config.prior.path,
         config.prompts,
         config.prior.negative_prompt,
-        config.prior.view_dependent,
+        config.prior.view_dependent and config.particles.kind != "image",  # an image has no side
         config.prior.dtype,
         world.device,
-        micro_batch=views if exact else 0,
+        micro_batch=samples_a_call,
         # A UNet that is cut up may be one that fits on no device: it waits in the host's memory.
         unet_device="cpu" if spreads_network(config.parallel, world) else None,
     )
@@ -92,12 +89,12 @@ def build_run(
         config.score,
         config.run.seed,
         world.device,
-        micro_batch=views if exact else 0,
+        micro_batch=samples_a_call,
     )
     strategy, score.holder = choose(config.parallel, world, score.network, score.local, _flat(config, world, score))
     loop = Loop(
         ensemble,
-        _encoder(prior, ensemble, config.particles.views),
+        _encoder(prior, ensemble, config.particles.views, _names_cameras(config)),
         _objective(config, world, prior, score, strategy),
         Exchange(world, [len(ids) * views for ids in assigned]).start,
         functools.partial(_exclude, world),
@@ -151,7 +148,7 @@ def _score_training(config: Config, world: World, score: LoraScore, strategy: St
         functools.partial(slice_for, world),
         config.score,
         config.run.seed,
-        micro_batch=1 if config.parallel.numerics == "exact" else 0,
+        micro_batch=1 if config.parallel.numerics == "exact" else config.score.micro_batch,
         gather=functools.partial(gather_objects, world),
     )
 
@@ -201,6 +198,7 @@ def _particle(config: Config, latent_shape: Callable[[int], tuple[int, int, int]
                 grid,
                 nerf.samples_per_ray,
                 nerf.bound,
+                nerf.density_scale,
                 nerf.blob_density,
                 nerf.blob_radius,
                 nerf.init_scale,
@@ -238,10 +236,19 @@ def _volume_backend(config: Config, device: torch.device) -> VolumeBackend:
     return "nerfacc" if find_spec("nerfacc") else "torch"
 
 
-def _encoder(prior: Pipeline, ensemble: Ensemble, num_views: int) -> Callable[[list[Views], int], Samples]:
+def _names_cameras(config: Config) -> bool:
+    """Whether the score network reads cameras: an image is the same from all of them, and what a network that has never
+    been given one in training makes of one is nothing learnt."""
+    return config.particles.kind != "image" and config.score.camera_drop < 1
+
+
+def _encoder(
+    prior: Pipeline, ensemble: Ensemble, num_views: int, names_cameras: bool
+) -> Callable[[list[Views], int], Samples]:
     """Renders of a resolution to samples: latents with the graph, camera matrices, ids, named views, and weights.
 
-    The weight is 0 for latents that are not finite and for particles in quarantine, else 1.
+    The weight is 0 for latents that are not finite and for particles in quarantine, else 1. Without names_cameras the
+    matrices are zero, which the score network takes for no camera.
     """
     particle = ensemble.particle
 
@@ -255,10 +262,11 @@ def _encoder(prior: Pipeline, ensemble: Ensemble, num_views: int) -> Callable[[l
             ids = view.ids.repeat_interleave(num_views)
             latents = poison("latent", images if particle.is_latent else prior.encode(images), ids)
             cameras = view.cameras.flatten()
+            matrices = cameras.extrinsics.flatten(1).float()
             parts.append(
                 Samples(
                     latents,
-                    cameras.extrinsics.flatten(1).float(),
+                    matrices if names_cameras else torch.zeros_like(matrices),
                     ids,
                     view_indices(cameras.elevation, cameras.azimuth),
                     (_finite(latents, num_views) & ~torch.isin(ids, absent)).float(),
@@ -293,54 +301,3 @@ def _no_samples(prior: Pipeline, resolution: int) -> Samples:
         empty,
         torch.zeros(0, device=prior.device),
     )
-
-
-@dataclass(frozen=True)
-class Restored:
-    """The particles of a run as its newest sound checkpoint holds them, on one device; needs no launcher."""
-
-    config: Config
-    ids: list[int]
-    step: int
-    ensemble: Ensemble
-    decode: Callable[[Tensor], Tensor] | None
-    health: dict[int, dict[str, Any]] = field(default_factory=dict)
-
-    @torch.no_grad()
-    def render(self, ids: list[int], cameras: Cameras, resolution: int, background: float) -> tuple[Tensor, Tensor]:
-        """Images `[P, V, 3, H, W]` and opacity `[P, V, 1, H, W]` of particles `ids` from cameras `[P, V]`.
-
-        Nothing random. background: grey level in [0, 1]. Image particles ignore cameras and are opaque; latents are
-        decoded. Images of a diverged particle are not finite.
-        """
-        device = next(iter(self.ensemble.parameters_of(ids[0]).values())).device
-        rendered = self.ensemble.view(ids, cameras.to(device), resolution, background)
-        images, opacity = rendered.images, rendered.opacity
-        if self.decode is not None:
-            images = self.decode(images.flatten(0, 1)).reshape(*images.shape[:2], 3, resolution, resolution)
-            opacity = torch.ones_like(images[:, :, :1])
-        return images, opacity
-
-
-def load_particles(run_dir: Path, device: str = "cpu", most: int | None = None) -> Restored:
-    """Opens a finished, stopped or running run for looking. Reads only; takes no lock.
-
-    most: so many particles, the first ones, are loaded; None for all. `health` is of all in any case.
-    Raises RunError where the folder is no run, CheckpointError where it has no sound checkpoint yet.
-    """
-    paths = RunPaths(Path(run_dir))
-    if not paths.config.is_file():
-        raise RunError(f"{run_dir} is not a run: it has no config.yaml; give the run.dir of a training")
-    config = load_config(paths.config)
-    checkpoint = reader.newest(paths.checkpoints)
-    if checkpoint is None:
-        raise CheckpointError(f"{run_dir} has no checkpoint yet; train at least to the first one (checkpoint.every)")
-    is_latent = config.particles.kind == "image" and config.particles.image.space == "latent"
-    prior = load_prior(config.prior.path, [""], device=device) if is_latent else None
-    entries = checkpoint.manifest.particles[:most]
-    ids = [entry.id for entry in entries]
-    ensemble = make_ensemble(config, prior.latent_shape if prior else lambda size: (3, size, size), ids, device)
-    for entry in entries:
-        ensemble.load_state(entry.id, checkpoint.read(entry.file), entry.health)
-    health = {entry.id: entry.health for entry in checkpoint.manifest.particles}
-    return Restored(config, ids, checkpoint.manifest.step, ensemble, prior.decode if prior else None, health)

@@ -26,6 +26,7 @@ from distvsd.runtime.tracker import Outcome, Tracker, open_tracker
 LOCAL_PHASES = ("render", "encode", "objective", "update")
 EVENTS = {
     "unhealthy": "gradient not finite",
+    "crowded_out": "no memory for its render or its gradients",
     "restored": "went back to its last good state",
     "quarantined": "quarantined",
 }
@@ -52,8 +53,11 @@ class Journal:
 
     def watch(self, done: Round) -> None:
         """Takes note of a finished round on this rank."""
-        for kind in EVENTS:
-            self._events += [(done.step, particle_id, kind) for particle_id in getattr(done.update, kind)]
+        update = done.update
+        named = {kind: getattr(update, kind) for kind in EVENTS}
+        named["unhealthy"] = [particle_id for particle_id in update.unhealthy if particle_id not in update.crowded_out]
+        for kind, ids in named.items():
+            self._events += [(done.step, particle_id, kind) for particle_id in ids]
         for phase, seconds in done.seconds.items():
             self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
 
@@ -75,7 +79,9 @@ class Journal:
         reports = gather_objects(self._world, report)
         events = self._write_events([events for events, *_ in reports])
         absent = sum(int(count) for *_, count in reports)
-        unwell = {particle for step, particle, kind in events if step == done.step and kind == "unhealthy"}
+        now_bad = [(particle, kind) for step, particle, kind in events if step == done.step]
+        unwell = {particle for particle, kind in now_bad if kind in ("unhealthy", "crowded_out")}
+        unwell -= {particle for particle, kind in now_bad if kind == "quarantined"}  # `absent` counts them
         warning = self._stragglers.observe([seconds for _, seconds, *_ in reports], [host for *_, host, _ in reports])
         if warning:
             self.progress.note(f"warning: {warning}")

@@ -35,7 +35,9 @@ def make_plan(
     shards = owners(config.particles.count, world)
     prior = _prior(config)
     phases = [
-        _phase(config, prior, round, max(map(len, shards)), world) for round, _ in config.render.resolution.points
+        _phase(config, prior, round, max(map(len, shards)), world)
+        for round, _ in config.render.resolution.points
+        if round < config.schedule.rounds
     ]
     particle = particle_parameters(config, prior)
     score = _score(config, prior)
@@ -237,16 +239,17 @@ def _checkpoint(
     loaded: what a resume reads. Each file is hashed by one rank; then its owner reads a particle, every rank the score.
     """
     from distvsd.particles.good import most_copies
+    from distvsd.score.training import kept_rows
 
     copies = most_copies(config.schedule.rounds, config.checkpoint.every)
     particles = None if particle is None else 3 * copies * particle * FLOAT_BYTES * config.particles.count
     network = None if score["parameters"] is None else 3 * score["parameters"] * FLOAT_BYTES
-    samples = config.particles.count * config.particles.views * config.score.replay_rounds
+    rows = kept_rows(config.particles.count * config.particles.views, config.score.replay_share)
     replay: int | None = None
     if config.objective.kind == "sds":
         replay = 0
     elif phases[-1]["sample"] is not None:
-        replay = samples * max(phase["sample"] for phase in phases)
+        replay = config.score.replay_rounds * rows * max(phase["sample"] for phase in phases)
     parts = [particles, network, replay]
     total = None if None in parts else sum(value for value in parts if value is not None)
     loaded = None

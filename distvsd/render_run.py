@@ -25,7 +25,7 @@ def render_run(run_dir: Path, report: Callable[[str], None] = lambda text: None)
     Up to 16 particles have a turntable each, `particle-000003.mp4`; more share `turntable.mp4`.
     Raises what loading raises: RunError for a folder that is no run, CheckpointError where none can be read.
     """
-    from distvsd.build import load_particles  # the builder imports this package's rooms, so it is looked up late
+    from distvsd.restored import load_particles  # the builder imports this package's rooms, so it is looked up late
 
     return render_particles(load_particles(run_dir), run_dir / "renders", report)
 

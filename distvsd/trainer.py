@@ -10,7 +10,7 @@ import math
 import time
 from typing import Any
 
-from distvsd.build import Restored, Run, build_run, load_particles
+from distvsd.build import Run, build_run
 from distvsd.checkpoint.format import particle_file
 from distvsd.checkpoint.reader import Checkpoint
 from distvsd.checkpoint.saver import Saver
@@ -22,12 +22,14 @@ from distvsd.parallel.collectives import agreed, max_flags, set_timeout
 from distvsd.parallel.world import OPENING_TIMEOUT_S, World
 from distvsd.particles.good import most_copies
 from distvsd.render_run import SHEET_ROWS, contact_sheets
+from distvsd.restored import Restored, load_particles
 from distvsd.runtime.heartbeat import Heartbeat
 from distvsd.runtime.paths import RunPaths
 from distvsd.runtime.preempt import Preemption
 from distvsd.runtime.status import State, write_status
 from distvsd.runtime.stragglers import tame_garbage_collector
 from distvsd.runtime.tracker import Outcome
+from distvsd.score.training import kept_rows
 
 _log = logging.getLogger("distvsd")
 PICTURES_TIMEOUT_S = 86_400.0
@@ -125,9 +127,10 @@ class Trainer:
         absent = self.journal.log(done, len(self.parts.ensemble.quarantined), self.saver.failures)
         if absent == self.config.particles.count:
             raise DivergedError(
-                f"all {absent} particles are quarantined after round {done.step + 1}: their gradients stopped being "
-                f"finite again and again ({self.paths.health} says when); lower particles.learning_rate or "
-                "prior.guidance_scale, and start anew or from an older checkpoint"
+                f"all {absent} particles are quarantined after round {done.step + 1}; {self.paths.health} says why. "
+                "Where gradients were not finite lower particles.learning_rate or prior.guidance_scale, where memory "
+                "did not suffice lower render.resolution or samples a ray, or use more ranks; start anew or from an "
+                "older checkpoint"
             )
 
     def _save(self, completed: int) -> None:
@@ -229,7 +232,7 @@ class Trainer:
             self.journal.progress.note(f"warning: no pictures of the finished run ({type(error).__name__}: {error})")
 
     def _show_finished(self) -> None:
-        finished = load_particles(self.paths.root, most=SHEET_ROWS)
+        finished = load_particles(self.paths.root, str(self.world.device), most=SHEET_ROWS)
         sheets = contact_sheets(finished, self.paths.renders)
         for sheet in sheets:
             self.journal.progress.note(f"written {sheet}")
@@ -263,7 +266,8 @@ def largest_part(parts: Run) -> int:
         return total + trained
     starts = [*(start for start, _ in config.render.resolution.points if start < rounds), rounds - 1]
     row = max(_row_bytes(parts, config.render.resolution_at(step)) for step in starts)
-    rows = config.score.replay_rounds * config.particles.count * config.particles.views
+    samples = config.particles.count * config.particles.views
+    rows = config.score.replay_rounds * kept_rows(samples, config.score.replay_share)
     return total + 3 * trained + rows * row
 
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from distvsd.config.schema import Config, Schedule
 
+# What the fixed-point sum of `numerics: exact` can add without wrapping (distvsd/parallel/reduce.py).
+MOST_EXACT_ROWS = 2**13 - 1
+
 
 @dataclass(frozen=True)
 class Relation:
@@ -81,6 +84,24 @@ def _strategy_without_score(config: Config) -> str | None:
     return f"is {config.parallel.strategy}, but objective.kind is sds, which trains no score network; allowed: flat"
 
 
+def _exact_rows(config: Config) -> str | None:
+    samples, share = config.particles.count * config.particles.views, config.score.replay_share
+    rows = samples + round(samples * share / (1 - share))
+    if config.parallel.numerics != "exact" or config.objective.kind == "sds" or rows <= MOST_EXACT_ROWS:
+        return None
+    return (
+        f"is exact, which adds at most {MOST_EXACT_ROWS} samples a score step, but count, views and replay_share make "
+        f"it {rows}; allowed: fast, or fewer"
+    )
+
+
+def _micro_batch(config: Config) -> str | None:
+    strategy = config.parallel.strategy
+    if config.score.micro_batch == 0 or strategy not in ("ddp", "deepspeed"):
+        return None
+    return f"is {config.score.micro_batch}, but parallel.strategy {strategy} trains in one call; allowed: 0"
+
+
 RELATIONS = (
     Relation(("prompt", "particles.count"), _prompt_count),
     Relation(("objective.t_min", "objective.t_max"), _time_range),
@@ -90,4 +111,8 @@ RELATIONS = (
     Relation(("render.backend", "parallel.numerics"), _exact_backend),
     Relation(("parallel.strategy", "parallel.numerics"), _exact_strategy),
     Relation(("parallel.strategy", "objective.kind"), _strategy_without_score),
+    Relation(
+        ("parallel.numerics", "objective.kind", "particles.count", "particles.views", "score.replay_share"), _exact_rows
+    ),
+    Relation(("score.micro_batch", "parallel.strategy"), _micro_batch),
 )

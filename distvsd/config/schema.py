@@ -66,7 +66,7 @@ class PriorConfig:
     guidance_scale: Annotated[float, Range(0, 1000)] = 7.5
     """Classifier-free guidance of the prior; 1 is none and halves the UNet's work."""
     view_dependent: bool = True
-    """Whether the prior's prompt names the view (front, side, back, overhead) the camera has."""
+    """Whether the prior's prompt names the view the camera has: its side, whether from above, overhead."""
     negative_prompt: str = ""
     """Prompt of the unconditional half of the guidance."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -117,8 +117,10 @@ class NerfConfig:
     """Points at which a ray reads the field."""
     bound: Annotated[float, Range(0, 1000, above=True)] = 1.0
     """Half the edge of the cube that holds the scene, world units."""
+    density_scale: Annotated[float, Range(0, 1000, above=True)] = 1.0
+    """Factor on the density after its softplus; above 1, matter is opaque and edges are sharp after fewer rounds."""
     blob_density: Annotated[float, Range(-1000, 1000)] = 10.0
-    """Initial density at the centre; negative makes a hollow scene."""
+    """Initial density at the centre before density_scale; negative makes a hollow scene."""
     blob_radius: Annotated[float, Range(0, 1000, above=True)] = 0.5
     """Radius at which the initial density changes sign, world units."""
     init_scale: Weight = 1e-4
@@ -162,7 +164,8 @@ class ParticlesConfig:
     views: Positive = 1
     """Views rendered per particle and round."""
     micro_batch: Count = 0
-    """Particles per render call on a rank; 0 is all of them, fewer need less memory."""
+    """Particles per render call on a rank; 0 is all of them. It bounds the size of a call: what the backward pass needs
+    of all calls is kept until the end of the round."""
     learning_rate: Annotated[Schedule, Range(0, 10)] = Schedule(((0, 0.01),))
     """Adam's rate for grids and pixels."""
     network_learning_rate: Annotated[Schedule, Range(0, 10)] = Schedule(((0, 0.001),))
@@ -227,6 +230,9 @@ class ScoreConfig:
     """Rounds of renders kept for replay."""
     replay_share: Annotated[float, Range(0, 1, below=True)] = 0.0
     """Share of each score batch drawn from the replay; above 0 needs replay_rounds."""
+    micro_batch: Count = 0
+    """Samples a call of either UNet, for the particles' gradient and in the score's training; 0 is all of a rank's at
+    once, fewer need less memory. numerics: exact takes one particle a call whatever it says."""
     learning_rate_scaling: Literal["none", "sqrt", "linear"] = "none"
     """How the rate grows with the number of samples gathered over one a round."""
     max_grad_norm: Weight = 0.0

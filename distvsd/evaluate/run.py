@@ -51,7 +51,7 @@ def evaluate_run(run_dir: Path, report: Callable[[str], None] = lambda text: Non
 
     Raises what loading raises: RunError for a folder that is no run, CheckpointError where none can be read.
     """
-    from distvsd.build import load_particles  # the builder imports this package's rooms, so it is looked up late
+    from distvsd.restored import load_particles  # the builder imports this package's rooms, so it is looked up late
 
     result = evaluate_particles(load_particles(run_dir), load_classifier(), report)
     staged = run_dir / "evaluation.json.staged"

@@ -61,6 +61,7 @@ class Ensemble:
         self._options: HealthOptions = health or DefaultHealth()
         self._health = {particle_id: Health() for particle_id in self.ids}
         self._good = GoodStates()
+        self._crowded_out: set[int] = set()  # for whom the memory did not suffice in this round
         size = micro_batch or max(len(self.ids), 1)
         self.groups: list[Group] = []
         for first in range(0, len(self.ids), size):
@@ -85,6 +86,7 @@ class Ensemble:
         Out of memory, a group is halved for the rest of the run and drawn again; a single particle that does not fit
         is NaN in all its views, without a graph. What else a renderer raises passes through.
         """
+        self._crowded_out.clear()
         drawn: list[tuple[Group, Cameras, Rendered | None]] = []
         while len(drawn) < len(self.groups):
             at = len(drawn)
@@ -95,6 +97,7 @@ class Ensemble:
                 self.groups[at : at + 1] = group.halves()
             else:
                 drawn.append((group, cameras, rendered))
+                self._crowded_out.update(group.own if rendered is None else ())
         like = next((rendered for _, _, rendered in drawn if rendered is not None), None)
         return [
             Views(group.ids, cameras, rendered or self._undrawn(group, cameras, resolution, like))
@@ -151,6 +154,7 @@ class Ensemble:
                 factors = [health.rate(self._options) for health in records]
                 moved += group.move(rates, is_sound & taking_part, factors)
         else:
+            self._crowded_out.update(self.ids)
             self.groups = [half for group in self.groups for half in group.halves()]
         update = self._judge(set(moved))
         if (step + 1) % GOOD_EVERY == 0:
@@ -183,6 +187,8 @@ class Ensemble:
                 continue
             verdict = health.judge(particle_id in moved, self._options)
             (update.healthy if verdict == "healthy" else update.unhealthy).append(particle_id)
+            if verdict != "healthy" and particle_id in self._crowded_out:
+                update.crowded_out.append(particle_id)
             if verdict == "restore":
                 update.restored.append(particle_id)
             if verdict == "quarantine":

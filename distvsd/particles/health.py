@@ -97,12 +97,14 @@ class Update:
     """What one round did to this rank's particles, as ids.
 
     healthy: moved. unhealthy: something of theirs was not finite, or their rank had no memory; they kept their state
-    this round. restored, quarantined: those of the unhealthy that were put back, or given up, in this round. absent:
-    everyone who did not move, which adds those quarantined before; they must not train the score network either.
+    this round. crowded_out: those of the unhealthy for whom there was no memory. restored, quarantined: those of the
+    unhealthy that were put back, or given up, in this round. absent: everyone who did not move, which adds those
+    quarantined before; they must not train the score network either.
     """
 
     healthy: list[int] = field(default_factory=list)
     unhealthy: list[int] = field(default_factory=list)
+    crowded_out: list[int] = field(default_factory=list)
     restored: list[int] = field(default_factory=list)
     quarantined: list[int] = field(default_factory=list)
     absent: list[int] = field(default_factory=list)

@@ -26,17 +26,18 @@ _BACKGROUND_WIDTH = 16
 class NerfParticle:
     """A radiance field in the cube [-bound, bound]^3, batched over particles; colour does not depend on the view.
 
-    blob_density, blob_radius: lambda and r of sigma(x) = lambda (1 - |x| / r) added before the softplus. init_scale:
-    range of the initial features. init_color: range of each particle's own initial colour before the sigmoid.
-    density_noise: standard deviation of the training noise before the softplus.
-    entropy, sparsity: weights of the regularisers. learned_background: a small network of the ray's direction;
-    without it the background is black. random_background: share of the training views on a random plain colour, of
-    which `random_grey` makes a grey.
+    density_scale: factor on the softplus that gives the density. blob_density, blob_radius: lambda and r of
+    lambda (1 - |x| / r), added before it. init_scale: range of the initial features. init_color: range of each
+    particle's own initial colour before the sigmoid. density_noise: standard deviation of the training noise before the
+    softplus. entropy, sparsity: weights of the regularisers. learned_background: a small network of the ray's
+    direction; without it the background is black. random_background: share of the training views on a random plain
+    colour, of which `random_grey` makes a grey.
     """
 
     grid: HashGrid
     samples_per_ray: int
     bound: float
+    density_scale: float
     blob_density: float
     blob_radius: float
     init_scale: float
@@ -101,7 +102,8 @@ class NerfParticle:
         raw_density = raw_P4N[:, 0] + self.blob_density * (1 - points_PN3.norm(dim=-1) / self.blob_radius)
         if noise_PN is not None:
             raw_density = raw_density + noise_PN
-        return torch.nn.functional.softplus(raw_density), torch.sigmoid(raw_P4N[:, 1:]).transpose(1, 2)
+        density = self.density_scale * torch.nn.functional.softplus(raw_density)
+        return density, torch.sigmoid(raw_P4N[:, 1:]).transpose(1, 2)
 
     def _draw(
         self,

@@ -92,18 +92,18 @@ def gather_level(table: Tensor, resolution: int, position: Tensor, smoothstep: b
     fraction = position - cell
     if smoothstep:
         fraction = _smoothstep(fraction)
-    corner = cell.long()
+    # By axis, the near and the far side of the cell. Offsets and primes are numbers of Python: as tensors, each would
+    # be a copy to the device for which the host waits.
+    vertices = [(near, near + 1) for near in cell.long().unbind(-1)]
+    shares = [(1 - far, far) for far in fraction.unbind(-1)]
     total: Tensor | None = None
-    for offset in ((x, y, z) for z in (0, 1) for y in (0, 1) for x in (0, 1)):
-        step = torch.tensor(offset, device=position.device)
-        vertex = corner + step
+    for x, y, z in ((x, y, z) for z in (0, 1) for y in (0, 1) for x in (0, 1)):
+        i, j, k = vertices[0][x], vertices[1][y], vertices[2][z]
         if hashed:
-            prime = torch.tensor(_PRIMES, device=position.device)
-            mixed = vertex * prime
-            index = (mixed[..., 0] ^ mixed[..., 1] ^ mixed[..., 2]) % table.shape[2]
+            index = (i * _PRIMES[0] ^ j * _PRIMES[1] ^ k * _PRIMES[2]) % table.shape[2]
         else:
-            index = (vertex[..., 2] * resolution + vertex[..., 1]) * resolution + vertex[..., 0]
-        share = torch.where(step == 1, fraction, 1 - fraction).prod(-1)
+            index = (k * resolution + j) * resolution + i
+        share = shares[0][x] * shares[1][y] * shares[2][z]
         term = table.gather(2, index[:, None].expand(-1, table.shape[1], -1)) * share[:, None]
         total = term if total is None else total + term
     assert total is not None, "eight corners were summed"

@@ -52,6 +52,11 @@ class Fit:
     skipped: int
 
 
+def kept_rows(samples: int, replay_share: float) -> int:
+    """Rows of a round of `samples` renders that the replay keeps at most."""
+    return samples if replay_share > 0 else min(samples, LAG_SAMPLES)
+
+
 def _alone(value: Any) -> list[Any]:
     return [value]
 
@@ -135,9 +140,7 @@ class ScoreTraining:
 
     def _worth_keeping(self, union: Samples) -> Samples:
         """Without a replayed share only the lag looks at kept renders, and it looks at so many of a round."""
-        if self.options.replay_share > 0:
-            return union
-        return union[union.weight > 0][:LAG_SAMPLES]
+        return union[union.weight > 0][: kept_rows(len(union), self.options.replay_share)]
 
     def lag(self, union: Samples, step: int) -> float | None:
         """Score loss on these renders minus that on the oldest kept ones; None while nothing older is kept. Local.

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from distvsd.build import build_run, load_particles
+from distvsd.build import build_run
 from distvsd.checkpoint.verify import verify_run
 from distvsd.config import Config, load_config
 from distvsd.parallel.world import World
+from distvsd.restored import load_particles
 from distvsd.testing.pipelines import tiny_pipeline
 from distvsd.train import train
 

@@ -251,6 +251,9 @@ def test_a_checkpoint_holds_values_and_moments_and_the_replay(prior: str) -> Non
     assert checkpoint["particles"] == 5 * 3 * (3 * 64 * 64) * 4
     assert checkpoint["score"] == 3 * (4 * 3 * 944 + 18_688) * 4
     assert checkpoint["replay"] == 2 * 5 * (48 * 16 * 16 + 21) * 4
+    # Nothing is replayed, so that of many samples a round 64 are kept, for the lag.
+    many = config(prior, particles={"kind": "image", "count": 500}, score={"replay_rounds": 2})
+    assert make_plan(many)["checkpoint"]["replay"] == 2 * 64 * (48 * 16 * 16 + 21) * 4
     assert checkpoint["total"] == checkpoint["particles"] + checkpoint["score"] + checkpoint["replay"]
 
 

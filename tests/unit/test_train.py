@@ -16,12 +16,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import distvsd.trainer as trainer_module
-from distvsd.build import Run, build_run, load_particles
+from distvsd.build import Run, build_run
 from distvsd.checkpoint.verify import verify_run
 from distvsd.config import Config, load_config
 from distvsd.errors import CheckpointError, ConfigError, PriorError, RunError
 from distvsd.loop import Round
 from distvsd.parallel.world import World
+from distvsd.restored import load_particles
 from distvsd.testing.faults import injected
 from distvsd.testing.pipelines import tiny_pipeline
 from distvsd.train import train
@@ -143,6 +144,45 @@ def test_vsd_without_guidance_starts_at_zero_and_not_later(configured: Callable[
     run = build_run(with_guidance, ALONE, lambda done: False)
     samples = run.loop.encode(run.ensemble.render(0, 16), 16)
     assert run.loop.objective(samples, 0).norm().item() > 1e3 * gradients[0]
+
+
+@pytest.mark.parametrize("changes", [{"particles__kind": "image"}, {"score__camera_drop": 1}], ids=["image", "dropped"])
+def test_a_score_that_is_never_shown_a_camera_is_never_asked_with_one(
+    configured: Callable[..., Config], changes: dict[str, Any]
+) -> None:
+    """An image looks the same from everywhere; and a camera that training always drops means nothing to the network."""
+    run = build_run(configured(**changes, score__learning_rate=0.01), ALONE, lambda done: False)
+    for step in (0, 1):
+        run.loop.round(step)
+    samples = run.loop.encode(run.ensemble.render(2, 16), 16).detached()
+    t = torch.full_like(samples.ids, 500)
+    asked = run.score.eps(samples.latents, t, samples.ids, samples.cameras)
+    assert torch.equal(asked, run.score.eps(samples.latents, t, samples.ids, None))
+    assert not torch.equal(asked, run.prior.eps(samples.latents, t, samples.ids, samples.views, 1.0))
+
+
+def test_an_image_is_asked_for_without_a_side(configured: Callable[..., Config]) -> None:
+    texts = build_run(configured(particles__kind="image"), ALONE, lambda done: False).prior.texts
+    assert texts.texts == ("a red cube", "")
+
+
+def test_a_micro_batch_bounds_every_call_of_the_unet_and_changes_only_rounding(
+    configured: Callable[..., Config],
+) -> None:
+    bounds: dict[int, int] = {}
+    particles = {}
+    for micro_batch in (0, 2):
+        config = configured(score__micro_batch=micro_batch, particles__count=5, prior__guidance_scale=1)
+        run = build_run(config, ALONE, lambda done: False)
+        calls: list[tuple[Any, ...]] = []
+        for unet in (run.prior.unet, run.score.network):
+            unet.register_forward_pre_hook(lambda module, arguments, calls=calls: calls.append(arguments))
+        for step in (0, 1):
+            run.loop.round(step)
+        bounds[micro_batch] = max(len(noisy) for noisy, *_ in calls)
+        particles[micro_batch] = run.ensemble.parameters_of(4)["grid0"]
+    assert bounds == {0: 5, 2: 2}
+    torch.testing.assert_close(particles[0], particles[2], rtol=1e-3, atol=1e-4)
 
 
 HOSTILE = {

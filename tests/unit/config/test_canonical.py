@@ -74,9 +74,18 @@ def configs(draw: st.DrawFn) -> Config:
         prompt=prompt,
         objective=replace(config.objective, t_min=Schedule.constant(0), t_max=config.objective.t_max),
         particles=replace(
-            config.particles, count=count, nerf=nerf, image=replace(config.particles.image, space="pixel")
+            config.particles,
+            count=count,
+            views=min(config.particles.views, 1000),
+            nerf=nerf,
+            image=replace(config.particles.image, space="pixel"),
         ),
-        score=replace(config.score, replay_rounds=config.score.replay_rounds + 1),
+        score=replace(
+            config.score,
+            replay_rounds=config.score.replay_rounds + 1,
+            replay_share=config.score.replay_share / 2,
+            micro_batch=config.score.micro_batch if config.parallel.strategy in ("flat", "fsdp2") else 0,
+        ),
         render=replace(config.render, backend="auto"),
         parallel=config.parallel if any_strategy else replace(config.parallel, strategy="flat"),
         log=replace(config.log, wandb="off"),

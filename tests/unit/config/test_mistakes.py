@@ -72,6 +72,12 @@ BAD = [
     ("score: {replay_share: 1}", 1, ["score.replay_share is 1", "below 1"]),
     ("parallel: {strategy: hsdp}", 1, ["parallel.strategy", "flat, ddp, fsdp2, deepspeed"]),
     ("parallel: {zero_stage: 4}", 1, ["parallel.zero_stage is 4", "at most 3"]),
+    (
+        "particles: {count: 8192}\nparallel: {numerics: exact}",
+        2,
+        ["parallel.numerics is exact", "it 8192; allowed"],
+    ),
+    ("score: {micro_batch: 4}\nparallel: {strategy: ddp}", 1, ["score.micro_batch is 4", "one call; allowed: 0"]),
     ("parallel: {strategy: fsdp2, numerics: exact}", 1, ["parallel.strategy is fsdp2", "exact; allowed: flat"]),
     ("objective: {kind: sds}\nparallel: {strategy: ddp}", 2, ["parallel.strategy is ddp", "kind is sds"]),
     ("parallel: {numerics: exact}\nrender: {backend: nerfacc}", 2, ["render.backend is nerfacc", "exact", "torch"]),

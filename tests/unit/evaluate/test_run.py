@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from distvsd import restored
 from distvsd.config.schema import CamerasConfig, Config, ParticlesConfig, PriorConfig, Schedule
 from distvsd.evaluate import run, views
 from distvsd.evaluate.run import evaluate_particles
@@ -98,8 +99,7 @@ def test_images_have_one_view_and_are_empty_when_nothing_is_recognised(classifie
 
 
 def test_evaluation_is_written_beside_the_run(classifier, tmp_path, monkeypatch):
-    build = pytest.importorskip("distvsd.build")
-    monkeypatch.setattr(build, "load_particles", lambda folder: Drawings([(1, 0, 0)], ["a red cube"]))
+    monkeypatch.setattr(restored, "load_particles", lambda folder: Drawings([(1, 0, 0)], ["a red cube"]))
     result = run.evaluate_run(tmp_path)
     assert json.loads((tmp_path / "evaluation.json").read_text()) == result
     assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]

@@ -250,7 +250,7 @@ def test_a_particle_that_does_not_fit_alone_is_nan_and_skips_the_round(particle)
         assert views[1].rendered.images.isnan().all() and views[0].rendered.images.isfinite().all()
         update = move(particles, 0)
     move(without, 0)
-    assert update.unhealthy == [1] and update.healthy == [0]
+    assert update.unhealthy == [1] == update.crowded_out and update.healthy == [0]
     assert same(copy_of(particles, 1), before) and same(copy_of(particles, 0), copy_of(without, 0))
 
 
@@ -264,9 +264,10 @@ def test_a_backward_pass_out_of_memory_moves_nobody_and_leaves_no_gradient_behin
     particles, twin = ensemble(), ensemble()
     with injected("oom@gradient:step=0"):
         update = move(particles, 0)
-    assert update.unhealthy == [0, 1, 2] == update.absent and update.healthy == []
+    assert update.unhealthy == [0, 1, 2] == update.absent == update.crowded_out and update.healthy == []
     assert [group.own for group in particles.groups] == [[0], [1, 2]]
-    move(particles, 1), move(twin, 1)
+    assert move(particles, 1).crowded_out == []
+    move(twin, 1)
     for particle_id in range(3):
         for name, value in copy_of(twin, particle_id).items():
             torch.testing.assert_close(copy_of(particles, particle_id)[name], value, rtol=0, atol=1e-7)

@@ -14,6 +14,7 @@ NERF = NerfParticle(
     grid=HashGrid(2, 2, 4096, 4, 8, smoothstep=False),
     samples_per_ray=16,
     bound=0.6,
+    density_scale=1.0,
     blob_density=10.0,
     blob_radius=0.5,
     init_scale=0.1,
@@ -49,6 +50,14 @@ def test_the_object_begins_as_a_soft_ball_of_radius_one_half():
     # softplus(10 (1 - r / 0.5)): 10.00005, 5.0067, 0.6931, 0.1269
     torch.testing.assert_close(density[0], torch.tensor([10.00005, 5.00672, 0.69315, 0.12693]), rtol=1e-4, atol=0)
     torch.testing.assert_close(colour, torch.full_like(colour, 0.5))
+
+
+def test_the_density_scale_multiplies_the_density_and_leaves_the_colour():
+    parameters, *_ = scene()
+    points = torch.linspace(-0.5, 0.5, 36).reshape(3, 4, 3)
+    (density, colour), (scaled, same) = (n.field(parameters, points) for n in (NERF, replace(NERF, density_scale=6.0)))
+    torch.testing.assert_close(scaled, 6 * density)
+    assert torch.equal(colour, same)
 
 
 def test_a_scene_begins_hollow_around_the_camera():
