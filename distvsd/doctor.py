@@ -27,16 +27,9 @@ PACKAGES = (
     Package("accelerate", "starts and finds ranks", "pip install accelerate", needed=True),
     Package("safetensors", "checkpoints", "pip install safetensors", needed=True),
     Package("PyYAML", "configurations", "pip install pyyaml", needed=True),
-    Package("deepspeed", "accelerate's DeepSpeed launches", "pip install 'distvsd[deepspeed]'"),
+    Package("deepspeed", "parallel.strategy: deepspeed", "pip install 'distvsd[deepspeed]'"),
     Package("wandb", "log.wandb", "pip install 'distvsd[wandb]'"),
     Package("nerfacc", "render.backend: nerfacc", "pip install 'distvsd[cuda]'"),
-    Package(
-        "tinycudann",
-        "fast hash grids on CUDA",
-        "pip install git+https://github.com/NVlabs/tiny-cuda-nn/#subdirectory=bindings/torch",
-    ),
-    Package("nvdiffrast", "fast mesh rendering on CUDA", "pip install git+https://github.com/NVlabs/nvdiffrast"),
-    Package("gsplat", "fast Gaussian rendering on CUDA", "pip install gsplat"),
 )
 
 

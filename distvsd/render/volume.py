@@ -19,13 +19,18 @@ VolumeBackend = Literal["torch", "nerfacc"]
 
 @dataclass(frozen=True)
 class Composited:
-    """color `[..., 3]` (premultiplied by opacity), opacity `[..., 1]`, depth `[..., 1]` (expected, world units),
-    weights `[..., S]`."""
+    """color `[..., 3]` (premultiplied by opacity), opacity `[..., 1]`, weights and middles (world units) of the
+    samples, each `[..., S]`."""
 
     color: Tensor
     opacity: Tensor
-    depth: Tensor
     weights: Tensor
+    middles: Tensor
+
+    @property
+    def depth(self) -> Tensor:
+        """Expected depth, not divided by the opacity: `[..., 1]`, world units."""
+        return (self.weights * self.middles).sum(-1, keepdim=True)
 
 
 def sample_intervals(
@@ -60,12 +65,8 @@ def composite(
         optical = density * (ends - starts)
         before = torch.cumsum(optical, dim=-1) - optical
         weights = torch.exp(-before) * -torch.expm1(-optical)
-    middle = (starts + ends) / 2
     return Composited(
-        torch.einsum("...s,...sc->...c", weights, color),
-        weights.sum(-1, keepdim=True),
-        (weights * middle).sum(-1, keepdim=True),
-        weights,
+        torch.einsum("...s,...sc->...c", weights, color), weights.sum(-1, keepdim=True), weights, (starts + ends) / 2
     )
 
 

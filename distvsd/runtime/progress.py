@@ -11,8 +11,8 @@ from typing import TextIO
 
 
 class Progress:
-    """The progress line of one process. Call `update` after every round; it draws ten times a second at most on a
-    terminal, and prints one line every `every` rounds and after the last one elsewhere.
+    """The progress line of one process. Call `update` after rounds, as often as is liked: it draws ten times a second
+    at most on a terminal, and prints one line every `every` rounds and after the last one elsewhere.
 
     A stream that breaks (`| head`) silences it and does not disturb the run.
     """

@@ -243,7 +243,7 @@ def test_doctor_names_versions_and_for_everything_missing_a_remedy(
     installed = importlib.metadata.version
 
     def version(name: str) -> str:
-        if name == "gsplat":
+        if name == "wandb":
             raise importlib.metadata.PackageNotFoundError(name)
         return installed(name)
 
@@ -251,6 +251,8 @@ def test_doctor_names_versions_and_for_everything_missing_a_remedy(
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert f"torch {installed('torch')}" in lines
-    assert any(line.startswith("gsplat not installed (optional)") and "pip install gsplat" in line for line in lines)
+    assert any(
+        line.startswith("wandb not installed (optional)") and "pip install 'distvsd[wandb]'" in line for line in lines
+    )
     assert any("GPU" in line for line in lines)
     assert any(line.startswith("embedded prior") for line in lines)
