@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distvsd.prior.prompts import VIEWS
 from distvsd.prior.shapes.classifier import HEADS, SCENES, Predictions
 from distvsd.prior.shapes.world import COLORS, SHAPES
 
@@ -50,7 +49,7 @@ def expected_labels(prompt: str) -> Expected:
     """Reads the words of the shapes world out of any text; a text without them, `an object` too, expects nothing.
 
     The shape is the first one named, the colour the one before it or after `something`. An object that is described
-    without a face must show none; with one, a text that names the side, back or overhead view leaves the face open.
+    without a face must show none; with one, a text that names another view than the front leaves the face open.
     """
     text = " ".join(re.findall(r"[a-z]+", prompt.lower()))
     if re.search(r"\binside a room\b", text):
@@ -62,7 +61,8 @@ def expected_labels(prompt: str) -> Expected:
     if not shape and not colored:
         return Expected()
     face: int | None = int("with a face" in text)
-    if face and any(view in text for view in VIEWS[1:]):
+    view = re.search(r"\b(\w+) view\b", text)
+    if face and view and view.group(1) != "front":
         face = None
     return Expected(
         scene=SCENES.index("object"),

@@ -9,31 +9,34 @@ from torch import Tensor
 
 from distvsd.errors import PriorError
 
-VIEWS = ("front view", "side view", "back view", "overhead view")
-FRONT_BACK_DEG = 45.0  # half-width of the front and of the back sector
+SIDES = ("front view", "three-quarter view", "side view", "three-quarter back view", "back view")
+VIEWS = (*SIDES, *(f"{side} from above" for side in SIDES), "overhead view")
+# What a prior is not told it answers with a mean: of a cube turned every way, that is something round; of one seen from
+# every height, something that tapers below. So sides and heights are named in narrow sectors.
+SECTOR_DEG = 45.0  # width of a side's sector, the front's in the middle of the +x side
+ABOVE_DEG = 15.0  # elevation from which a view is from above
 OVERHEAD_DEG = 45.0  # elevation from which a view is overhead
 
 
 def view_index(elevation_deg: float, azimuth_deg: float) -> int:
     """Index into VIEWS; azimuth 0 is the front, in degrees of any turn."""
     if elevation_deg >= OVERHEAD_DEG:
-        return 3
+        return VIEWS.index("overhead view")
     turn = abs((azimuth_deg + 180.0) % 360.0 - 180.0)
-    if turn < FRONT_BACK_DEG:
-        return 0
-    return 2 if turn > 180.0 - FRONT_BACK_DEG else 1
+    return int(turn / SECTOR_DEG + 0.5) + len(SIDES) * (elevation_deg >= ABOVE_DEG)
 
 
 def view_suffix(elevation_deg: float, azimuth_deg: float) -> str:
-    """The words for a camera at this elevation and azimuth, "front view" for one on the +x side."""
+    """The words for a camera at this elevation and azimuth, "front view" for one low on the +x side."""
     return VIEWS[view_index(elevation_deg, azimuth_deg)]
 
 
 def view_indices(elevation: Tensor, azimuth: Tensor) -> Tensor:
     """`view_index` of many cameras at once: angles `[N]` in radians, result `[N]` int64."""
+    height = elevation.rad2deg()
     turn = ((azimuth.rad2deg() + 180.0) % 360.0 - 180.0).abs()
-    side = torch.where(turn < FRONT_BACK_DEG, 0, torch.where(turn > 180.0 - FRONT_BACK_DEG, 2, 1))
-    return torch.where(elevation.rad2deg() >= OVERHEAD_DEG, 3, side)
+    side = (turn / SECTOR_DEG + 0.5).long() + len(SIDES) * (height >= ABOVE_DEG)
+    return torch.where(height >= OVERHEAD_DEG, VIEWS.index("overhead view"), side)
 
 
 def with_view(prompt: str, view: str) -> str:

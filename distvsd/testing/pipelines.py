@@ -17,7 +17,10 @@ from distvsd.vsd.rng import Purpose, seeded
 
 Layout = Literal["sd15", "sd21", "shapes"]
 
-_WORDS = ("a", "red", "green", "blue", "cube", "sphere", "front", "side", "back", "overhead", "view", "with", "face")
+_WORDS = (
+    *("a", "red", "green", "blue", "cube", "sphere", "with", "face"),
+    *("front", "side", "back", "overhead", "three", "quarter", "view", "from", "above"),
+)
 _BEGIN, _END = "<|startoftext|>", "<|endoftext|>"
 _TOKENS = {"sd15": 77, "sd21": 77, "shapes": 16}
 _TEXT_WIDTH = {"sd15": 32, "sd21": 48, "shapes": 32}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from torch import Tensor
 from distvsd.cameras import Cameras
 from distvsd.errors import UsageError
 from distvsd.prior.codec import PatchCodec
+from distvsd.prior.folder import open_folder
 from distvsd.prior.shapes import world
 from distvsd.prior.shapes.captions import MAX_TOKENS, draw_captions, save_tokenizer, tokenize
 from distvsd.prior.shapes.train_classifier import train_classifier
@@ -38,10 +38,10 @@ NUM_TIMESTEPS = 1000
 # 48 through the last layers, and samples keep what does not fit as noise. Its error is weighted as that of v,
 # 1 / sigma^2, up to this.
 MAX_WEIGHT = 5.0
-# What an image shows is decided from high noise down: colour, then shape, then edges and faces, which noise has drowned
-# at sigma/alpha of DETAIL_GAIN, 0.6 of the range. This share of a batch is drawn from DECISIVE of the range on.
-DECISIVE = 0.3
-DECISIVE_SHARE = 0.7
+# What an image shows is decided from high noise down: colour and shape, then edges and faces, which noise has drowned
+# at sigma/alpha of DETAIL_GAIN, 0.6 of the range. So most of a batch is drawn from the upper end of the range: from
+# where, and the share that is drawn from there on.
+TIMESTEP_SHARES = ((0.0, 0.25), (0.3, 0.55), (0.85, 0.2))
 EMA = 0.998
 WARMUP = 300
 
@@ -49,7 +49,8 @@ WARMUP = 300
 @dataclass(frozen=True)
 class BuildConfig:
     """What a build depends on. num_images: size of the drawn data set. steps, batch_size, learning_rate: of the
-    training. start: folder of a pipeline of the same architecture to take the first weights from; "" for random ones.
+    training. start: folder of a pipeline of the same architecture to take the first weights from, "shapes" for the
+    embedded one's; "" for random ones.
     """
 
     seed: int = 0
@@ -64,33 +65,38 @@ class BuildConfig:
 
 
 def build(folder: Path, config: BuildConfig, device: str, report: Callable[[str], None], save_every: int = 500) -> None:
+    """Trains the pipeline, then the classifier beside it. Call it again with the same arguments to continue."""
+    build_pipeline(folder, config, device, report, save_every)
+    train_classifier(folder, config.seed, report=report)
+    report(f"written {folder}")
+
+
+def build_pipeline(
+    folder: Path, config: BuildConfig, device: str, report: Callable[[str], None], save_every: int = 500
+) -> None:
     """Trains and writes the pipeline to `folder`; `folder/build-state` holds what resuming needs and can be deleted
     after.
 
-    Call it again with the same arguments to continue. Raises UsageError if the folder holds another configuration's
-    state.
+    Raises UsageError if the folder holds another configuration's state, or `config.start` another architecture, and
+    PriorError if that is no pipeline's folder.
     """
+    start = open_folder(config.start).path if config.start else None
     folder.mkdir(parents=True, exist_ok=True)
     state = folder / "build-state"
     state.mkdir(exist_ok=True)
     _check_same(state / "config.json", config)
     images, labels, cameras = dataset(state / "images.safetensors", config, report)
-    if config.start:  # its weights know its tokenizer's numbers
-        shutil.copytree(Path(config.start) / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
-    else:
-        save_tokenizer(folder / "tokenizer")
+    save_tokenizer(folder / "tokenizer")
     _scheduler().save_pretrained(folder / "scheduler")
     PatchCodec(PATCH, LATENT_SCALE, DETAIL_GAIN).save_pretrained(folder / "vae")
     modules = _models(config, folder / "tokenizer")
-    if config.start:
-        _begin_with(modules, Path(config.start))
+    if start:
+        _begin_with(modules, start, folder / "tokenizer")
     modules.to(device)
     trainer = _Trainer(modules, config)
     trainer.load(state / "training.safetensors")
     train(trainer, images, labels, cameras, folder, config, report, save_every)
     trainer.write(folder)
-    train_classifier(folder, config.seed, report=report)
-    report(f"written {folder}")
 
 
 def dataset(path: Path, config: BuildConfig, report: Callable[[str], None]) -> tuple[Tensor, world.Labels, Cameras]:
@@ -162,11 +168,13 @@ def train(
 
 
 def _draw_timesteps(count: int, draw: torch.Generator) -> Tensor:
-    """A part over the whole range, the others over its decisive end; stratified, which lowers the loss's variance."""
-    decisive = round(DECISIVE_SHARE * count)
-    everywhere = _stratified(count - decisive, draw)
-    share = torch.cat((everywhere, DECISIVE + (1 - DECISIVE) * _stratified(decisive, draw)))
-    return (share * NUM_TIMESTEPS).long().clamp(max=NUM_TIMESTEPS - 1)
+    """By TIMESTEP_SHARES; stratified, which lowers the loss's variance."""
+    ends = torch.tensor([share for _, share in TIMESTEP_SHARES]).cumsum(0).mul(count).round().long().tolist()
+    parts = [
+        first + (1 - first) * _stratified(end - begin, draw)
+        for (first, _), begin, end in zip(TIMESTEP_SHARES, [0, *ends], ends, strict=False)
+    ]
+    return (torch.cat(parts) * NUM_TIMESTEPS).long().clamp(max=NUM_TIMESTEPS - 1)
 
 
 def _stratified(count: int, draw: torch.Generator) -> Tensor:
@@ -285,13 +293,27 @@ def _models(config: BuildConfig, tokenizer_folder: Path) -> torch.nn.ModuleDict:
     return torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
 
 
-def _begin_with(modules: torch.nn.ModuleDict, folder: Path) -> None:
+def _begin_with(modules: torch.nn.ModuleDict, folder: Path, tokenizer_folder: Path) -> None:
+    """The weights of the pipeline in `folder`; the embedding of a word moves to its number in this build's tokenizer,
+    and a word that was not there keeps its random one."""
+    from transformers import AutoTokenizer
+
+    old, new = (
+        AutoTokenizer.from_pretrained(path, local_files_only=True).get_vocab()
+        for path in (folder / "tokenizer", tokenizer_folder)
+    )
+    kept = [(number, old[word]) for word, number in new.items() if word in old]
+    to, origin = torch.tensor(kept).unbind(1)
     for part, module in modules.items():
         files = list((folder / part).glob("*.safetensors"))
         if len(files) != 1:
             raise UsageError(f"{folder / part} holds {len(files)} files of weights, not one: give a pipeline's folder")
+        weights, mine = load_file(files[0]), module.state_dict()
+        for name in weights:
+            if name.endswith("token_embedding.weight"):
+                weights[name] = mine[name].index_copy(0, to, weights[name][origin].to(mine[name].dtype))
         try:
-            module.load_state_dict(load_file(files[0]))
+            module.load_state_dict(weights)
         except RuntimeError as problem:
             raise UsageError(f"{files[0]} is of another architecture than this build: {problem}") from problem
 

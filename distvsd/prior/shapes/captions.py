@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from distvsd.cameras import Cameras
-from distvsd.prior.prompts import view_suffix
+from distvsd.prior.prompts import VIEWS, view_suffix
 from distvsd.prior.shapes.world import COLORS, SHAPES, Labels
 
 MAX_TOKENS = 16
@@ -66,8 +67,7 @@ def every_caption() -> list[str]:
                     texts.add(caption(other, color, face, -1, -1, level))
             for floor in range(len(COLORS)):
                 texts.add(caption(-1, -1, 0, color, floor, level))
-    views = ("front view", "side view", "back view", "overhead view")
-    return sorted(texts | {f"{text}, {view}" for text in texts if text and "room" not in text for view in views})
+    return sorted(texts | {f"{text}, {view}" for text in texts if text and "room" not in text for view in VIEWS})
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -80,7 +80,7 @@ def save_tokenizer(folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     special = ["<|startoftext|>", "<|endoftext|>", "<|unk|>"]
-    words = sorted({word for text in every_caption() for word in text.replace(",", " ,").split()})
+    words = sorted({word for text in every_caption() for word in re.findall(r"\w+|[^\w\s]", text)})
     letters = [chr(code) for code in range(33, 127)]
     pieces = dict.fromkeys([*special, *words, *letters, *(f"##{letter}" for letter in letters)])
     vocabulary = {piece: number for number, piece in enumerate(pieces)}

@@ -10,13 +10,13 @@ from torch import Tensor
 from distvsd.prior import Pipeline, load_prior
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
-IDS, VIEWS = torch.tensor([1, 0, 1, 1]), torch.tensor([0, 3, 1, 2])
+IDS, VIEWS = torch.tensor([1, 0, 1, 1]), torch.tensor([0, 10, 2, 8])
 TIMESTEPS = torch.tensor([20, 400, 700, 979])
 TEXTS = [
     "a blue sphere, front view",
     "a red cube, overhead view",
     "a blue sphere, side view",
-    "a blue sphere, back view",
+    "a blue sphere, three-quarter back view from above",
 ]
 
 

@@ -31,15 +31,21 @@ def table(prompts: list[str], view_dependent: bool = True, negative: str = "") -
     ("elevation", "azimuth", "view"),
     [
         (0, 0, "front view"),
-        (0, 44, "front view"),
-        (0, -44, "front view"),
-        (0, 46, "side view"),
-        (0, -90, "side view"),
-        (0, 134, "side view"),
-        (0, 136, "back view"),
+        (0, 22, "front view"),
+        (0, -22, "front view"),
+        (0, 23, "three-quarter view"),
+        (0, -67, "three-quarter view"),
+        (0, 68, "side view"),
+        (0, -112, "side view"),
+        (0, 113, "three-quarter back view"),
+        (0, 157, "three-quarter back view"),
+        (0, 158, "back view"),
         (0, -180, "back view"),
         (0, 360, "front view"),
-        (44, 540, "back view"),
+        (14, 0, "front view"),
+        (16, 0, "front view from above"),
+        (16, -90, "side view from above"),
+        (44, 540, "back view from above"),
         (46, 0, "overhead view"),
     ],
 )
@@ -51,7 +57,7 @@ def test_the_words_for_a_camera_follow_its_azimuth_and_from_above_its_elevation(
 
 
 def test_many_cameras_at_once_get_the_view_that_each_gets_alone() -> None:
-    pairs = [(elevation, azimuth) for elevation in (-30, 0, 44, 46, 80) for azimuth in range(-539, 540, 7)]
+    pairs = [(elevation, azimuth) for elevation in (-30, 0, 14, 16, 44, 46, 80) for azimuth in range(-539, 540, 7)]
     elevation, azimuth = torch.tensor(pairs, dtype=torch.float32).deg2rad().unbind(dim=1)
     indices = view_indices(elevation, azimuth)
     assert indices.dtype == torch.int64
@@ -60,20 +66,20 @@ def test_many_cameras_at_once_get_the_view_that_each_gets_alone() -> None:
 
 def test_each_particle_reads_its_own_prompt_with_and_without_its_view() -> None:
     texts, encoder = table(["a cat", "a dog"])
-    ids, views = torch.tensor([1, 0, 1]), torch.tensor([0, 2, 3])
+    ids, views = torch.tensor([1, 0, 1]), torch.tensor([0, 4, 10])
     assert encoder.read(texts.bare(ids)) == ["a dog", "a cat", "a dog"]
     assert encoder.read(texts.viewed(ids, views)) == ["a dog, front view", "a cat, back view", "a dog, overhead view"]
 
 
 def test_without_view_dependence_the_view_changes_nothing_and_no_suffixed_text_is_encoded() -> None:
     texts, encoder = table(["a cat"], view_dependent=False)
-    assert encoder.read(texts.viewed(torch.tensor([0, 0]), torch.tensor([1, 3]))) == ["a cat", "a cat"]
+    assert encoder.read(texts.viewed(torch.tensor([0, 0]), torch.tensor([1, 10]))) == ["a cat", "a cat"]
     assert encoder.texts == ["a cat", ""]
 
 
 def test_particles_that_share_a_prompt_share_its_encoding() -> None:
     _, encoder = table(["a cat"] * 500 + ["a dog"])
-    assert len(encoder.texts) == 2 * 5 + 1
+    assert len(encoder.texts) == 2 * 12 + 1
     assert len(set(encoder.texts)) == len(encoder.texts)
 
 
