@@ -23,6 +23,7 @@ from distvsd.parallel.strategies.choose import choose, refuse_missing, spreads_n
 from distvsd.parallel.strategies.flat import Flat
 from distvsd.parallel.world import World
 from distvsd.particles import Ensemble, ImageParticle, NerfParticle, Particle, Views
+from distvsd.particles.recompute import forgetful
 from distvsd.prior.load import load_prior
 from distvsd.prior.pipeline import Pipeline
 from distvsd.prior.prompts import view_indices
@@ -94,7 +95,7 @@ def build_run(
     strategy, score.holder = choose(config.parallel, world, score.network, score.local, _flat(config, world, score))
     loop = Loop(
         ensemble,
-        _encoder(prior, ensemble, config.particles.views, _names_cameras(config)),
+        _encoder(prior, ensemble, config),
         _objective(config, world, prior, score, strategy),
         Exchange(world, [len(ids) * views for ids in assigned]).start,
         functools.partial(_exclude, world),
@@ -170,6 +171,7 @@ def make_ensemble(
         micro_batch,
         device,
         particles.health,
+        particles.recompute,
     )
 
 
@@ -242,15 +244,14 @@ def _names_cameras(config: Config) -> bool:
     return config.particles.kind != "image" and config.score.camera_drop < 1
 
 
-def _encoder(
-    prior: Pipeline, ensemble: Ensemble, num_views: int, names_cameras: bool
-) -> Callable[[list[Views], int], Samples]:
+def _encoder(prior: Pipeline, ensemble: Ensemble, config: Config) -> Callable[[list[Views], int], Samples]:
     """Renders of a resolution to samples: latents with the graph, camera matrices, ids, named views, and weights.
 
-    The weight is 0 for latents that are not finite and for particles in quarantine, else 1. Without names_cameras the
-    matrices are zero, which the score network takes for no camera.
+    The weight is 0 for latents that are not finite and for particles in quarantine, else 1. Where the score network
+    reads no cameras the matrices are zero, which it takes for none.
     """
-    particle = ensemble.particle
+    particle, num_views, names_cameras = ensemble.particle, config.particles.views, _names_cameras(config)
+    encode_images = forgetful(prior.encode) if config.particles.recompute else prior.encode
 
     def encode(views: list[Views], resolution: int) -> Samples:
         if not views:
@@ -260,7 +261,7 @@ def _encoder(
         for view in views:
             images = view.rendered.images.flatten(0, 1)
             ids = view.ids.repeat_interleave(num_views)
-            latents = poison("latent", images if particle.is_latent else prior.encode(images), ids)
+            latents = poison("latent", images if particle.is_latent else encode_images(images), ids)
             cameras = view.cameras.flatten()
             matrices = cameras.extrinsics.flatten(1).float()
             parts.append(

@@ -128,9 +128,9 @@ class Trainer:
         if absent == self.config.particles.count:
             raise DivergedError(
                 f"all {absent} particles are quarantined after round {done.step + 1}; {self.paths.health} says why. "
-                "Where gradients were not finite lower particles.learning_rate or prior.guidance_scale, where memory "
-                "did not suffice lower render.resolution or samples a ray, or use more ranks; start anew or from an "
-                "older checkpoint"
+                "Where gradients were not finite lower particles.learning_rate or prior.guidance_scale; where memory "
+                "did not suffice set particles.recompute=true particles.micro_batch=1, or use more ranks. Start anew or "
+                "from an older checkpoint"
             )
 
     def _save(self, completed: int) -> None:

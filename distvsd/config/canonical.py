@@ -10,8 +10,8 @@ from typing import Any
 
 from distvsd.config.schema import Config, Schedule
 
-# What does not change the mathematics: where a run lies, what is kept and reported, how long ranks are waited for.
-BOOKKEEPING = ("run.dir", "parallel.timeout_s", "checkpoint.", "log.")
+# What changes no bit of the result: where a run lies, what is kept and reported, how long ranks are waited for.
+BOOKKEEPING = ("run.dir", "particles.recompute", "parallel.timeout_s", "checkpoint.", "log.")
 
 
 def to_dict(config: Config) -> dict[str, Any]:

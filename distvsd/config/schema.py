@@ -164,8 +164,11 @@ class ParticlesConfig:
     views: Positive = 1
     """Views rendered per particle and round."""
     micro_batch: Count = 0
-    """Particles per render call on a rank; 0 is all of them. It bounds the size of a call: what the backward pass needs
-    of all calls is kept until the end of the round."""
+    """Particles per render call on a rank; 0 is all of them. What the backward pass needs of every call is kept until
+    the end of the round, unless `recompute` is set."""
+    recompute: bool = False
+    """Renders and their encoding are computed again in the backward pass instead of kept: the same bits, with the
+    memory of one render call and not of all, and the time of rendering twice."""
     learning_rate: Annotated[Schedule, Range(0, 10)] = Schedule(((0, 0.01),))
     """Adam's rate for grids and pixels."""
     network_learning_rate: Annotated[Schedule, Range(0, 10)] = Schedule(((0, 0.001),))

@@ -22,6 +22,7 @@ from distvsd.particles.base import Keys, Parameters, Particle, Rendered
 from distvsd.particles.good import GOOD_EVERY, GoodStates, saved_place
 from distvsd.particles.group import Group
 from distvsd.particles.health import DefaultHealth, Health, HealthOptions, Update
+from distvsd.particles.recompute import forgetful
 from distvsd.testing.faults import fault, poison
 
 __all__ = ["Ensemble", "Group", "Update", "Views"]
@@ -54,9 +55,14 @@ class Ensemble:
         micro_batch: int,
         device: torch.device | str,
         health: HealthOptions | None = None,
+        recompute: bool = False,
     ) -> None:
-        """micro_batch: particles a group, 0 for all of them in one. health: None for the configuration's defaults."""
+        """micro_batch: particles a group, 0 for all of them in one. health: None for the configuration's defaults.
+
+        recompute: a group is drawn again in the backward pass, with the same bits, instead of being kept until then.
+        """
         self.particle, self.sampler, self.num_views, self.seed = particle, sampler, num_views, seed
+        self._render = forgetful(particle.render) if recompute else particle.render
         self.ids = list(ids)
         self._options: HealthOptions = health or DefaultHealth()
         self._health = {particle_id: Health() for particle_id in self.ids}
@@ -109,7 +115,7 @@ class Ensemble:
         try:
             fault("render", group.own)
             keys = Keys(self.seed, group.ids, step)
-            rendered = self.particle.render(group.parameters, cameras, resolution, keys)
+            rendered = self._render(group.parameters, cameras, resolution, keys)
         except torch.OutOfMemoryError:
             return None
         return dataclasses.replace(rendered, images=poison("render", rendered.images, group.ids))

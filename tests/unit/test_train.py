@@ -185,6 +185,18 @@ def test_a_micro_batch_bounds_every_call_of_the_unet_and_changes_only_rounding(
     torch.testing.assert_close(particles[0], particles[2], rtol=1e-3, atol=1e-4)
 
 
+def test_a_run_goes_on_with_recomputed_renders_as_if_nothing_had_changed(configured: Callable[..., Config]) -> None:
+    """Who ran out of memory continues the same run with particles.recompute, and gets the same bits."""
+    whole = configured("whole", schedule__rounds=4, checkpoint__every=2)
+    train(whole)
+    settings = {"schedule__rounds": 4, "checkpoint__every": 2, "checkpoint__asynchronous": "false"}
+    with injected("eio@round:step=2"), pytest.raises(OSError, match="injected at round"):
+        train(configured(**settings))
+    config = configured(**settings, particles__recompute="true")
+    assert train(config, resume="must") == 0
+    assert digest_of(config) == digest_of(whole)
+
+
 HOSTILE = {
     "empty": "",
     "10 kB": "a red cube, " * 854,

@@ -127,6 +127,7 @@ def test_pairs_and_whole_numbers_are_written_as_people_do() -> None:
         "checkpoint.every=1",
         "checkpoint.keep=9",
         "parallel.timeout_s=5",
+        "particles.recompute=true",
     ],
 )
 def test_the_digest_leaves_out_what_only_keeps_and_reports(tmp_path: Path, override: str) -> None:

@@ -1,0 +1,50 @@
+"""Renders that are thrown away and computed again: the same bits, and less kept between the two passes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from distvsd.particles import Ensemble
+from distvsd.testing.faults import injected
+from tests.unit.particles.test_nerf import NERF, SAMPLER
+
+IDS = (4, 9, 2)
+SIZE = 12
+
+
+def ensemble(recompute: bool, micro_batch: int = 1) -> Ensemble:
+    return Ensemble(NERF, IDS, SAMPLER, 2, 7, (0.9, 0.99), 1e-15, micro_batch, "cpu", recompute=recompute)
+
+
+def update(particles: Ensemble, step: int) -> tuple[list[int], int]:
+    """One round towards a fixed picture: who moved, and the bytes kept from the render to the backward pass."""
+    kept: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with saved_tensors_hooks(count, lambda tensor: tensor):
+        views = particles.render(step, SIZE)
+    latents = torch.cat([view.rendered.images.flatten(0, 1) for view in views])
+    return particles.update(views, latents, latents.detach() - 0.3, step).healthy, sum(kept.values())
+
+
+def test_recomputed_renders_move_particles_by_the_same_bits_and_keep_a_small_part() -> None:
+    kept, again = ensemble(recompute=False), ensemble(recompute=True)
+    for step in (0, 1, 2):
+        (moved, bytes_kept), (moved_again, bytes_again) = update(kept, step), update(again, step)
+        assert moved == moved_again == list(IDS)
+        assert bytes_again < 0.1 * bytes_kept
+    for particle_id in IDS:
+        for name, value in kept.parameters_of(particle_id).items():
+            assert torch.equal(value, again.parameters_of(particle_id)[name])
+
+
+def test_a_recomputed_render_that_does_not_fit_is_halved_like_any_other() -> None:
+    particles = ensemble(recompute=True, micro_batch=0)
+    with injected("oom@render:particle=9:nth=1"):
+        moved, _ = update(particles, 0)
+    assert sorted(moved) == sorted(IDS) and [group.own for group in particles.groups] == [[4], [9, 2]]
