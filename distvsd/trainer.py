@@ -129,8 +129,8 @@ class Trainer:
             raise DivergedError(
                 f"all {absent} particles are quarantined after round {done.step + 1}; {self.paths.health} says why. "
                 "Where gradients were not finite lower particles.learning_rate or prior.guidance_scale; where memory "
-                "did not suffice set particles.recompute=true particles.micro_batch=1, or use more ranks. Start anew or "
-                "from an older checkpoint"
+                "did not suffice set particles.recompute=true particles.micro_batch=1, or use more ranks. Start anew "
+                "or from an older checkpoint"
             )
 
     def _save(self, completed: int) -> None:
