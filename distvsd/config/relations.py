@@ -96,10 +96,13 @@ def _exact_rows(config: Config) -> str | None:
 
 
 def _micro_batch(config: Config) -> str | None:
-    strategy = config.parallel.strategy
-    if config.score.micro_batch == 0 or strategy not in ("ddp", "deepspeed"):
+    # The libraries' backward pass is one call, and a call of a network in parts must be every rank's.
+    if config.score.micro_batch == 0 or config.parallel.strategy == "flat":
         return None
-    return f"is {config.score.micro_batch}, but parallel.strategy {strategy} trains in one call; allowed: 0"
+    return (
+        f"is {config.score.micro_batch}, but parallel.strategy is {config.parallel.strategy}, which makes one call on "
+        "every rank; allowed: 0, or the strategy flat"
+    )
 
 
 RELATIONS = (

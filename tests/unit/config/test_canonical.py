@@ -84,7 +84,7 @@ def configs(draw: st.DrawFn) -> Config:
             config.score,
             replay_rounds=config.score.replay_rounds + 1,
             replay_share=config.score.replay_share / 2,
-            micro_batch=config.score.micro_batch if config.parallel.strategy in ("flat", "fsdp2") else 0,
+            micro_batch=config.score.micro_batch if config.parallel.strategy == "flat" else 0,
         ),
         render=replace(config.render, backend="auto"),
         parallel=config.parallel if any_strategy else replace(config.parallel, strategy="flat"),

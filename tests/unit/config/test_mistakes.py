@@ -77,7 +77,7 @@ BAD = [
         2,
         ["parallel.numerics is exact", "it 8192; allowed"],
     ),
-    ("score: {micro_batch: 4}\nparallel: {strategy: ddp}", 1, ["score.micro_batch is 4", "one call; allowed: 0"]),
+    ("score: {micro_batch: 4}\nparallel: {strategy: ddp}", 1, ["score.micro_batch is 4", "is ddp", "allowed: 0"]),
     ("parallel: {strategy: fsdp2, numerics: exact}", 1, ["parallel.strategy is fsdp2", "exact; allowed: flat"]),
     ("objective: {kind: sds}\nparallel: {strategy: ddp}", 2, ["parallel.strategy is ddp", "kind is sds"]),
     ("parallel: {numerics: exact}\nrender: {backend: nerfacc}", 2, ["render.backend is nerfacc", "exact", "torch"]),
