@@ -235,7 +235,7 @@ class ScoreConfig:
     """Share of each score batch drawn from the replay; above 0 needs replay_rounds."""
     micro_batch: Count = 0
     """Samples a call of either UNet, for the particles' gradient and in the score's training; 0 is all of a rank's at
-    once, fewer need less memory. Needs parallel.strategy flat; numerics: exact takes one particle a call in any case."""
+    once, fewer need less memory. Needs parallel.strategy flat; numerics exact takes one particle a call in any case."""
     learning_rate_scaling: Literal["none", "sqrt", "linear"] = "none"
     """How the rate grows with the number of samples gathered over one a round."""
     max_grad_norm: Weight = 0.0
