@@ -182,7 +182,10 @@ def _particle(config: Config, latent_shape: Callable[[int], tuple[int, int, int]
             size = config.render.resolution_at(config.schedule.rounds - 1)
             is_latent = particles.image.space == "latent"
             shape = latent_shape(size) if is_latent else (3, size, size)
-            return ImageParticle(shape, is_latent, particles.image.init_scale, particles.learning_rate.at)
+            image = particles.image
+            return ImageParticle(
+                shape, is_latent, image.init_scale, particles.learning_rate.at, init_color=image.init_color
+            )
         case "nerf":
             nerf = particles.nerf
             # Reading a dense level on CUDA adds its gradients in no fixed order; gathering can be made deterministic.

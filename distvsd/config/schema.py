@@ -95,6 +95,8 @@ class ImageConfig:
     """What is optimised: pixels, or the prior's latents."""
     init_scale: Weight = 0.1
     """Standard deviation of the initial values (pixels: around mid grey)."""
+    init_color: Weight = 0.0
+    """Half-width of the uniform colour that each particle begins with, added to all of its pixels (or latents)."""
 
 
 @dataclass(frozen=True)

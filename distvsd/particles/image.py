@@ -10,25 +10,31 @@ from torch import Tensor
 
 from distvsd.cameras import Cameras
 from distvsd.particles.base import Keys, Parameters, Rendered
-from distvsd.vsd.rng import Purpose, normal
+from distvsd.vsd.rng import Purpose, normal, uniform
 
 
 @dataclass(frozen=True)
 class ImageParticle:
     """Images of a fixed size: `shape` is (3, H, W) for pixels, (C, h, w) of the prior's latents otherwise.
 
-    Pixels start grey with normal noise of `init_scale`; latents start as normal noise of `init_scale`.
+    Pixels start grey with normal noise of `init_scale`; latents start as normal noise of `init_scale`. init_color:
+    half-width of the uniform colour of each particle, of pixels, or of latents, that is added to all of it.
     """
 
     shape: tuple[int, int, int]
     is_latent: bool
     init_scale: float
     learning_rate: Callable[[int], float]
+    init_color: float = 0.0
     deterministic: bool = True
 
     def init(self, seed: int, ids: Tensor) -> Parameters:
         start = 0.0 if self.is_latent else 0.5
-        return {"image": start + self.init_scale * normal(seed, Purpose.INIT, ids, 0, self.shape)}
+        image = start + self.init_scale * normal(seed, Purpose.INIT, ids, 0, self.shape)
+        if self.init_color > 0:
+            colour = uniform(seed, Purpose.INIT, ids, 0, (self.shape[0], 1, 1), lane=1)
+            image = image + self.init_color * (2 * colour - 1)
+        return {"image": image}
 
     def learning_rates(self, step: int) -> dict[str, float]:
         return {"image": self.learning_rate(step)}

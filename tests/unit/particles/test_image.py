@@ -25,3 +25,14 @@ def test_pixels_begin_grey_and_latents_around_zero_each_from_its_own_stream():
     assert abs(pixels[0].mean() - 0.5) < 0.01 and abs(pixels[0].std() - 0.1) < 0.01
     assert abs(latents[1].mean()) < 0.08 and abs(latents[1].std() - 1) < 0.06
     assert not torch.equal(pixels[0], pixels[1])
+
+
+def test_particles_that_begin_in_colours_have_one_each_within_the_given_range():
+    coloured, grey = (
+        ImageParticle((3, 8, 8), False, 0.1, lambda step: 0.1, init_color=color).init(0, IDS)["image"]
+        for color in (0.4, 0.0)
+    )
+    colours = coloured - grey
+    torch.testing.assert_close(colours, colours[:, :, :1, :1].expand_as(colours))
+    assert colours.abs().max() <= 0.4 + 1e-6 and colours.abs().max() > 0.1
+    assert len({tuple(colour.tolist()) for colour in colours[:, :, 0, 0]}) == len(IDS)
