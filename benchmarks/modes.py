@@ -55,6 +55,8 @@ def trained(out: Path, kind: str, count: int, rounds: int, seed: int, overrides:
         f"objective.t_max={{0: 0.98, {rounds * 2 // 5}: 0.9, {rounds * 7 // 10}: 0.5}}",
         f"particles.learning_rate={{linear: {{0: 0.015, {rounds}: 0.001}}}}",
         "particles.image.init_scale=0.02",
+        # Particles that begin alike overshoot together, and the crowd swings through the colours.
+        "particles.image.init_color=0.35",
         "score.learning_rate=3e-3",
         *overrides,
     ]
