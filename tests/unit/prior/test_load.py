@@ -14,6 +14,7 @@ from torch import Tensor
 
 import distvsd.prior.text
 from distvsd.prior import Pipeline, load_prior
+from distvsd.prior.prompts import VIEWS
 
 LAYOUTS = ("sd15", "sd21", "shapes")
 PROMPTS = ("a red cube", "a photo of the sphere", "")
@@ -33,7 +34,8 @@ def test_prompts_are_encoded_as_stable_diffusion_pipeline_encodes_them(
         torch.testing.assert_close(prior.texts.bare(torch.tensor([index])), wanted, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(prior.texts.negative, negative, rtol=1e-5, atol=1e-5)
     viewed, _ = reference.encode_prompt("a red cube, side view", "cpu", 1, False)
-    torch.testing.assert_close(prior.texts.viewed(torch.tensor([0]), torch.tensor([1])), viewed, rtol=1e-5, atol=1e-5)
+    side = torch.tensor([VIEWS.index("side view")])
+    torch.testing.assert_close(prior.texts.viewed(torch.tensor([0]), side), viewed, rtol=1e-5, atol=1e-5)
 
 
 def test_the_embedded_layout_encodes_prompts_with_its_own_tokenizer(shared_pipeline: Callable[..., Path]) -> None:
@@ -45,7 +47,7 @@ def test_the_embedded_layout_encodes_prompts_with_its_own_tokenizer(shared_pipel
     with torch.no_grad():
         wanted = CLIPTextModel.from_pretrained(folder / "text_encoder").eval()(ids).last_hidden_state
     prior = load_prior(str(folder), ["a red cube"])
-    viewed = prior.texts.viewed(torch.tensor([0]), torch.tensor([2]))
+    viewed = prior.texts.viewed(torch.tensor([0]), torch.tensor([VIEWS.index("back view")]))
     assert viewed.shape[1] == 16
     torch.testing.assert_close(viewed, wanted, rtol=1e-5, atol=1e-5)
 
