@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from distvsd.config.schema import Config, Schedule
 
-# What the fixed-point sum of `numerics: exact` can add without wrapping (distvsd/parallel/reduce.py).
+# What the fixed-point sum of `numerics: exact` can add without wrapping: `parallel.reduce.MAX_ADDENDS`, by a test.
 MOST_EXACT_ROWS = 2**13 - 1
 
 

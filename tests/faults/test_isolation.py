@@ -212,7 +212,7 @@ def test_a_particle_that_keeps_failing_is_put_back_then_quarantined_and_the_run_
     owner = ranks[STRUCK]
     assert [told["restored"] for told in owner["rounds"]] == [[], [STRUCK], [], [], [], []]
     assert [told["quarantined"] for told in owner["rounds"]] == [[], [], [], [STRUCK], [], []]
-    # Bad in rounds 0 to 3; from then on it is not even tried.
+    # Bad in rounds 0 to 3; from then on it is drawn, but neither moved nor counted.
     assert [told["unhealthy"] for told in owner["rounds"]] == [[STRUCK]] * 4 + [[]] * 2
     assert [told["absent"] for told in owner["rounds"]] == [[STRUCK]] * 6
     assert owner["health"][STRUCK] == {"bad": 0, "total": 4, "restores": 1, "quarantined": True, "good": "initial"}

@@ -223,3 +223,10 @@ def test_many_aliases_do_not_grow(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("\n".join(lines) + "\nprompt: *x12\n")
     assert "prompt entry 0" in refusal(path)
+
+
+def test_the_most_rows_of_exact_numerics_are_those_that_its_sum_can_add() -> None:
+    from distvsd.config.relations import MOST_EXACT_ROWS
+    from distvsd.parallel.reduce import MAX_ADDENDS
+
+    assert MOST_EXACT_ROWS == MAX_ADDENDS
