@@ -62,28 +62,28 @@ def reduce_gradients(
 ) -> Reduced:
     """Sums gradient vectors over this rank's micro-batches and all ranks; one collective, called by every rank.
 
-    vectors: `[G]` float32 each, on the world's device; none where a rank has no micro-batch. length: G.
-    extra_sums: `[k]` or `[m, k]` float64, rows are added (loss sums, counts); in exact mode give one row a
-    micro-batch, so that no addition happened before this one. Exact mode takes magnitudes below 2^20 and at most 8191
+    vectors: `[G]` float32 each, on the world's device; none where a rank has no micro-batch; each is asked for when the
+    one before has been added. length: G. extra_sums: `[k]` or `[m, k]`, rows are added in float64 (loss sums, counts),
+    and read after the last vector, so that computing one may fill them in; in exact mode give one row a micro-batch, so
+    that no addition happened before this one. Exact mode takes magnitudes below 2^20 and at most 8191
     micro-batches over all ranks, and raises `Flag.OVERFLOW` on every rank beyond that.
     """
-    rows = extra_sums.to(world.device, torch.float64)
-    rows = rows.reshape(-1, rows.shape[-1])
     fault("reduce")
     vectors = (poison("reduce", vector) for vector in vectors)
     match numerics:
         case "fast":
-            return _reduce_fast(world, vectors, length, rows)
+            return _reduce_fast(world, vectors, length, extra_sums)
         case "exact":
-            return _reduce_exact(world, vectors, length, rows)
+            return _reduce_exact(world, vectors, length, extra_sums)
     raise ValueError(f"numerics is {numerics!r}; known are 'fast' and 'exact'")
 
 
-def _reduce_fast(world: World, vectors: Iterable[Tensor], length: int, rows: Tensor) -> Reduced:
+def _reduce_fast(world: World, vectors: Iterable[Tensor], length: int, extra_sums: Tensor) -> Reduced:
     """One float32 buffer: gradient and sums."""
     total = torch.zeros(length, device=world.device)
     for vector in vectors:
         total += _checked(vector, length)
+    rows = _rows(extra_sums, world.device)
     packed = all_reduce_sum_(world, torch.cat((total, rows.sum(0).float())))
     gradient, sums = torch.split(packed, [length, rows.shape[1]])
     # The reduced values have the same bits on every rank and a non-finite addend never sums to a finite number, so
@@ -92,11 +92,13 @@ def _reduce_fast(world: World, vectors: Iterable[Tensor], length: int, rows: Ten
     return Reduced(gradient, Flag.NONFINITE if nonfinite else Flag(0), sums)
 
 
-def _reduce_exact(world: World, vectors: Iterable[Tensor], length: int, rows: Tensor) -> Reduced:
+def _reduce_exact(world: World, vectors: Iterable[Tensor], length: int, extra_sums: Tensor) -> Reduced:
     """One int64 buffer: both words of gradient and sums, how much did not fit, the number of addends."""
-    gradient, sums = _FixedPoint(length, world.device), _FixedPoint(rows.shape[1], world.device)
+    gradient = _FixedPoint(length, world.device)
     for vector in vectors:
         gradient.add(_checked(vector, length))
+    rows = _rows(extra_sums, world.device)
+    sums = _FixedPoint(rows.shape[1], world.device)
     for row in rows:
         sums.add(row)
     addends = gradient.words.new_tensor(max(gradient.addends, sums.addends))
@@ -131,6 +133,10 @@ class _FixedPoint:
         rest = wide - coarse * 2.0**-COARSE_BITS  # exact: the rest is a multiple of the last bit of `wide`
         self.words[0] += coarse.long()
         self.words[1] += (rest * 2.0**FINE_BITS).round().long()
+
+
+def _rows(extra_sums: Tensor, device: torch.device) -> Tensor:
+    return extra_sums.to(device, torch.float64).reshape(-1, extra_sums.shape[-1])
 
 
 def _value(words: Tensor) -> Tensor:

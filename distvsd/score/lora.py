@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -135,25 +135,28 @@ class LoraScore:
         keep_camera: Tensor,
         denominator: float,
         micro_batches: Sequence[slice],
-    ) -> tuple[list[Tensor], Tensor]:
+    ) -> tuple[Iterator[Tensor], Tensor]:
         """One flat float32 gradient [G] for each micro-batch, and the detached losses of all samples, [N].
 
+        A gradient is computed when the iterator is asked for it, so that no two are held; the losses of its rows are
+        written then, and are whole when the iterator has ended.
         A micro-batch's gradient is that of sum_i weight_i loss_i / denominator over its rows, so their sum is the
         whole batch's. denominator: the global weight, say, equal on every rank. micro_batches: slices that cover the
         rows once, each one UNet call. A masked sample (weight 0) changes no bit, whatever it holds; its loss reads 0.
         """
-        flats, losses = [], noise.new_zeros(len(samples), dtype=torch.float32)
+        losses = noise.new_zeros(len(samples), dtype=torch.float32)
         scale = self.loss_scale(samples.latents, denominator)
-        for rows in micro_batches:
+
+        def flat(rows: slice) -> Tensor:
             batch = samples[rows]
             if not len(batch):
-                flats.append(noise.new_zeros(sum(self.num_parameters), dtype=torch.float32))
-                continue
+                return noise.new_zeros(sum(self.num_parameters), dtype=torch.float32)
             factor = scale / denominator
             objective, losses[rows] = self.objective(batch, timesteps[rows], noise[rows], keep_camera[rows], factor)
             gradients = torch.autograd.grad(objective, list(self.trainable.values()))
-            flats.append(torch.cat([gradient.reshape(-1) for gradient in gradients]) / scale)
-        return flats, losses
+            return torch.cat([gradient.reshape(-1) for gradient in gradients]) / scale
+
+        return map(flat, micro_batches), losses
 
     def objective(
         self, samples: Samples, timesteps: Tensor, noise: Tensor, keep_camera: Tensor, factor: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import torch
@@ -50,8 +51,8 @@ class Work:
         zero."""
         return self.score.loss_scale(self.draws.samples.latents, self.denominator)
 
-    def gradients(self) -> tuple[list[Tensor], Tensor]:
-        """See `LoraScore.gradients`: a flat gradient `[G]` a micro-batch, and the losses `[N]`."""
+    def gradients(self) -> tuple[Iterator[Tensor], Tensor]:
+        """See `LoraScore.gradients`: a flat gradient `[G]` a micro-batch, and the losses `[N]`, whole at its end."""
         return self.score.gradients(*self._columns(), self.denominator, self.micro_batches)
 
     def objective(self, factor: float) -> tuple[Tensor, Tensor]:

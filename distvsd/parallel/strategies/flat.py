@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -23,8 +23,8 @@ class Reduced(Protocol):
     def usable(self) -> bool: ...
 
 
-Reduce = Callable[[Sequence[Tensor], Tensor], Reduced]
-"""(gradients of this rank's micro-batches, float64 rows to sum) -> Reduced. Collective."""
+Reduce = Callable[[Iterable[Tensor], Tensor], Reduced]
+"""(gradients of this rank's micro-batches, rows to sum, read after the gradients) -> Reduced. Collective."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,9 @@ class Flat:
     def step(self, work: Work, learning_rate: float) -> Taken:
         """See `score.base.Strategy`. Looks at the gradient before it is used; one collective."""
         vectors, rows = work.gradients()
-        reduced = self.reduce(vectors, rows.double()[:, None])
+        reduced = self.reduce(vectors, rows[:, None])
         if reduced.usable:
             self.move(reduced.gradient, learning_rate)
             return Taken(True, float(reduced.sums[0]), rows, True)
-        return Taken(False, float(reduced.sums[0]), rows, all(bool(vector.isfinite().all()) for vector in vectors))
+        sound = all(bool(vector.isfinite().all()) for vector in work.gradients()[0])  # computed again: it is rare
+        return Taken(False, float(reduced.sums[0]), rows, sound)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from distvsd.cameras import Cameras
@@ -24,8 +24,16 @@ from distvsd.errors import UsageError
 from distvsd.prior.codec import PatchCodec
 from distvsd.prior.folder import open_folder
 from distvsd.prior.shapes import world
-from distvsd.prior.shapes.captions import MAX_TOKENS, draw_captions, save_tokenizer, tokenize
+from distvsd.prior.shapes.captions import (
+    LEVELS,
+    MAX_TOKENS,
+    draw_captions,
+    draw_levels,
+    save_tokenizer,
+    tokenize,
+)
 from distvsd.prior.shapes.train_classifier import train_classifier
+from distvsd.prior.shapes.trainer import Trainer, save_atomically
 from distvsd.vsd.rng import Purpose, generator, seeded
 
 PATCH = 4
@@ -42,8 +50,10 @@ MAX_WEIGHT = 5.0
 # at sigma/alpha of DETAIL_GAIN, 0.6 of the range. So most of a batch is drawn from the upper end of the range: from
 # where, and the share that is drawn from there on.
 TIMESTEP_SHARES = ((0.0, 0.25), (0.3, 0.55), (0.85, 0.2))
-EMA = 0.998
-WARMUP = 300
+# A cube is the one shape that every turn of the camera changes, so it takes more images than the others to learn. It is
+# drawn that many times as often as another shape where the caption names the shape; there alone, so that what a caption
+# stands for stays the same, and "an object" is any shape.
+CUBE_WEIGHT = 4.0
 
 
 @dataclass(frozen=True)
@@ -93,7 +103,7 @@ def build_pipeline(
     if start:
         _begin_with(modules, start, folder / "tokenizer")
     modules.to(device)
-    trainer = _Trainer(modules, config)
+    trainer = Trainer(modules, config.learning_rate, config.steps)
     trainer.load(state / "training.safetensors")
     train(trainer, images, labels, cameras, folder, config, report, save_every)
     trainer.write(folder)
@@ -113,7 +123,7 @@ def dataset(path: Path, config: BuildConfig, report: Callable[[str], None]) -> t
             chunks.append((drawn * 255).round().byte().contiguous())
             if first % 5000 == 0:
                 report(f"drawn {first} of {config.num_images} images, {time.monotonic() - start:.0f} s")
-        _save_atomically({"images": torch.cat(chunks)}, path)
+        save_atomically({"images": torch.cat(chunks)}, path)
     with safe_open(path, "pt") as file:
         return file.get_tensor("images"), labels, cameras
 
@@ -127,7 +137,7 @@ def alphas_cumprod() -> Tensor:
 
 
 def train(
-    trainer: _Trainer,
+    trainer: Trainer,
     images: Tensor,
     labels: world.Labels,
     cameras: Cameras,
@@ -146,8 +156,9 @@ def train(
     start, first_step = time.monotonic(), trainer.step
     while trainer.step < config.steps:
         draw = generator(config.seed, Purpose.BUILD, 1, trainer.step)
-        pick = torch.randint(config.num_images, (config.batch_size,), generator=draw)
-        texts = draw_captions(labels[pick], cameras[pick], draw)
+        levels = draw_levels(config.batch_size, draw)
+        pick = draw_images(labels, levels, draw)
+        texts = draw_captions(labels[pick], cameras[pick], levels, draw)
         latents = codec.encode(images[pick].float() / 255)
         timesteps = _draw_timesteps(config.batch_size, draw)
         noise = torch.randn(latents.shape, generator=draw)
@@ -167,6 +178,14 @@ def train(
             trainer.write(folder)
 
 
+def draw_images(labels: world.Labels, levels: Tensor, draw: torch.Generator) -> Tensor:
+    """The number of an image for each caption level `[N]`: any, or by CUBE_WEIGHT where the caption names the shape."""
+    weights = torch.where(labels.shape == world.SHAPES.index("cube"), CUBE_WEIGHT, 1.0)
+    names_shape = torch.isin(levels, torch.tensor([LEVELS.index("full"), LEVELS.index("shape")]))
+    weighted = torch.multinomial(weights, len(levels), replacement=True, generator=draw)
+    return weighted.where(names_shape, torch.randint(len(weights), (len(levels),), generator=draw))
+
+
 def _draw_timesteps(count: int, draw: torch.Generator) -> Tensor:
     """By TIMESTEP_SHARES; stratified, which lowers the loss's variance."""
     ends = torch.tensor([share for _, share in TIMESTEP_SHARES]).cumsum(0).mul(count).round().long().tolist()
@@ -180,83 +199,6 @@ def _draw_timesteps(count: int, draw: torch.Generator) -> Tensor:
 def _stratified(count: int, draw: torch.Generator) -> Tensor:
     """One uniform number in each of `count` equal parts of [0, 1)."""
     return (torch.arange(count) + torch.rand(count, generator=draw)) / count
-
-
-class _Trainer:
-    """The models, their moving average and the optimiser, as one resumable thing."""
-
-    def __init__(self, modules: torch.nn.ModuleDict, config: BuildConfig) -> None:
-        self.modules = modules
-        self.config = config
-        self.device = next(modules.parameters()).device
-        self.average = {name: value.detach().clone() for name, value in modules.named_parameters()}
-        self.optimizer = torch.optim.AdamW(
-            modules.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2
-        )
-        self.step = 0
-
-    def update(self, noisy: Tensor, timesteps: Tensor, tokens: Tensor, target: Tensor, weight: Tensor) -> float:
-        progress = self.step / self.config.steps
-        decay = 0.5 * (1 + math.cos(math.pi * progress))
-        self.optimizer.param_groups[0]["lr"] = self.config.learning_rate * min(1.0, (self.step + 1) / WARMUP) * decay
-        text: Tensor = self.modules["text_encoder"](tokens.to(self.device))[0]
-        predicted = self.modules["unet"](noisy.to(self.device), timesteps.to(self.device), text).sample
-        loss = (weight.to(self.device) * (predicted - target.to(self.device)).square()).mean()
-        self.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
-        self.optimizer.step()
-        self.step += 1
-        # The average follows faster at first, so that it forgets the random start.
-        towards = 1 - min(EMA, (self.step + 1) / (self.step + 10))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.values()), list(self.modules.parameters()), towards)
-        return float(loss.detach())
-
-    def save(self, path: Path) -> None:
-        tensors = {f"model/{name}": value.detach() for name, value in self.modules.named_parameters()}
-        tensors |= {f"average/{name}": value for name, value in self.average.items()}
-        for (name, _), moments in zip(self.modules.named_parameters(), self.optimizer.state.values(), strict=True):
-            tensors |= {f"{key}/{name}": moments[key] for key in ("exp_avg", "exp_avg_sq")}
-        _save_atomically({"step": torch.tensor(self.step)} | {k: v.contiguous() for k, v in tensors.items()}, path)
-
-    def load(self, path: Path) -> None:
-        if not path.exists():
-            return
-        with safe_open(path, "pt") as file:
-            self.step = int(file.get_tensor("step"))
-            for name, value in self.modules.named_parameters():
-                value.data.copy_(file.get_tensor(f"model/{name}"))
-                self.average[name].copy_(file.get_tensor(f"average/{name}"))
-                self.optimizer.state[value] = {
-                    "step": torch.tensor(float(self.step)),
-                    "exp_avg": file.get_tensor(f"exp_avg/{name}").to(self.device),
-                    "exp_avg_sq": file.get_tensor(f"exp_avg_sq/{name}").to(self.device),
-                }
-
-    def write(self, folder: Path) -> None:
-        """The moving average, in half precision, in the layout of a diffusers pipeline."""
-        live = {name: value.detach().clone() for name, value in self.modules.named_parameters()}
-        for name, value in self.modules.named_parameters():
-            value.data.copy_(self.average[name])
-        for part in ("unet", "text_encoder"):
-            module: Any = self.modules[part]
-            # Saved in half precision from a copy of the weights, so that training goes on in single precision.
-            module.half().save_pretrained(folder / part, safe_serialization=True)
-            module.float()
-            for file in (folder / part).iterdir():
-                file.chmod(0o644)  # the libraries write weights that only their owner can read
-        for name, value in self.modules.named_parameters():
-            value.data.copy_(live[name])
-        index = {
-            "_class_name": "StableDiffusionPipeline",
-            "scheduler": ["diffusers", "DDIMScheduler"],
-            "text_encoder": ["transformers", "CLIPTextModel"],
-            "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
-            "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["distvsd.prior.codec", "PatchCodec"],
-        }
-        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _models(config: BuildConfig, tokenizer_folder: Path) -> torch.nn.ModuleDict:
@@ -338,9 +280,3 @@ def _check_same(path: Path, config: BuildConfig) -> None:
     if path.exists() and json.loads(path.read_text()) != current:
         raise UsageError(f"{path} was begun with another configuration; give the same one or another folder")
     path.write_text(json.dumps(current, indent=2) + "\n")
-
-
-def _save_atomically(tensors: dict[str, Tensor], path: Path) -> None:
-    staged = path.with_suffix(".staged")
-    save_file(tensors, staged)
-    staged.replace(path)

@@ -40,18 +40,21 @@ def caption(shape: int, color: int, face: int, wall: int, floor: int, level: str
     return subject + (" with a face" if face else "")
 
 
-def draw_captions(labels: Labels, cameras: Cameras, generator: torch.Generator) -> list[str]:
-    """A random caption for each image, with the view named in a share of those that show an object."""
-    count = labels.shape.shape[0]
-    levels = torch.multinomial(LEVEL_WEIGHTS, count, replacement=True, generator=generator).tolist()
-    suffixed = (torch.rand(count, generator=generator) < SUFFIX_SHARE).tolist()
+def draw_levels(count: int, generator: torch.Generator) -> Tensor:
+    """Random indices into LEVELS, by LEVEL_WEIGHTS, int64 `[count]`."""
+    return torch.multinomial(LEVEL_WEIGHTS, count, replacement=True, generator=generator)
+
+
+def draw_captions(labels: Labels, cameras: Cameras, levels: Tensor, generator: torch.Generator) -> list[str]:
+    """A caption for each image, of its level `[N]`; the view is named in a share of those that show an object."""
+    suffixed = (torch.rand(len(levels), generator=generator) < SUFFIX_SHARE).tolist()
     rows = torch.stack((labels.shape, labels.color, labels.face, labels.wall, labels.floor), dim=1).tolist()
     views = [
         view_suffix(math.degrees(e), math.degrees(a))
         for e, a in zip(cameras.elevation.tolist(), cameras.azimuth.tolist(), strict=True)
     ]
     texts = []
-    for row, level, named, view in zip(rows, levels, suffixed, views, strict=True):
+    for row, level, named, view in zip(rows, levels.tolist(), suffixed, views, strict=True):
         text = caption(row[0], row[1], row[2], row[3], row[4], LEVELS[level])
         texts.append(f"{text}, {view}" if named and text and row[3] < 0 else text)
     return texts

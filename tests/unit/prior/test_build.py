@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from distvsd.errors import PriorError, UsageError
 from distvsd.prior import load_prior
-from distvsd.prior.shapes import build
-from distvsd.prior.shapes.build import BuildConfig, build_pipeline
+from distvsd.prior.shapes import world
+from distvsd.prior.shapes.build import BuildConfig, build_pipeline, draw_images
+from distvsd.prior.shapes.captions import LEVELS
+from distvsd.prior.shapes.trainer import Trainer
 
 TINY = BuildConfig(num_images=12, steps=5, batch_size=4, channels=(16, 32), text_width=16, text_layers=1)
 
@@ -46,15 +48,15 @@ def test_a_build_writes_an_ordinary_pipeline_that_draws_images(whole: Path) -> N
 def test_a_build_that_is_stopped_and_called_again_ends_with_the_bits_of_one_that_was_not(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    update = build._Trainer.update
+    update = Trainer.update
 
-    def stopped(trainer: build._Trainer, *arguments: torch.Tensor) -> float:
+    def stopped(trainer: Trainer, *arguments: torch.Tensor) -> float:
         if trainer.step == 3:  # one step after the last save
             raise KeyboardInterrupt
         return update(trainer, *arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(build._Trainer, "update", stopped)
+        patch.setattr(Trainer, "update", stopped)
         built(tmp_path)
     expected, found = weights(whole), weights(built(tmp_path))
     assert expected.keys() == found.keys()
@@ -96,3 +98,15 @@ def test_a_start_that_is_no_pipeline_is_refused_before_anything_is_written(tmp_p
     with pytest.raises(PriorError, match="nowhere"):
         built(tmp_path / "new", replace(TINY, start=str(tmp_path / "nowhere")))
     assert not (tmp_path / "new").exists()
+
+
+def test_cubes_are_drawn_four_times_as_often_as_another_shape_only_where_the_caption_names_the_shape() -> None:
+    drawn, none = torch.arange(len(world.SHAPES)), torch.full((len(world.SHAPES),), -1)
+    one_of_each = world.Labels(drawn, drawn, drawn, none, none)
+    for level, share in (("full", 4 / 8), ("shape", 4 / 8), ("color", 1 / 5), ("object", 1 / 5), ("empty", 1 / 5)):
+        levels = torch.full((4000,), LEVELS.index(level))
+        pick = draw_images(one_of_each, levels, torch.Generator().manual_seed(0))
+        counts = pick.bincount(minlength=len(world.SHAPES)) / len(pick)
+        expected = torch.full((len(world.SHAPES),), (1 - share) / 4)
+        expected[world.SHAPES.index("cube")] = share
+        assert (counts - expected).abs().max() < 0.03, level  # four standard deviations of a share of one half
