@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -48,8 +48,11 @@ class Score(Protocol):
         keep_camera: Tensor,
         denominator: float,
         micro_batches: Sequence[slice],
-    ) -> tuple[list[Tensor], Tensor]:
-        """One flat gradient [G] of sum(weight * loss) / denominator for each micro-batch, and the losses [N]."""
+    ) -> tuple[Iterator[Tensor], Tensor]:
+        """One flat gradient [G] of sum(weight * loss) / denominator for each micro-batch, and the losses [N].
+
+        A gradient is computed when it is asked for, and the losses of its rows are written then.
+        """
         ...
 
     def step(self, flat_gradient: Tensor, learning_rate: float) -> None:

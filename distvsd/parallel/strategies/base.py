@@ -24,7 +24,7 @@ class Work(Protocol):
         """What the objective is to be multiplied by in the backward pass, against float16's rounding to zero."""
         ...
 
-    def gradients(self) -> tuple[list[Tensor], Tensor]:
+    def gradients(self) -> tuple[Iterator[Tensor], Tensor]:
         """A flat gradient `[G]` float32 for each micro-batch, whose sum over all ranks is the step's; row losses."""
         ...
 
