@@ -193,6 +193,7 @@ def distil(mixture: Mixture, settings: Settings, watch: Callable[[int, Tensor], 
         network = NetworkScore(base, alphas_cumprod, rounds * steps, seed)
         options = SimpleNamespace(
             steps_per_round=steps,
+            batch_size=0,
             learning_rate=settings.score_learning_rate,
             learning_rate_scaling="none",
             camera_drop=0.0,

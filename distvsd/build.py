@@ -81,7 +81,7 @@ def build_run(
         unet_device="cpu" if spreads_network(config.parallel, world) else None,
     )
     assigned = owners(config.particles.count, world.size)
-    ensemble = make_ensemble(config, prior.latent_shape, assigned[world.rank], world.device)
+    ensemble = make_ensemble(config, prior, assigned[world.rank], world.device)
     score = LoraScore(
         prior.unet,
         prior.alphas_cumprod,
@@ -154,14 +154,12 @@ def _score_training(config: Config, world: World, score: LoraScore, strategy: St
     )
 
 
-def make_ensemble(
-    config: Config, latent_shape: Callable[[int], tuple[int, int, int]], ids: Sequence[int], device: torch.device | str
-) -> Ensemble:
-    """Fresh particles `ids` of this configuration. latent_shape: the prior's latents for a resolution."""
+def make_ensemble(config: Config, prior: Pipeline | None, ids: Sequence[int], device: torch.device | str) -> Ensemble:
+    """Fresh particles `ids` of this configuration. prior: whose latents they are, where they are latents."""
     particles = config.particles
     micro_batch = 1 if config.parallel.numerics == "exact" else particles.micro_batch
     return Ensemble(
-        _particle(config, latent_shape, torch.device(device)),
+        _particle(config, prior, torch.device(device)),
         ids,
         OrbitSampler(config.cameras.elevation, config.cameras.azimuth, config.cameras.distance, config.cameras.fovy),
         particles.views,
@@ -175,17 +173,23 @@ def make_ensemble(
     )
 
 
-def _particle(config: Config, latent_shape: Callable[[int], tuple[int, int, int]], device: torch.device) -> Particle:
+@torch.no_grad()
+def _encode_plain(prior: Pipeline, size: int, colors: Tensor) -> Tensor:
+    """Latents of plain pictures of `colors` `[P, 3, 1, 1]`; one a call: no bit depends on who else is on the rank."""
+    return torch.cat([prior.encode(color.expand(1, 3, size, size)) for color in colors])
+
+
+def _particle(config: Config, prior: Pipeline | None, device: torch.device) -> Particle:
     particles, exact = config.particles, config.parallel.numerics == "exact"
     match particles.kind:
         case "image":
             size = config.render.resolution_at(config.schedule.rounds - 1)
-            is_latent = particles.image.space == "latent"
-            shape = latent_shape(size) if is_latent else (3, size, size)
-            image = particles.image
-            return ImageParticle(
-                shape, is_latent, image.init_scale, particles.learning_rate.at, init_color=image.init_color
-            )
+            image, rate = particles.image, particles.learning_rate.at
+            if image.space == "pixel":
+                return ImageParticle((3, size, size), False, image.init_scale, rate, image.init_color)
+            assert prior is not None, "particles in latents need the prior whose latents they are"
+            encode = functools.partial(_encode_plain, prior, size)
+            return ImageParticle(prior.latent_shape(size), True, image.init_scale, rate, image.init_color, encode)
         case "nerf":
             nerf = particles.nerf
             # Reading a dense level on CUDA adds its gradients in no fixed order; gathering can be made deterministic.

@@ -193,8 +193,7 @@ def _unet_samples(config: Config, largest_shard: int, world: int) -> dict[str, i
     The score trains on all ranks' samples and on replayed ones, cut into equal slices whoever rendered them.
     """
     local, total = largest_shard * config.particles.views, config.particles.count * config.particles.views
-    replay = config.score.replay_share
-    batch = total + round(total * replay / (1 - replay))
+    batch = config.score.rows_a_step(total)
     return {
         "prior": local * (1 if config.prior.guidance_scale in (0, 1) else 2),
         "score": local * _score_passes(config),

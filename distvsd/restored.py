@@ -66,7 +66,7 @@ def load_particles(run_dir: Path, device: str | None = None, most: int | None = 
     prior = load_prior(config.prior.path, [""], device=device) if is_latent else None
     entries = checkpoint.manifest.particles[:most]
     ids = [entry.id for entry in entries]
-    ensemble = make_ensemble(config, prior.latent_shape if prior else lambda size: (3, size, size), ids, device)
+    ensemble = make_ensemble(config, prior, ids, device)
     for entry in entries:
         ensemble.load_state(entry.id, checkpoint.read(entry.file), entry.health)
     health = {entry.id: entry.health for entry in checkpoint.manifest.particles}

@@ -85,13 +85,12 @@ def _strategy_without_score(config: Config) -> str | None:
 
 
 def _exact_rows(config: Config) -> str | None:
-    samples, share = config.particles.count * config.particles.views, config.score.replay_share
-    rows = samples + round(samples * share / (1 - share))
+    rows = config.score.rows_a_step(config.particles.count * config.particles.views)
     if config.parallel.numerics != "exact" or config.objective.kind == "sds" or rows <= MOST_EXACT_ROWS:
         return None
     return (
         f"is exact, which adds at most {MOST_EXACT_ROWS} samples a score step, but count, views and replay_share make "
-        f"it {rows}; allowed: fast, or fewer"
+        f"it {rows}; allowed: fast, fewer, or score.batch_size"
     )
 
 

@@ -94,9 +94,9 @@ class ImageConfig:
     space: Literal["pixel", "latent"] = "pixel"
     """What is optimised: pixels, or the prior's latents."""
     init_scale: Weight = 0.1
-    """Standard deviation of the initial values (pixels: around mid grey)."""
+    """Standard deviation of the noise on the initial values (mid grey, or latents of 0 where init_color is 0)."""
     init_color: Weight = 0.0
-    """Half-width of the uniform colour that each particle begins with, added to all of its pixels (or latents)."""
+    """Half-width of the uniform RGB by which the plain picture that a particle begins as differs from mid grey."""
 
 
 @dataclass(frozen=True)
@@ -223,6 +223,9 @@ class ScoreConfig:
     """Rank of the adapter."""
     steps_per_round: Positive = 1
     """Optimiser steps of the adapter per round (K)."""
+    batch_size: Count = 0
+    """Renders of a round that each of its steps trains on, dealt so that steps take different ones; 0 is all, in every
+    step. K steps on a K-th each cost what one step on all does, and the score follows the particles sooner."""
     learning_rate: LearningRate = 1e-4
     """AdamW's rate after the warm-up."""
     warmup: Count = 500
@@ -244,6 +247,11 @@ class ScoreConfig:
     """Gradients are clipped to this norm; 0 is off."""
     max_skipped: Positive = 20
     """Optimiser steps in a row left out because a gradient was not finite, after which the run ends."""
+
+    def rows_a_step(self, renders: int) -> int:
+        """Samples that one step trains on, replayed ones with them, of a round of `renders`."""
+        fresh = min(self.batch_size, renders) or renders
+        return fresh + round(fresh * self.replay_share / (1 - self.replay_share))
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from distvsd.vsd.rng import Purpose, normal, uniform
 class ImageParticle:
     """Images of a fixed size: `shape` is (3, H, W) for pixels, (C, h, w) of the prior's latents otherwise.
 
-    Pixels start grey with normal noise of `init_scale`; latents start as normal noise of `init_scale`. init_color:
-    half-width of the uniform colour of each particle, of pixels, or of latents, that is added to all of it.
+    Each starts as normal noise of `init_scale`, around grey pixels or around latents of 0. init_color: half-width of
+    the uniform RGB by which the plain picture under the noise differs from mid grey, for each particle its own.
+    encode: brings plain pictures, `[P, 3, 1, 1]`, to latents `[P, C, h, w]`; latents that start in colours need it.
     """
 
     shape: tuple[int, int, int]
@@ -26,15 +27,15 @@ class ImageParticle:
     init_scale: float
     learning_rate: Callable[[int], float]
     init_color: float = 0.0
+    encode: Callable[[Tensor], Tensor] | None = None
     deterministic: bool = True
 
     def init(self, seed: int, ids: Tensor) -> Parameters:
-        start = 0.0 if self.is_latent else 0.5
-        image = start + self.init_scale * normal(seed, Purpose.INIT, ids, 0, self.shape)
-        if self.init_color > 0:
-            colour = uniform(seed, Purpose.INIT, ids, 0, (self.shape[0], 1, 1), lane=1)
-            image = image + self.init_color * (2 * colour - 1)
-        return {"image": image}
+        noise = self.init_scale * normal(seed, Purpose.INIT, ids, 0, self.shape)
+        color = 0.5 + self.init_color * (2 * uniform(seed, Purpose.INIT, ids, 0, (3, 1, 1), lane=1) - 1)
+        if not self.is_latent:
+            return {"image": color + noise}
+        return {"image": noise if self.encode is None or self.init_color == 0 else self.encode(color) + noise}
 
     def learning_rates(self, step: int) -> dict[str, float]:
         return {"image": self.learning_rate(step)}

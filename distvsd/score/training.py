@@ -32,6 +32,8 @@ class TrainingOptions(Protocol):
     @property
     def steps_per_round(self) -> int: ...
     @property
+    def batch_size(self) -> int: ...
+    @property
     def learning_rate(self) -> float: ...
     @property
     def learning_rate_scaling(self) -> str: ...
@@ -154,12 +156,23 @@ class ScoreTraining:
             return on_policy_lag(self.score, union[:LAG_SAMPLES], old[:LAG_SAMPLES], self.seed, step)
 
     def _batch(self, union: Samples, step: int, lane: int) -> Samples:
-        extra = round(len(union) * self.options.replay_share / (1 - self.options.replay_share))
+        """What step `lane` of the round trains on: its share of the union, and of the replay."""
+        fresh = self._dealt(union, step, lane)
+        extra = round(len(fresh) * self.options.replay_share / (1 - self.options.replay_share))
         old = self.score.replay.oldest()
         # After a change of resolution the kept renders do not fit; they are dropped when this union is pushed.
         if extra == 0 or old is None or old.latents.shape[1:] != union.latents.shape[1:]:
+            return fresh
+        return Samples.cat([fresh, self.score.replay.draw(extra, self.seed, step, lane)])
+
+    def _dealt(self, union: Samples, step: int, lane: int) -> Samples:
+        """`batch_size` renders: the union in a random order of the round, from where the step before ended, around."""
+        size, total = self.options.batch_size, len(union)
+        if not 0 < size < total:
             return union
-        return Samples.cat([union, self.score.replay.draw(extra, self.seed, step, lane)])
+        rows = torch.arange(total, device=union.ids.device)
+        order = uniform(self.seed, Purpose.SCORE_BATCH, rows, step, ()).argsort(stable=True)
+        return union[order[(lane * size + rows[:size]) % total]]
 
     def _rate(self, batch_size: int) -> float:
         match self.options.learning_rate_scaling:

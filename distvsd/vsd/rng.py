@@ -40,6 +40,7 @@ class Purpose(enum.IntEnum):
     SAMPLE = 13
     BUILD = 14
     EVALUATE = 15
+    SCORE_BATCH = 16
 
 
 def uniform(

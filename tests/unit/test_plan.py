@@ -107,7 +107,7 @@ def test_the_count_is_what_a_radiance_field_really_has(background: Literal["lear
         background=background,
     )
     run = replace(Config(), particles=replace(Config().particles, nerf=nerf))
-    ensemble = make_ensemble(run, lambda size: (3, size, size), [0], "cpu")
+    ensemble = make_ensemble(run, None, [0], "cpu")
     made = sum(parameter.numel() for parameter in ensemble.groups[0].parameters.values())
     assert particle_parameters(run, {}) == made
 
@@ -243,6 +243,12 @@ def test_replayed_samples_are_trained_on_too(prior: str) -> None:
     # A share of a half doubles the batch: 16 samples on 2 ranks, twice a round.
     run = config(prior, score={"replay_share": 0.5, "steps_per_round": 2})
     assert make_plan(run, nodes=2)["unet"]["score_training"] == 16
+
+
+def test_steps_on_a_part_of_a_rounds_renders_cost_that_part(prior: str) -> None:
+    # Eight renders, two steps of four each, and as many replayed ones, on two ranks: what one step on all would cost.
+    run = config(prior, score={"batch_size": 4, "replay_share": 0.5, "steps_per_round": 2})
+    assert make_plan(run, nodes=2)["unet"]["score_training"] == 8
 
 
 def test_a_checkpoint_holds_values_and_moments_and_the_replay(prior: str) -> None:

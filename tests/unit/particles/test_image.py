@@ -36,3 +36,15 @@ def test_particles_that_begin_in_colours_have_one_each_within_the_given_range():
     torch.testing.assert_close(colours, colours[:, :, :1, :1].expand_as(colours))
     assert colours.abs().max() <= 0.4 + 1e-6 and colours.abs().max() > 0.1
     assert len({tuple(colour.tolist()) for colour in colours[:, :, 0, 0]}) == len(IDS)
+
+
+def test_latents_that_begin_in_colours_are_the_encoded_plain_pictures_under_their_noise():
+    def encode(colors: torch.Tensor) -> torch.Tensor:  # two latent channels of 4 x 4
+        return torch.cat((colors[:, :1], 10 * colors[:, 2:]), dim=1).expand(-1, -1, 4, 4)
+
+    shape, rate = (2, 4, 4), (lambda step: 0.1)
+    noise = ImageParticle(shape, True, 0.1, rate).init(0, IDS)["image"]
+    latents = ImageParticle(shape, True, 0.1, rate, init_color=0.3, encode=encode).init(0, IDS)["image"]
+    pixels = ImageParticle((3, 4, 4), False, 0.0, rate, init_color=0.3).init(0, IDS)["image"]
+    torch.testing.assert_close(latents - noise, encode(pixels[:, :, :1, :1]))
+    assert len({round(float(color), 4) for color in pixels[:, :, 0, 0].flatten()}) == 6  # none like another

@@ -24,6 +24,7 @@ from .conftest import draw
 @dataclass(frozen=True)
 class Options:
     steps_per_round: int = 1
+    batch_size: int = 0
     learning_rate: float = 1e-2
     learning_rate_scaling: str = "none"
     camera_drop: float = 0.0
@@ -126,6 +127,42 @@ def test_cameras_are_dropped_with_the_given_probability(unet, make_score, monkey
     kept = [torch.cat([keep for *_, keep in calls[first : first + 8]]).float().mean().item() for first in (0, 8, 16)]
     assert kept[0] == 1 and kept[2] == 0
     assert kept[1] == pytest.approx(0.75, abs=4 * (0.25 * 0.75 / 512) ** 0.5)
+
+
+def test_the_steps_of_a_round_deal_its_renders_among_them_anew_each_round(unet, make_score, monkeypatch) -> None:
+    score = make_score(unet)
+    calls = seen_by(score, monkeypatch)
+    step, union = training(score, OneRank(), steps_per_round=3, batch_size=3), union_of(7, size=2)
+    dealt = []
+    for number in range(2):
+        calls.clear()
+        step.round(union, number)
+        batches = [samples.ids.tolist() for samples, *_ in calls]
+        assert [len(batch) for batch in batches] == [3, 3, 3]
+        # Seven renders in nine places: all of them, and two for a second time, from the start of the order.
+        order = [particle for batch in batches for particle in batch]
+        assert sorted(order[:7]) == list(range(7)) and order[7:] == order[:2]
+        for samples, *_ in calls:  # whole rows, not only their numbers
+            assert torch.equal(samples.latents, union.latents[samples.ids])
+        dealt.append(order)
+    assert dealt[0] != dealt[1]
+
+
+def test_a_batch_as_large_as_the_round_or_larger_is_the_round_as_it_is(unet, make_score, monkeypatch) -> None:
+    score = make_score(unet)
+    calls = seen_by(score, monkeypatch)
+    for size in (5, 6):
+        training(score, OneRank(), batch_size=size).round(union_of(5, size=2), 0)
+    assert [samples.ids.tolist() for samples, *_ in calls] == [list(range(5))] * 2
+
+
+def test_the_replayed_share_is_one_of_the_step_and_not_of_the_round(unet, make_score, monkeypatch) -> None:
+    score = make_score(unet)
+    step = training(score, OneRank(), batch_size=4, replay_share=0.5)
+    step.round(union_of(8, size=2), 0)
+    calls = seen_by(score, monkeypatch)
+    step.round(union_of(8, size=2), 1)
+    assert [len(samples) for samples, *_ in calls] == [8]
 
 
 def test_each_rank_trains_on_its_slice_with_the_draws_of_its_rows(unet, make_score, monkeypatch) -> None:
