@@ -35,10 +35,12 @@ QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 PROMPT = "an object"
 REFERENCE = 1024  # ancestral samples that stand for the prior's distribution
 STEPS, SAMPLES_A_CALL = 30, 64
+SCORE_STEPS = 4
 
 
 def trained(out: Path, kind: str, count: int, rounds: int, seed: int, overrides: list[str]) -> Tensor:
     """Images `[count, 3, H, W]` of one training of `count` image particles."""
+    steps = SCORE_STEPS if count >= SCORE_STEPS else 1
     settings = [
         f"run.dir={out}",
         f"run.seed={seed}",
@@ -49,15 +51,20 @@ def trained(out: Path, kind: str, count: int, rounds: int, seed: int, overrides:
         f"schedule.rounds={rounds}",
         "checkpoint.every=0",
         f"log.every={max(rounds // 10, 1)}",
-        # Coarse to fine in proportion to the rounds. The rate and the first noise are small: what is random in pixels
-        # stays, since the score network cannot learn the noise of every single image.
+        # Coarse to fine in proportion to the rounds.
         f"objective.t_min={{0: 0.5, {rounds * 2 // 5}: 0.2, {rounds * 7 // 10}: 0.02}}",
         f"objective.t_max={{0: 0.98, {rounds * 2 // 5}: 0.9, {rounds * 7 // 10}: 0.5}}",
-        f"particles.learning_rate={{linear: {{0: 0.015, {rounds}: 0.001}}}}",
-        "particles.image.init_scale=0.02",
+        # In latents, whose numbers all have about the same variance: Adam moves every number equally far, and in pixels
+        # that is far too far for what varies inside a patch, which stays as noise.
+        "particles.image.space=latent",
+        f"particles.learning_rate={{linear: {{0: 0.04, {rounds}: 0.003}}}}",
+        "particles.image.init_scale=0.1",
         # Particles that begin alike overshoot together, and the crowd swings through the colours.
-        "particles.image.init_color=0.35",
+        "particles.image.init_color=0.1",
         "score.learning_rate=3e-3",
+        # One pass over the round's renders, in four steps instead of one.
+        f"score.steps_per_round={steps}",
+        f"score.batch_size={count // steps}",
         *overrides,
     ]
     config = load_config(QUICKSTART, settings)

@@ -160,9 +160,18 @@ def _print_result(result: Mapping[str, Any], as_json: bool) -> None:
         print(json.dumps(result))
         return
     for key, value in result.items():
-        if isinstance(value, list) and value and isinstance(value[0], Mapping):
-            continue  # one entry a particle: for programs, in the JSON
-        print(f"{key}: {json.dumps(value) if isinstance(value, list | Mapping) else value}")
+        if key == "particles_detail":
+            print("\n".join(_particle_line(detail) for detail in value))
+        else:
+            print(f"{key}: {json.dumps(value) if isinstance(value, list | Mapping) else value}")
+
+
+def _particle_line(detail: Mapping[str, Any]) -> str:
+    """What evaluating found of one particle: its labels, then how many of its views are as the prompt asks."""
+    found = " ".join(f"{head} {label}," for head, label in detail["labels"].items())
+    views = " ".join(f"{head} {share:.0%}" for head, share in detail["view_accuracy"].items())
+    states = "".join(f" {state.upper()}" for state in ("empty", "diverged") if detail[state])
+    return f"particle {detail['id']} ({detail['prompt']}): {found} as asked {views or '-'}{states}"
 
 
 def is_first_rank() -> bool:

@@ -10,7 +10,7 @@ MAX_OWNER_LINES = 16
 
 # The fields of `Assumptions` in words, with the value in its place; the option that changes one is named like it.
 ASSUMED = {
-    "round_s": "a round takes {:g} s (time_s in metrics.jsonl of a short run tells)",
+    "round_s": "a round takes {:g} s (the sum of phase_s in metrics.jsonl of a short run tells)",
     "disk_mb_s": "the shared disk takes, or gives, {:g} MB/s, all ranks together",
     "restart_s": "{:g} s from the end of a job to the loading of its checkpoint: queue, imports, weights",
     "node_mtbf_days": "a node fails once in {:g} days on average",

@@ -14,7 +14,7 @@ from distvsd.export.images import contact_sheet, mosaic, save_png, turntable
 
 FRAMES = 36
 SINGLE_TURNTABLES = 16  # more particles than that share one picture
-MOSAIC_PARTICLES = 64  # of the first particles
+MOSAIC_PARTICLES = 64  # in one picture; more continue on the next
 SHEET_CELLS = 4096  # of one contact sheet; more particles continue on the next
 SHEET_ROWS = 64
 
@@ -22,7 +22,8 @@ SHEET_ROWS = 64
 def render_run(run_dir: Path, report: Callable[[str], None] = lambda text: None) -> list[Path]:
     """Writes RUN/renders and returns the paths: contact sheets of all particles, then turntables (not of images).
 
-    Up to 16 particles have a turntable each, `particle-000003.mp4`; more share `turntable.mp4`.
+    Up to 16 particles have a turntable each, `particle-000003.mp4`; more share `turntable.mp4`, up to 64 on one, and
+    then numbered ones.
     Raises what loading raises: RunError for a folder that is no run, CheckpointError where none can be read.
     """
     from distvsd.restored import load_particles  # the builder imports this package's rooms, so it is looked up late
@@ -38,12 +39,14 @@ def render_particles(restored: Restored, folder: Path, report: Callable[[str], N
         return paths
     ids = list(restored.ids)
     cameras = ring(restored.config, FRAMES)
-    if len(ids) > SINGLE_TURNTABLES:
-        frames = mosaic(_images(restored, ids[:MOSAIC_PARTICLES], cameras))
-        return [*paths, turntable(frames, folder / "turntable.mp4")]
-    for i in ids:
-        paths.append(turntable(_images(restored, [i], cameras)[0], folder / f"particle-{i:06d}.mp4"))
-        report(f"written {paths[-1].name}")
+    if len(ids) <= SINGLE_TURNTABLES:
+        named = [(f"particle-{i:06d}.mp4", [i]) for i in ids]
+    else:
+        named = _pages(ids, MOSAIC_PARTICLES, "turntable", "mp4")
+    for name, chosen in named:
+        images = _images(restored, chosen, cameras)
+        paths.append(turntable(images[0] if len(chosen) == 1 else mosaic(images), folder / name))
+        report(f"written {name}")
     return paths
 
 
@@ -52,15 +55,20 @@ def contact_sheets(restored: Restored, folder: Path) -> list[Path]:
     ids = list(restored.ids)
     cameras = ring(restored.config)
     num_views = cameras.shape[1]
-    page = SHEET_CELLS if num_views == 1 else SHEET_ROWS
-    pages = [ids[first : first + page] for first in range(0, len(ids), page)]
     paths = []
-    for number, chosen in enumerate(pages):
+    for name, chosen in _pages(ids, SHEET_CELLS if num_views == 1 else SHEET_ROWS, "contact-sheet", "png"):
         images = _images(restored, chosen, cameras)
         labels = [f"{i}  {restored.config.prompts[i]}" for i in chosen] if num_views > 1 else None
-        name = "contact-sheet.png" if len(pages) == 1 else f"contact-sheet-{number:03d}.png"
         paths.append(save_png(contact_sheet(images, labels), folder / name))
     return paths
+
+
+def _pages(ids: list[int], page: int, stem: str, suffix: str) -> list[tuple[str, list[int]]]:
+    """File names with the particles of each, `page` on one; numbered where one does not hold all."""
+    pages = [ids[first : first + page] for first in range(0, len(ids), page)]
+    if len(pages) == 1:
+        return [(f"{stem}.{suffix}", pages[0])]
+    return [(f"{stem}-{number:03d}.{suffix}", chosen) for number, chosen in enumerate(pages)]
 
 
 def _images(restored: Restored, ids: list[int], cameras: Cameras) -> Tensor:

@@ -236,6 +236,11 @@ class Trainer:
         sheets = contact_sheets(finished, self.paths.renders)
         for sheet in sheets:
             self.journal.progress.note(f"written {sheet}")
+        if len(finished.ids) < self.config.particles.count:
+            self.journal.progress.note(
+                f"which shows the first {SHEET_ROWS} of {self.config.particles.count} particles; "
+                f"`distvsd render {self.paths.root}` draws all"
+            )
         self.journal.pictures(sheets, finished.step)
         rows: list[dict[str, Any]] = [
             {"particle": particle_id, "prompt": self.config.prompts[particle_id]} | health

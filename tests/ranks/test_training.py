@@ -76,7 +76,13 @@ def test_exact_numerics_hold_with_several_views_and_steps_a_round(tmp_path, prio
         run = config(
             tmp_path / f"w{size}",
             prior_folder,
-            **{"parallel.numerics": "exact", "particles.views": 2, "score.steps_per_round": 2, "score.batch_size": 5, "particles.count": 4},
+            **{
+                "parallel.numerics": "exact",
+                "particles.views": 2,
+                "score.steps_per_round": 2,
+                "score.batch_size": 5,
+                "particles.count": 4,
+            },
         )
         run_ranks(lambda world, run=run: train(run), size)
         found.append(digests(run.run.dir))

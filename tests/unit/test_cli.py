@@ -205,6 +205,26 @@ def test_json_is_one_object_and_what_rooms_print_goes_elsewhere(
     assert "a library talks" in written.err
 
 
+def test_evaluate_says_what_became_of_each_particle(
+    tmp_path: Path, room: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    red = {
+        "id": 0,
+        "prompt": "a red cube",
+        "labels": {"scene": "object", "color": "red"},
+        "view_accuracy": {"color": 1.0},
+    }
+    gone = {"id": 1, "prompt": "", "labels": {"scene": "neither"}, "view_accuracy": {}}
+    detail = [red | {"empty": False, "diverged": False}, gone | {"empty": True, "diverged": False}]
+    room("distvsd.evaluate.run", evaluate_run=lambda run: {"particles": 2, "particles_detail": detail})
+    assert main(["evaluate", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "particles: 2",
+        "particle 0 (a red cube): scene object, color red, as asked color 100%",
+        "particle 1 (): scene neither, as asked - EMPTY",
+    ]
+
+
 def test_render_prints_the_files_it_wrote(
     tmp_path: Path, room: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:

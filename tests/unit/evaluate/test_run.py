@@ -141,11 +141,15 @@ def test_rendering_a_run_writes_a_sheet_and_a_turntable_each(tmp_path):
     assert all(path.stat().st_size > 0 for path in paths)
 
 
-def test_many_particles_share_one_turntable_and_images_have_none(tmp_path, monkeypatch):
+def test_many_particles_share_turntables_that_show_all_of_them_and_images_have_none(tmp_path, monkeypatch):
     monkeypatch.setattr("distvsd.render_run.SINGLE_TURNTABLES", 2)
     monkeypatch.setattr("distvsd.render_run.SHEET_ROWS", 2)
     monkeypatch.setattr("distvsd.render_run.FRAMES", 4)
     paths = render_particles(Drawings([None] * 3, ["a"] * 3), tmp_path / "many")
-    assert [path.name for path in paths] == ["contact-sheet-000.png", "contact-sheet-001.png", "turntable.mp4"]
+    sheets = ["contact-sheet-000.png", "contact-sheet-001.png"]
+    assert [path.name for path in paths] == [*sheets, "turntable.mp4"]
+    monkeypatch.setattr("distvsd.render_run.MOSAIC_PARTICLES", 2)
+    paths = render_particles(Drawings([None] * 3, ["a"] * 3), tmp_path / "more")
+    assert [path.name for path in paths] == [*sheets, "turntable-000.mp4", "turntable-001.mp4"]
     paths = render_particles(Drawings([None] * 3, ["a"] * 3, kind="image"), tmp_path / "images")
     assert [path.name for path in paths] == ["contact-sheet.png"]
