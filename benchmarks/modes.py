@@ -4,7 +4,7 @@
 
 The prompt is "an object", which has 30 equally likely modes (six colours, five shapes). Every arm gives as many images;
 `independent` trains one particle a run with a score network of its own, each for as many rounds, so that the particle
-updates and the score's samples are as many as in `vsd`. Arms run one after the other; each is saved when it ends, and a
+updates and the score's samples are as many as in `vsd`, whose score takes them in four steps a round. Arms run one after the other; each is saved when it ends, and a
 second call goes on with what is missing. Prints one JSON object an arm; --page writes them down.
 """
 
@@ -64,7 +64,7 @@ def trained(out: Path, kind: str, count: int, rounds: int, seed: int, overrides:
         "score.learning_rate=3e-3",
         # One pass over the round's renders, in four steps instead of one.
         f"score.steps_per_round={steps}",
-        f"score.batch_size={count // steps}",
+        f"score.batch_size={-(-count // steps)}",
         *overrides,
     ]
     config = load_config(QUICKSTART, settings)
@@ -116,7 +116,9 @@ def page(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> str:
 {arguments.particles} image particles of "{PROMPT}", {arguments.rounds} rounds, guidance {arguments.guidance_scale}. \
 The classifier counts colours and shapes: 30 modes. `ancestral` are as many fresh samples of the prior itself; the \
 distance to the prior is that to {REFERENCE} other samples, so its row shows what chance alone leaves. `independent` \
-is {arguments.particles} trainings of one particle, each with a score network of its own and as many rounds.
+is {arguments.particles} trainings of one particle, each with a score network of its own and as many rounds: as many \
+particle updates, as many samples through every network. The shared score network takes a round's renders in \
+{SCORE_STEPS} steps, one of their own one render in one.
 
 | images by | modes of 30 | total variation from the prior's samples | from uniform | Vendi score | objects | s |
 |---|---:|---:|---:|---:|---:|---:|

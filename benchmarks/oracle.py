@@ -14,7 +14,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -119,10 +119,10 @@ class NetworkScore:
         keep_camera: Tensor,
         denominator: float,
         micro_batches: Sequence[slice],
-    ) -> tuple[list[Tensor], Tensor]:
+    ) -> tuple[Iterator[Tensor], Tensor]:
         loss = self.loss(samples, timesteps, noise, keep_camera)
         parts = torch.autograd.grad(loss.sum() / denominator, list(self.trainable.values()))
-        return [torch.cat([part.reshape(-1) for part in parts])], loss.detach()
+        return iter([torch.cat([part.reshape(-1) for part in parts])]), loss.detach()
 
     def step(self, flat_gradient: Tensor, learning_rate: float) -> None:
         sizes = [parameter.numel() for parameter in self.trainable.values()]

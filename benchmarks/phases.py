@@ -156,7 +156,9 @@ def measured(loop: Loop, meter: Meter) -> Loop:
     learner = None
     if training is not None:
         if isinstance(training.strategy, Flat):  # the others reduce within a step
-            flat = dataclasses.replace(training.strategy, reduce=within("reduction", training.strategy.reduce))
+            reduce = within("reduction", training.strategy.reduce)
+            # The gradients are computed as they are asked for: here, so that they do not count as reduction.
+            flat = dataclasses.replace(training.strategy, reduce=lambda vectors, sums: reduce(list(vectors), sums))
             training = dataclasses.replace(training, strategy=flat)
         learner = cast(ScoreTraining, SimpleNamespace(round=within("score training", training.round)))
     return dataclasses.replace(

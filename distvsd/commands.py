@@ -171,7 +171,7 @@ def _particle_line(detail: Mapping[str, Any]) -> str:
     found = " ".join(f"{head} {label}," for head, label in detail["labels"].items())
     views = " ".join(f"{head} {share:.0%}" for head, share in detail["view_accuracy"].items())
     states = "".join(f" {state.upper()}" for state in ("empty", "diverged") if detail[state])
-    return f"particle {detail['id']} ({detail['prompt']}): {found} as asked {views or '-'}{states}"
+    return f"particle {detail['id']} ({json.dumps(detail['prompt'])}): {found} as asked {views or '-'}{states}"
 
 
 def is_first_rank() -> bool:

@@ -89,8 +89,8 @@ def _exact_rows(config: Config) -> str | None:
     if config.parallel.numerics != "exact" or config.objective.kind == "sds" or rows <= MOST_EXACT_ROWS:
         return None
     return (
-        f"is exact, which adds at most {MOST_EXACT_ROWS} samples a score step, but count, views and replay_share make "
-        f"it {rows}; allowed: fast, fewer, or score.batch_size"
+        f"is exact, which adds at most {MOST_EXACT_ROWS} samples a score step, but count, views, batch_size and "
+        f"replay_share make it {rows}; allowed: fast, or fewer"
     )
 
 
@@ -114,7 +114,15 @@ RELATIONS = (
     Relation(("parallel.strategy", "parallel.numerics"), _exact_strategy),
     Relation(("parallel.strategy", "objective.kind"), _strategy_without_score),
     Relation(
-        ("parallel.numerics", "objective.kind", "particles.count", "particles.views", "score.replay_share"), _exact_rows
+        (
+            "parallel.numerics",
+            "objective.kind",
+            "particles.count",
+            "particles.views",
+            "score.replay_share",
+            "score.batch_size",
+        ),
+        _exact_rows,
     ),
     Relation(("score.micro_batch", "parallel.strategy"), _micro_batch),
 )

@@ -242,7 +242,7 @@ class ScoreConfig:
     """Samples a call of either UNet, for the particles' gradient and in the score's training; 0 is all of a rank's at
     once, fewer need less memory. Needs parallel.strategy flat; numerics exact takes one particle a call in any case."""
     learning_rate_scaling: Literal["none", "sqrt", "linear"] = "none"
-    """How the rate grows with the number of samples gathered over one a round."""
+    """How the rate grows with the samples of a step over one."""
     max_grad_norm: Weight = 0.0
     """Gradients are clipped to this norm; 0 is off."""
     max_skipped: Positive = 20

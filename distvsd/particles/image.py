@@ -35,7 +35,11 @@ class ImageParticle:
         color = 0.5 + self.init_color * (2 * uniform(seed, Purpose.INIT, ids, 0, (3, 1, 1), lane=1) - 1)
         if not self.is_latent:
             return {"image": color + noise}
-        return {"image": noise if self.encode is None or self.init_color == 0 else self.encode(color) + noise}
+        if self.init_color == 0:
+            return {"image": noise}
+        if self.encode is None:
+            raise ValueError("latents that start in colours (init_color above 0) need `encode`")
+        return {"image": self.encode(color) + noise}
 
     def learning_rates(self, step: int) -> dict[str, float]:
         return {"image": self.learning_rate(step)}

@@ -138,7 +138,7 @@ class LoraScore:
     ) -> tuple[Iterator[Tensor], Tensor]:
         """One flat float32 gradient [G] for each micro-batch, and the detached losses of all samples, [N].
 
-        A gradient is computed when the iterator is asked for it, so that no two are held; the losses of its rows are
+        A gradient is computed when the iterator is asked for it, so that not all are held; the losses of its rows are
         written then, and are whole when the iterator has ended.
         A micro-batch's gradient is that of sum_i weight_i loss_i / denominator over its rows, so their sum is the
         whole batch's. denominator: the global weight, say, equal on every rank. micro_batches: slices that cover the

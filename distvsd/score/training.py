@@ -166,13 +166,15 @@ class ScoreTraining:
         return Samples.cat([fresh, self.score.replay.draw(extra, self.seed, step, lane)])
 
     def _dealt(self, union: Samples, step: int, lane: int) -> Samples:
-        """`batch_size` renders: the union in a random order of the round, from where the step before ended, around."""
-        size, total = self.options.batch_size, len(union)
-        if not 0 < size < total:
+        """`batch_size` sound renders: in a random order of the round, from where the step before ended, around."""
+        size, sound = self.options.batch_size, union
+        if size:  # masked ones could fill a step that then teaches nothing
+            sound = union[union.weight > 0]
+        if not 0 < size < len(sound):
             return union
-        rows = torch.arange(total, device=union.ids.device)
+        rows = torch.arange(len(sound), device=union.ids.device)
         order = uniform(self.seed, Purpose.SCORE_BATCH, rows, step, ()).argsort(stable=True)
-        return union[order[(lane * size + rows[:size]) % total]]
+        return sound[order[(lane * size + rows[:size]) % len(sound)]]
 
     def _rate(self, batch_size: int) -> float:
         match self.options.learning_rate_scaling:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -45,6 +46,22 @@ def test_exact_has_the_same_bits_for_every_world_size() -> None:
     prints.add(fingerprint(run_ranks(reduce_share, 2, "exact", [[6, 3, 0], [5, 1, 4, 2]])[0]))
     prints.add(fingerprint(run_ranks(reduce_share, 2, "exact", [[], [0, 1, 2, 3, 4, 5, 6]])[0]))
     assert len(prints) == 1
+
+
+@pytest.mark.parametrize("numerics", ["fast", "exact"])
+def test_sums_that_are_written_while_the_vectors_are_computed_are_whole(numerics: str) -> None:
+    def share(world: World) -> Reduced:
+        mine, sums = owners(7, world.size)[world.rank], losses()
+        written = torch.zeros_like(sums[mine])
+
+        def computed() -> Iterator[Tensor]:
+            for row, i in enumerate(mine):
+                written[row] = sums[i]
+                yield vectors()[i]
+
+        return reduce_gradients(world, computed(), LENGTH, numerics, written)  # type: ignore[arg-type]
+
+    assert run_ranks(share, 2)[0].sums.tolist() == pytest.approx([2.8, 7.0], rel=1e-6)
 
 
 def test_exact_is_the_correctly_rounded_sum() -> None:

@@ -214,14 +214,14 @@ def test_evaluate_says_what_became_of_each_particle(
         "labels": {"scene": "object", "color": "red"},
         "view_accuracy": {"color": 1.0},
     }
-    gone = {"id": 1, "prompt": "", "labels": {"scene": "neither"}, "view_accuracy": {}}
+    gone = {"id": 1, "prompt": "\x1b[31m\n", "labels": {"scene": "neither"}, "view_accuracy": {}}
     detail = [red | {"empty": False, "diverged": False}, gone | {"empty": True, "diverged": False}]
     room("distvsd.evaluate.run", evaluate_run=lambda run: {"particles": 2, "particles_detail": detail})
     assert main(["evaluate", str(tmp_path)]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "particles: 2",
-        "particle 0 (a red cube): scene object, color red, as asked color 100%",
-        "particle 1 (): scene neither, as asked - EMPTY",
+        'particle 0 ("a red cube"): scene object, color red, as asked color 100%',
+        'particle 1 ("\\u001b[31m\\n"): scene neither, as asked - EMPTY',
     ]
 
 

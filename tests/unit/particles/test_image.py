@@ -1,9 +1,18 @@
 """Image particles: g(theta, c) = theta."""
 
+from pathlib import Path
+
+import pytest
 import torch
 
+from distvsd.build import make_ensemble
 from distvsd.cameras import OrbitSampler
+from distvsd.config import load_config
 from distvsd.particles import ImageParticle, Keys
+from distvsd.prior import load_prior
+from distvsd.testing.pipelines import tiny_pipeline
+
+SMOKE = Path(__file__).parents[3] / "configs" / "smoke.yaml"
 
 CAMERAS = OrbitSampler((0.0, 0.0), (0.0, 0.0), (1.0, 1.0), (50.0, 50.0)).ring(2, 3, 0.0)
 IDS = torch.tensor([0, 7])
@@ -48,3 +57,20 @@ def test_latents_that_begin_in_colours_are_the_encoded_plain_pictures_under_thei
     pixels = ImageParticle((3, 4, 4), False, 0.0, rate, init_color=0.3).init(0, IDS)["image"]
     torch.testing.assert_close(latents - noise, encode(pixels[:, :, :1, :1]))
     assert len({round(float(color), 4) for color in pixels[:, :, 0, 0].flatten()}) == 6  # none like another
+    with pytest.raises(ValueError, match="need `encode`"):
+        ImageParticle(shape, True, 0.1, rate, init_color=0.3).init(0, IDS)
+
+
+def test_a_run_in_latents_begins_with_the_priors_codes_of_colours_whoever_else_is_on_the_rank(tmp_path):
+    prior = load_prior(str(tiny_pipeline(tmp_path / "prior", "sd15")), ["a red cube"])
+    settings = ["particles.kind=image", "particles.image.space=latent", "particles.count=3", "render.resolution=64"]
+    settings += ["particles.image.init_scale=0", "particles.image.init_color=0.3", f"prior.path={tmp_path / 'prior'}"]
+    config = load_config(SMOKE, settings)
+    together, alone = make_ensemble(config, prior, [0, 1, 2], "cpu"), make_ensemble(config, prior, [2], "cpu")
+    latents = together.parameters_of(2)["image"]
+    assert torch.equal(latents, alone.parameters_of(2)["image"])
+    assert not torch.equal(latents, together.parameters_of(1)["image"])
+    color = ImageParticle((3, 1, 1), False, 0.0, lambda step: 0.1, init_color=0.3).init(
+        config.run.seed, torch.tensor([2])
+    )
+    torch.testing.assert_close(latents[None], prior.encode(color["image"].expand(1, 3, 64, 64)))

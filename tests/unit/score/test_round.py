@@ -148,6 +148,16 @@ def test_the_steps_of_a_round_deal_its_renders_among_them_anew_each_round(unet, 
     assert dealt[0] != dealt[1]
 
 
+def test_only_sound_renders_are_dealt(unet, make_score, monkeypatch) -> None:
+    score, union = make_score(unet), union_of(6, size=2)
+    union.weight[[0, 2, 3, 5]] = 0
+    calls = seen_by(score, monkeypatch)
+    fit = training(score, OneRank(), steps_per_round=4, batch_size=1, max_skipped=1).round(union, 0)
+    assert fit.skipped == 0
+    ids = [samples.ids.tolist() for samples, *_ in calls]
+    assert sorted(ids) == [[1], [1], [4], [4]] and ids[:2] == ids[2:]
+
+
 def test_a_batch_as_large_as_the_round_or_larger_is_the_round_as_it_is(unet, make_score, monkeypatch) -> None:
     score = make_score(unet)
     calls = seen_by(score, monkeypatch)
