@@ -4,8 +4,9 @@
 
 The prompt is "an object", which has 30 equally likely modes (six colours, five shapes). Every arm gives as many images;
 `independent` trains one particle a run with a score network of its own, each for as many rounds, so that the particle
-updates and the score's samples are as many as in `vsd`, whose score takes them in four steps a round. Arms run one after the other; each is saved when it ends, and a
-second call goes on with what is missing. Prints one JSON object an arm; --page writes them down.
+updates and the score's samples are as many as in `vsd`, whose score takes them in four steps a round. Arms run one
+after the other; each is saved when it ends, and a second call goes on with what is missing. Prints one JSON object an
+arm; --page writes them down.
 """
 
 from __future__ import annotations
