@@ -167,11 +167,12 @@ class ScoreTraining:
 
     def _dealt(self, union: Samples, step: int, lane: int) -> Samples:
         """`batch_size` sound renders: in a random order of the round, from where the step before ended, around."""
-        size, sound = self.options.batch_size, union
-        if size:  # masked ones could fill a step that then teaches nothing
-            sound = union[union.weight > 0]
-        if not 0 < size < len(sound):
+        size = self.options.batch_size
+        if size == 0:
             return union
+        sound = union[union.weight > 0]  # masked ones could fill a step that then teaches nothing
+        if size >= len(sound):
+            return sound
         rows = torch.arange(len(sound), device=union.ids.device)
         order = uniform(self.seed, Purpose.SCORE_BATCH, rows, step, ()).argsort(stable=True)
         return sound[order[(lane * size + rows[:size]) % len(sound)]]

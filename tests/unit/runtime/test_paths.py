@@ -105,7 +105,7 @@ def test_a_living_holder_is_refused_by_name(tmp_path: Path, form: str) -> None:
             RunLock(path).acquire()
         RunLock(path).release()
         assert path.exists(), "only the holder gives a lock back"
-        holder.kill()  # unreaped for now: a zombie holds nothing
+        holder.kill()  # not reaped: a zombie holds nothing
         os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)
         with RunLock(path):
             assert path.read_text().split(":")[1] == str(os.getpid())

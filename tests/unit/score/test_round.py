@@ -158,6 +158,17 @@ def test_only_sound_renders_are_dealt(unet, make_score, monkeypatch) -> None:
     assert sorted(ids) == [[1], [1], [4], [4]] and ids[:2] == ids[2:]
 
 
+def test_a_step_is_never_larger_than_its_batch_however_few_renders_are_sound(unet, make_score, monkeypatch) -> None:
+    score, union = make_score(unet), union_of(8, size=2)
+    calls = seen_by(score, monkeypatch)
+    step = training(score, OneRank(), batch_size=4)
+    union.weight[:5] = 0
+    step.round(union, 0)
+    assert [samples.ids.tolist() for samples, *_ in calls] == [[5, 6, 7]]
+    union.weight.zero_()
+    assert step.round(union, 1).skipped == 1 and len(calls) == 1
+
+
 def test_a_batch_as_large_as_the_round_or_larger_is_the_round_as_it_is(unet, make_score, monkeypatch) -> None:
     score = make_score(unet)
     calls = seen_by(score, monkeypatch)
