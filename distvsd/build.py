@@ -215,6 +215,8 @@ def _particle(config: Config, prior: Pipeline | None, device: torch.device) -> P
                 nerf.density_noise,
                 nerf.entropy,
                 nerf.sparsity,
+                nerf.transmittance,
+                nerf.min_transmittance,
                 nerf.background == "learned",
                 nerf.random_background,
                 nerf.random_background_kind == "grey",

@@ -22,6 +22,8 @@ NERF = NerfParticle(
     density_noise=0.0,
     entropy=0.0,
     sparsity=0.0,
+    transmittance=0.0,
+    min_transmittance=0.3,
     learned_background=True,
     random_background=0.5,
     random_grey=False,
@@ -97,7 +99,13 @@ def test_a_particles_render_does_not_depend_on_its_neighbours(noise):
 
 def test_gradients_agree_with_finite_differences():
     small = replace(
-        NERF, grid=HashGrid(1, 2, 4096, 3, 3, smoothstep=True), samples_per_ray=6, entropy=1.0, sparsity=1.0
+        NERF,
+        grid=HashGrid(1, 2, 4096, 3, 3, smoothstep=True),
+        samples_per_ray=6,
+        entropy=1.0,
+        sparsity=1.0,
+        transmittance=1.0,
+        min_transmittance=1.0,
     )
     parameters, cameras, keys = scene(small, torch.tensor([4]), views=1)
     leaves = {name: value.double().requires_grad_() for name, value in parameters.items()}
@@ -159,6 +167,35 @@ def test_sparsity_clears_fog_and_neither_thins_what_is_solid_nor_lets_a_particle
     # Ten times fainter: 2 * 0.0275 / sqrt(0.002525 + 0.0001) = 1.0735, where a mean would fall to a tenth.
     assert penalty[1].item() == pytest.approx(1.0735, abs=1e-4)
     assert replace(NERF, sparsity=2.0)._penalty(torch.zeros(1, 1, 2, 2, 1), 1).item() == 0
+
+
+def test_transmittance_asks_for_light_past_the_object_only_where_less_gets_past_than_is_due():
+    # Light that gets past: 0.05 on average, and 0.4; due is 0.2.
+    opacity = torch.tensor([[1.0, 0.9, 0.9, 1.0], [1.0, 1.0, 0.4, 0.0]]).reshape(2, 1, 2, 2, 1).requires_grad_()
+    penalty = replace(NERF, transmittance=3.0, min_transmittance=0.2)._penalty(opacity, 2)
+    # 3 log(0.2 / 0.0501) = 4.1529.
+    assert penalty.tolist() == pytest.approx([4.1529, 0], abs=1e-4)
+    (gradient,) = torch.autograd.grad(penalty.sum(), opacity)
+    # 3 / (4 * 0.0501) on every ray.
+    torch.testing.assert_close(gradient[0].flatten(), torch.full((4,), 14.970), rtol=1e-4, atol=0)
+    assert (gradient[1] == 0).all()
+
+
+@pytest.mark.parametrize(("asked", "clears"), [({"sparsity": 100.0}, False), ({"transmittance": 30.0}, True)])
+def test_a_fog_that_fills_the_view_is_cleared_by_transmittance_and_is_not_seen_by_sparsity(asked, clears):
+    # Density 12 everywhere: no ray through a cube of this size lets as much as a hundredth of the light through.
+    particle = replace(NERF, grid=HashGrid(1, 2, 4096, 4, 4, smoothstep=False), blob_density=12.0, blob_radius=1e3)
+    particle = replace(particle, bound=0.9, **asked)
+    parameters, cameras, keys = scene(particle)
+    leaves = {name: value.requires_grad_() for name, value in parameters.items()}
+    optimizer = torch.optim.Adam(leaves.values(), lr=0.1)
+    for _ in range(60):
+        optimizer.zero_grad()
+        out = particle.render(leaves, cameras, 12, keys)
+        out.penalty.sum().backward()
+        optimizer.step()
+    opacity = particle.render(leaves, cameras, 12, keys).opacity.flatten(1).mean(1)
+    assert (opacity < 0.75).all() if clears else (opacity > 0.97).all()
 
 
 def test_the_view_for_evaluation_draws_nothing_random():
