@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 DEMO ?= runs/demo
+# For a machine without a GPU whose pip would take torch's CUDA build: the index that has its CPU build.
+TORCH_INDEX ?=
 
 .PHONY: install test lint demo clean
 
@@ -11,6 +13,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("distvsd needs Python 3.11 or newer, but $(PYTHON) is %d.%d; run make PYTHON=python3.11" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@test -z '$(TORCH_INDEX)' || $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --index-url '$(TORCH_INDEX)' torch
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $(STAMP)
 
