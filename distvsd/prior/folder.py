@@ -61,7 +61,7 @@ class PipelineFolder:
         return int(max(size) if isinstance(size, list) else size) * self.downscale
 
     def identity(self) -> str:
-        """SHA-256 over the configurations and weight files of all components; reads every weight file once."""
+        """SHA-256 over configurations and weight files of all components and the tokenizer; reads each file once."""
         digest = hashlib.sha256()
         for component in sorted(self.configs):
             config = {
@@ -71,8 +71,10 @@ class PipelineFolder:
             }
             digest.update(f"{component} {json.dumps(config, sort_keys=True)}\n".encode())
             for file in self.weights.get(component, ()):
-                with file.open("rb") as stream:
-                    digest.update(hashlib.file_digest(stream, "sha256").digest())
+                digest.update(_file_digest(file))
+        for file in sorted((self.path / "tokenizer").iterdir()):
+            if file.is_file() and not file.name.startswith("."):
+                digest.update(f"tokenizer/{file.name}\n".encode() + _file_digest(file))
         return digest.hexdigest()
 
 
@@ -170,6 +172,11 @@ def _check_supported(folder: PipelineFolder) -> None:
         )
     if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
         raise PriorError(f"the vae of {folder.path} normalises each channel (latents_mean, latents_std): not supported")
+
+
+def _file_digest(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
 
 
 def _without_weights(config: dict[str, Any]) -> bool:

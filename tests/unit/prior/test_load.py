@@ -14,6 +14,7 @@ from torch import Tensor
 
 import distvsd.prior.text
 from distvsd.prior import Pipeline, load_prior
+from distvsd.prior.folder import open_folder
 from distvsd.prior.prompts import VIEWS
 
 LAYOUTS = ("sd15", "sd21", "shapes")
@@ -161,11 +162,18 @@ def test_weights_saved_only_as_the_fp16_variant_load(own_pipeline: Callable[...,
 def test_the_identity_follows_the_content_and_not_the_place_dtype_or_prompt(
     shared_pipeline: Callable[..., Path], own_pipeline: Callable[..., Path]
 ) -> None:
-    """A prior's identity is that of its weights and configuration, wherever they lie."""
+    """A prior's identity is that of its weights, configuration and tokenizer, wherever they lie."""
     shared, own = shared_pipeline("shapes"), own_pipeline("shapes")
     identity = load_prior(str(shared), ["a red cube"]).identity()
     assert len(identity) == 64
     assert load_prior(str(own), ["another"], dtype="float16").identity() == identity
+    words = own / "tokenizer/tokenizer.json"
+    before = words.read_text(encoding="utf-8")
+    assert '"cube"' in before
+    words.write_text(before.replace('"cube"', '"cubes"'), encoding="utf-8")
+    assert open_folder(str(own)).identity() != identity
+    words.write_text(before, encoding="utf-8")
+    assert open_folder(str(own)).identity() == identity
     weights = {
         name: value.clone() for name, value in load_file(own / "unet/diffusion_pytorch_model.safetensors").items()
     }
