@@ -30,10 +30,9 @@ from distvsd.evaluate.labels import (
 from distvsd.evaluate.views import Restored, groups, render_group, ring
 from distvsd.prior.shapes.classifier import SCENES, Classifier, Predictions, load_classifier
 
-EMPTY_OPACITY, FOG_OPACITY = (
-    0.01,
-    0.98,
-)  # mean opacity over all views below which nothing, above which only fog is there
+# Mean opacity over all views below which nothing, above which only fog is there: of 80 objects the largest covered 0.47
+# of its views, and two fogs 0.97 and 0.98.
+EMPTY_OPACITY, FOG_OPACITY = 0.01, 0.9
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def test_known_particles_get_their_labels_and_mistakes_are_counted(classifier):
 
 
 def test_nothing_and_fog_are_empty_and_broken_values_are_diverged(classifier):
-    particles = Drawings([None, None, None, (1, 0, 0)], ["a red cube"] * 4, opacities={1: 1.0, 2: math.nan})
+    particles = Drawings([None, None, None, (1, 0, 0)], ["a red cube"] * 4, opacities={1: 0.95, 2: math.nan})
     result = evaluate_particles(particles, classifier)
     assert [detail["empty"] for detail in result["particles_detail"]] == [True, True, False, False]
     assert [detail["diverged"] for detail in result["particles_detail"]] == [False, False, True, False]
