@@ -135,10 +135,10 @@ class NerfConfig:
     """Weight of the entropy of the opacity (pushes it to 0 or 1)."""
     sparsity: Weight = 0.0
     """Weight of the opacity's mean over its root mean square (pushes faint matter away, solid matter not)."""
-    transmittance: Weight = 0.0
-    """Weight of the logarithm of the light that gets past the object, where that is less than min_transmittance."""
-    min_transmittance: Annotated[float, Range(0, 1, above=True)] = 0.3
-    """Share of the light that must get past the object; in a view of a scene from within, nothing must."""
+    coverage: Weight = 0.0
+    """Weight of the logarithm by which an object's mean opacity is outside coverage_range; 0 for rooms."""
+    coverage_range: Annotated[tuple[float, float], Range(0, 1, above=True, below=True), Increasing()] = (0.1, 0.7)
+    """Share of a view that an object may cover, [low, high]."""
     background: Literal["learned", "none"] = "learned"
     """learned: a small network of the viewing direction; none: black, or the random colour."""
     random_background: Share = 0.5

@@ -29,10 +29,9 @@ class NerfParticle:
     density_scale: factor on the softplus that gives the density. blob_density, blob_radius: lambda and r of
     lambda (1 - |x| / r), added before it. init_scale: range of the initial features. init_color: range of each
     particle's own initial colour before the sigmoid. density_noise: standard deviation of the training noise before the
-    softplus. entropy, sparsity, transmittance: weights of the regularisers; min_transmittance: share of the light past
-    the object from which on the last of them rests. learned_background: a small network of the ray's direction; without
-    it the background is black. random_background: share of the training views on a random plain colour, of which
-    `random_grey` makes a grey.
+    softplus. entropy, sparsity, coverage: weights of the regularisers; coverage_range: mean opacity between which the
+    last of them rests. learned_background: a small network of the ray's direction; without it the background is black.
+    random_background: share of the training views on a random plain colour, of which `random_grey` makes a grey.
     """
 
     grid: HashGrid
@@ -46,8 +45,8 @@ class NerfParticle:
     density_noise: float
     entropy: float
     sparsity: float
-    transmittance: float
-    min_transmittance: float
+    coverage: float
+    coverage_range: tuple[float, float]
     learned_background: bool
     random_background: float
     random_grey: bool
@@ -157,7 +156,7 @@ class NerfParticle:
 
     def _penalty(self, opacity_PVHW1: Tensor, particles: int) -> Tensor:
         """Of each particle `[P]`, over its rays: entropy of the opacity (clear or solid, not fog), its sparsity (no
-        clutter), and the transmittance that it lacks (no wall before the camera; Dream Fields, arXiv 2112.01455)."""
+        clutter), and coverage (of a view neither all nor nothing)."""
         opacity = opacity_PVHW1.reshape(particles, -1)
         penalty = torch.zeros(particles, device=opacity.device)
         if self.entropy > 0:
@@ -167,11 +166,13 @@ class NerfParticle:
             # Mean over root mean square (Hoyer 2004): its gradient is zero on solid rays and on the particle's overall
             # strength, so it takes fog away and can be had neither by thinning the object nor by fading out altogether.
             penalty = penalty + self.sparsity * opacity.mean(1) / (opacity.square().mean(1) + 1e-4).sqrt()
-        if self.transmittance > 0:
-            # A field of one colour that fills the view is a background to the prior, and neither of the above sees it:
-            # no ray differs from another. The logarithm makes up for the slope that an opacity loses as it nears 1.
-            lacking = (1 - opacity.mean(1) + 1e-4) / self.min_transmittance
-            penalty = penalty - self.transmittance * lacking.clamp_max(1).log()
+        if self.coverage > 0:
+            # A field of one colour that fills the view is a background to the prior, and one that fades leaves nothing
+            # to be seen: sparsity is blind to both. The logarithms make up for the slopes that vanish there, that of an
+            # opacity near 1 and that of the softplus near 0.
+            covered, (low, high) = opacity.mean(1), self.coverage_range
+            inside = ((covered + 1e-4) / low).clamp_max(1) * ((1 - covered + 1e-4) / (1 - high)).clamp_max(1)
+            penalty = penalty - self.coverage * inside.log()
         return penalty
 
 

@@ -22,8 +22,8 @@ NERF = NerfParticle(
     density_noise=0.0,
     entropy=0.0,
     sparsity=0.0,
-    transmittance=0.0,
-    min_transmittance=0.3,
+    coverage=0.0,
+    coverage_range=(0.1, 0.7),
     learned_background=True,
     random_background=0.5,
     random_grey=False,
@@ -104,8 +104,8 @@ def test_gradients_agree_with_finite_differences():
         samples_per_ray=6,
         entropy=1.0,
         sparsity=1.0,
-        transmittance=1.0,
-        min_transmittance=1.0,
+        coverage=1.0,
+        coverage_range=(0.01, 0.02),
     )
     parameters, cameras, keys = scene(small, torch.tensor([4]), views=1)
     leaves = {name: value.double().requires_grad_() for name, value in parameters.items()}
@@ -169,33 +169,39 @@ def test_sparsity_clears_fog_and_neither_thins_what_is_solid_nor_lets_a_particle
     assert replace(NERF, sparsity=2.0)._penalty(torch.zeros(1, 1, 2, 2, 1), 1).item() == 0
 
 
-def test_transmittance_asks_for_light_past_the_object_only_where_less_gets_past_than_is_due():
-    # Light that gets past: 0.05 on average, and 0.4; due is 0.2.
-    opacity = torch.tensor([[1.0, 0.9, 0.9, 1.0], [1.0, 1.0, 0.4, 0.0]]).reshape(2, 1, 2, 2, 1).requires_grad_()
-    penalty = replace(NERF, transmittance=3.0, min_transmittance=0.2)._penalty(opacity, 2)
-    # 3 log(0.2 / 0.0501) = 4.1529.
-    assert penalty.tolist() == pytest.approx([4.1529, 0], abs=1e-4)
+def test_coverage_asks_only_of_objects_that_cover_too_much_or_too_little_of_their_view():
+    # Covered on average: 0.95, 0.6 and 0.025.
+    rays = [[1.0, 0.9, 0.9, 1.0], [1.0, 1.0, 0.4, 0.0], [0.05, 0.05, 0.0, 0.0]]
+    opacity = torch.tensor(rays).reshape(3, 1, 2, 2, 1).requires_grad_()
+    penalty = replace(NERF, coverage=3.0, coverage_range=(0.1, 0.8))._penalty(opacity, 3)
+    # 3 log(0.2 / 0.0501) = 4.1529 and 3 log(0.1 / 0.0251) = 4.1469.
+    assert penalty.tolist() == pytest.approx([4.1529, 0, 4.1469], abs=1e-3)
     (gradient,) = torch.autograd.grad(penalty.sum(), opacity)
-    # 3 / (4 * 0.0501) on every ray.
-    torch.testing.assert_close(gradient[0].flatten(), torch.full((4,), 14.970), rtol=1e-4, atol=0)
-    assert (gradient[1] == 0).all()
+    # 3 / (4 * 0.0501) on every ray, and -3 / (4 * 0.0251).
+    expected = torch.tensor([14.970, 0.0, -29.880])
+    torch.testing.assert_close(gradient.reshape(3, 4), expected[:, None].expand(3, 4), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize(("asked", "clears"), [({"sparsity": 100.0}, False), ({"transmittance": 30.0}, True)])
-def test_a_fog_that_fills_the_view_is_cleared_by_transmittance_and_is_not_seen_by_sparsity(asked, clears):
-    # Density 12 everywhere: no ray through a cube of this size lets as much as a hundredth of the light through.
-    particle = replace(NERF, grid=HashGrid(1, 2, 4096, 4, 4, smoothstep=False), blob_density=12.0, blob_radius=1e3)
+@pytest.mark.parametrize("density", [12.0, -12.0])
+@pytest.mark.parametrize(("asked", "mends"), [({"sparsity": 100.0}, False), ({"coverage": 30.0}, True)])
+def test_what_fills_the_view_or_has_faded_away_comes_back_by_coverage_and_is_not_seen_by_sparsity(
+    density, asked, mends
+):
+    # Density 12 everywhere lets less than a hundredth of the light through; softplus(-12) is 6e-6.
+    particle = replace(NERF, grid=HashGrid(1, 2, 4096, 4, 4, smoothstep=False), blob_density=density, blob_radius=1e3)
     particle = replace(particle, bound=0.9, **asked)
     parameters, cameras, keys = scene(particle)
     leaves = {name: value.requires_grad_() for name, value in parameters.items()}
     optimizer = torch.optim.Adam(leaves.values(), lr=0.1)
-    for _ in range(60):
+    for _ in range(100):
         optimizer.zero_grad()
-        out = particle.render(leaves, cameras, 12, keys)
-        out.penalty.sum().backward()
+        particle.render(leaves, cameras, 12, keys).penalty.sum().backward()
         optimizer.step()
     opacity = particle.render(leaves, cameras, 12, keys).opacity.flatten(1).mean(1)
-    assert (opacity < 0.75).all() if clears else (opacity > 0.97).all()
+    if mends:
+        assert ((opacity > 0.08) & (opacity < 0.75)).all()
+    else:
+        assert (opacity > 0.97).all() if density > 0 else (opacity < 0.01).all()
 
 
 def test_the_view_for_evaluation_draws_nothing_random():
