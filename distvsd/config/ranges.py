@@ -49,5 +49,5 @@ class Increasing:
 
 
 @dataclass(frozen=True)
-class NotEmpty:
-    """Marks a text that must have at least one character."""
+class PathText:
+    """Marks a text that names a file or a folder: at least one character, none of them NUL."""
