@@ -15,7 +15,8 @@ from distvsd.cameras import OrbitSampler
 from distvsd.config import Config
 from distvsd.errors import BackendError
 from distvsd.loop import Loop, Round
-from distvsd.parallel.assign import owners
+from distvsd.needs import refuse_too_large
+from distvsd.parallel.assign import owners, share
 from distvsd.parallel.collectives import all_reduce_sum_, gather_objects
 from distvsd.parallel.exchange import Exchange, slice_for
 from distvsd.parallel.reduce import reduce_gradients
@@ -24,11 +25,13 @@ from distvsd.parallel.strategies.flat import Flat
 from distvsd.parallel.world import World
 from distvsd.particles import Ensemble, ImageParticle, NerfParticle, Particle, Views
 from distvsd.particles.recompute import forgetful
+from distvsd.prior.folder import open_folder
 from distvsd.prior.load import load_prior
 from distvsd.prior.pipeline import Pipeline
 from distvsd.prior.prompts import view_indices
 from distvsd.render import HashGrid
 from distvsd.render.volume import VolumeBackend
+from distvsd.runtime.memory import host_memory
 from distvsd.score.base import Strategy
 from distvsd.score.lora import LoraScore
 from distvsd.score.spread import SpreadObjective
@@ -60,8 +63,10 @@ def build_run(
 
     watch, entered: see `Loop`.
 
-    Raises PriorError and BackendError where the configuration asks for what is not there.
+    Raises PriorError and BackendError where the configuration asks for what is not there, and ConfigError where it asks
+    for more memory than there is.
     """
+    _refuse_too_large(config, world)
     exact = config.parallel.numerics == "exact"
     views = config.particles.views
     refuse_missing(config.parallel)
@@ -106,6 +111,18 @@ def build_run(
         entered,
     )
     return Run(config, world, prior, ensemble, score, loop)
+
+
+def _refuse_too_large(config: Config, world: World) -> None:
+    """Raises ConfigError, and takes no memory. The share looked at is the first rank's, which is the largest, so that
+    ranks of equal machines raise the same."""
+    folder = open_folder(config.prior.path)
+    prior = {"latent_channels": folder.latent_channels, "downscale": folder.downscale}
+    own = len(share(config.particles.count, world.size, 0))
+    if world.device.type == "cuda":
+        refuse_too_large(config, prior, own, torch.cuda.get_device_properties(world.device).total_memory, "GPU")
+    else:
+        refuse_too_large(config, prior, own, host_memory(), "machine")
 
 
 def _fix_order_of_sums(device: torch.device) -> None:

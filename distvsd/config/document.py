@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from distvsd.config.scalars import Unread, printable, read_scalar, unknown_tag
+from distvsd.config.scalars import SHOWN, Unread, printable, read_scalar, unknown_tag
 from distvsd.errors import ConfigError
 
 _COLLECTIONS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
@@ -218,9 +218,8 @@ class _Reader:
             # The place of a field is the line of its name, which is where a reader looks.
             entry = Entry(self.entry(value_node).value, self._where(key_node))
             if key in mapping:
-                self.mistakes.append(
-                    f"{entry.where}: key '{printable(key_node.value)}' is given twice, first at {mapping[key].where}"
-                )
+                shown = printable(key_node.value, SHOWN)
+                self.mistakes.append(f"{entry.where}: key '{shown}' is given twice, first at {mapping[key].where}")
             else:
                 mapping[key] = entry
         return mapping

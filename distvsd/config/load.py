@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 from distvsd.config.canonical import diff, digest, to_dict, to_yaml
 from distvsd.config.document import Entry, read_document, read_override, shown_path
 from distvsd.config.relations import RELATIONS
-from distvsd.config.scalars import printable
+from distvsd.config.scalars import SHOWN, printable
 from distvsd.config.schema import Config, Schedule
 from distvsd.config.values import Mistake, convert, named, nearest
 from distvsd.errors import ConfigError
@@ -128,7 +128,7 @@ class _Reader:
         known = list(hints(section))
         unknown = [(name, entry) for name, entry in layer.value.items() if name not in known]  # type: ignore[attr-defined]
         for name, entry in unknown[:MAX_UNKNOWN]:
-            shown = printable(name) if isinstance(name, str) else named(name)
+            shown = printable(name, SHOWN) if isinstance(name, str) else named(name)
             near = _suggest(name if isinstance(name, str) else shown, prefix, known)
             self.mistakes.append(f"{entry.where}: unknown key {prefix}{shown}; {near}")
         if len(unknown) > MAX_UNKNOWN:

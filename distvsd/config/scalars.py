@@ -52,7 +52,7 @@ def read_scalar(tag: str, text: str) -> Hashable:
             if number is not None:
                 return number
         case "timestamp" if re.match(r"\d", text):
-            return Unread(f"the date {printable(text)}", is_plain=True)
+            return Unread(f"the date {printable(text, SHOWN)}", is_plain=True)
         case "null" | "bool" | "timestamp":
             pass
         case _:
@@ -62,12 +62,12 @@ def read_scalar(tag: str, text: str) -> Hashable:
 
 def unknown_tag(tag: str) -> Unread:
     """A value whose tag is none of the core ones."""
-    return Unread(f"a value with the tag {printable(tag)}, which is not known (leave it out)")
+    return Unread(f"a value with the tag {printable(tag, SHOWN)}, which is not known (leave it out)")
 
 
-def printable(text: str, most: int = SHOWN) -> str:
-    """The text as a terminal may show it: one line, shortened, control and direction marks as escapes."""
-    cut = text[:most] + ("..." if len(text) > most else "")
+def printable(text: str, most: int | None = None) -> str:
+    """The text as a terminal may show it: one line, control and direction marks as escapes, shortened to `most`."""
+    cut = text if most is None or len(text) <= most else text[:most] + "..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from distvsd.config.document import Entry
 from distvsd.config.ranges import Increasing, PathText, Range
-from distvsd.config.scalars import Unread, printable, quoted
+from distvsd.config.scalars import SHOWN, Unread, printable, quoted
 from distvsd.config.schema import Schedule
 
 # With these a configuration as the program writes it stays within the limits of `document.py`, whatever the characters.
@@ -57,7 +57,7 @@ def named(value: object) -> str:
         case bool():
             return f"the truth value {str(value).lower()}"
         case int() | float():
-            return printable(str(value))
+            return printable(str(value), SHOWN)
         case str():
             return f"the text {quoted(value)}"
         case Unread():

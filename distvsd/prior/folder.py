@@ -113,10 +113,14 @@ def _resolve(path: str) -> Path:
                 "data, or train it with `distvsd prior build` and give the folder that wrote as prior.path"
             )
         return root
-    root = Path(path).expanduser()
-    if root.is_dir():
+    try:
+        root = Path(path).expanduser()
+        is_folder, is_there = root.is_dir(), root.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # no such user after ~, too long for a path, NUL in it
+        raise PriorError(f"{path[:200]!r} cannot be the prior's folder: {str(error)[:200]}") from error
+    if is_folder:
         return root
-    if root.exists():
+    if is_there:
         raise PriorError(
             f"the prior {path!r} is a file; give the folder of a diffusers pipeline (not a single checkpoint)"
         )
