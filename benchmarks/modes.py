@@ -62,6 +62,7 @@ def trained(out: Path, kind: str, count: int, rounds: int, seed: int, overrides:
         "particles.image.init_scale=0.1",
         # Particles that begin alike overshoot together, and the crowd swings through the colours.
         "particles.image.init_color=0.1",
+        "score.init=kaiming",
         "score.learning_rate=3e-3",
         # One pass over the round's renders, in four steps instead of one.
         f"score.steps_per_round={steps}",

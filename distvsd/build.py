@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distvsd.cameras import OrbitSampler
 from distvsd.config import Config
+from distvsd.config.relations import refuse_small_latents
 from distvsd.errors import BackendError
 from distvsd.loop import Loop, Round
 from distvsd.parallel.assign import owners
@@ -60,7 +61,8 @@ def build_run(
 
     watch, entered: see `Loop`.
 
-    Raises PriorError and BackendError where the configuration asks for what is not there.
+    Raises PriorError and BackendError where the configuration asks for what is not there, and ConfigError where the
+    UNet would see latents much smaller than those it was trained on.
     """
     exact = config.parallel.numerics == "exact"
     views = config.particles.views
@@ -80,6 +82,7 @@ def build_run(
         # A UNet that is cut up may be one that fits on no device: it waits in the host's memory.
         unet_device="cpu" if spreads_network(config.parallel, world) else None,
     )
+    refuse_small_latents(config, prior.resolution)
     assigned = owners(config.particles.count, world.size)
     ensemble = make_ensemble(config, prior, assigned[world.rank], world.device)
     score = LoraScore(
@@ -91,6 +94,7 @@ def build_run(
         config.run.seed,
         world.device,
         micro_batch=samples_a_call,
+        reads_cameras=config.reads_cameras,
     )
     strategy, score.holder = choose(config.parallel, world, score.network, score.local, _flat(config, world, score))
     loop = Loop(
@@ -214,6 +218,7 @@ def _particle(config: Config, prior: Pipeline | None, device: torch.device) -> P
                 nerf.init_color,
                 nerf.density_noise,
                 nerf.entropy,
+                nerf.entropy_of,
                 nerf.sparsity,
                 nerf.coverage,
                 nerf.coverage_range,
@@ -247,36 +252,31 @@ def _volume_backend(config: Config, device: torch.device) -> VolumeBackend:
     return "nerfacc" if find_spec("nerfacc") else "torch"
 
 
-def _names_cameras(config: Config) -> bool:
-    """Whether the score network reads cameras: an image is the same from all of them, and what a network that has never
-    been given one in training makes of one is nothing learnt."""
-    return config.particles.kind != "image" and config.score.camera_drop < 1
-
-
 def _encoder(prior: Pipeline, ensemble: Ensemble, config: Config) -> Callable[[list[Views], int], Samples]:
     """Renders of a resolution to samples: latents with the graph, camera matrices, ids, named views, and weights.
 
     The weight is 0 for latents that are not finite and for particles in quarantine, else 1. Where the score network
-    reads no cameras the matrices are zero, which it takes for none.
+    reads no cameras the matrices are zero.
     """
-    particle, num_views, names_cameras = ensemble.particle, config.particles.views, _names_cameras(config)
+    particle, num_views = ensemble.particle, config.particles.views
     encode_images = forgetful(prior.encode) if config.particles.recompute else prior.encode
 
     def encode(views: list[Views], resolution: int) -> Samples:
+        edge = config.encoded_edge(resolution, prior.resolution)
         if not views:
-            return _no_samples(prior, resolution)
+            return _no_samples(prior, edge)
         parts = []
         absent = torch.tensor(ensemble.quarantined, dtype=torch.int64, device=prior.device)
         for view in views:
             images = view.rendered.images.flatten(0, 1)
             ids = view.ids.repeat_interleave(num_views)
-            latents = poison("latent", images if particle.is_latent else encode_images(images), ids)
+            latents = poison("latent", images if particle.is_latent else encode_images(images, edge), ids)
             cameras = view.cameras.flatten()
             matrices = cameras.extrinsics.flatten(1).float()
             parts.append(
                 Samples(
                     latents,
-                    matrices if names_cameras else torch.zeros_like(matrices),
+                    matrices if config.reads_cameras else torch.zeros_like(matrices),
                     ids,
                     view_indices(cameras.elevation, cameras.azimuth),
                     (_finite(latents, num_views) & ~torch.isin(ids, absent)).float(),
@@ -300,9 +300,9 @@ def _exclude(world: World, union: Samples, absent: list[int]) -> Samples:
     return dataclasses.replace(union, weight=union.weight * (missed == 0))
 
 
-def _no_samples(prior: Pipeline, resolution: int) -> Samples:
+def _no_samples(prior: Pipeline, edge: int) -> Samples:
     """What a rank without particles gives to the exchange: no rows, of the width that the others' rows have."""
-    shape = prior.latent_shape(resolution)
+    shape = prior.latent_shape(edge)
     empty = torch.zeros(0, dtype=torch.int64, device=prior.device)
     return Samples(
         torch.zeros(0, *shape, device=prior.device),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
 
 from distvsd.config import Config, diff, load_config, to_dict, to_yaml
-from distvsd.config.canonical import BOOKKEEPING
+from distvsd.config.canonical import BOOKKEEPING, recorded_keys
 from distvsd.errors import PREEMPTED, ConfigError, RankError, RunError
 from distvsd.parallel.collectives import agreed, gather_objects
 from distvsd.parallel.world import World, open_world
@@ -18,6 +19,8 @@ from distvsd.runtime.paths import Resume, RunLock, RunPaths
 from distvsd.runtime.preempt import Preemption
 from distvsd.runtime.status import read_status, write_status
 from distvsd.trainer import Trainer
+
+_log = logging.getLogger("distvsd")
 
 
 def train(config: Config, resume: Resume = "auto") -> int:
@@ -114,12 +117,19 @@ def _report_failure(paths: RunPaths, config: Config, error: BaseException) -> No
 
 
 def _differences(paths: RunPaths, config: Config) -> list[str]:
-    """What changed against the run in this directory and would change its mathematics, in words."""
-    if not paths.config.is_file():
+    """What changed against the run in this directory and would change its mathematics, in words.
+
+    A run of an older version goes on with this configuration's values of the fields that it did not have.
+    """
+    text = paths.previous_config()
+    if text is None:
         return []
-    before = load_config(paths.config)
-    changed = diff(before, config)
-    return [f"{key}: {old!r} became {new!r}" for key, old, new in changed if not key.startswith(BOOKKEEPING)]
+    before, recorded = load_config(paths.config), recorded_keys(text)
+    changed = [each for each in diff(before, config) if not each[0].startswith(BOOKKEEPING)]
+    added = [f"{key}={new!r}" for key, _, new in changed if key not in recorded]
+    if added:
+        _log.warning("%s was begun by a version without %s; it goes on with these", paths.root, ", ".join(added))
+    return [f"{key}: {old!r} became {new!r}" for key, old, new in changed if key in recorded]
 
 
 class _CallableModule(types.ModuleType):

@@ -29,6 +29,7 @@ from distvsd.runtime.preempt import Preemption
 from distvsd.runtime.status import State, write_status
 from distvsd.runtime.stragglers import tame_garbage_collector
 from distvsd.runtime.tracker import Outcome
+from distvsd.score.lora import CAMERA_FILE
 from distvsd.score.training import kept_rows
 
 _log = logging.getLogger("distvsd")
@@ -195,6 +196,12 @@ class Trainer:
                 f"{checkpoint.folder} was trained against another prior than {self.config.prior.path} "
                 "holds now; resume with that prior, or choose another run.dir"
             )
+        if parts.world.rank == 0 and CAMERA_FILE in manifest.files and not self.config.reads_cameras:
+            _log.warning(
+                "%s holds a camera network, which runs without cameras no longer have; it is left out, and the adapter "
+                "learns the constant offset that it gave",
+                checkpoint.folder,
+            )
         health = {entry.id: entry.health for entry in manifest.particles}
         if set(health) != set(range(self.config.particles.count)):
             raise CheckpointError(
@@ -269,8 +276,7 @@ def largest_part(parts: Run) -> int:
     trained = 4 * sum(parts.score.num_parameters)
     if parts.loop.training is None:
         return total + trained
-    starts = [*(start for start, _ in config.render.resolution.points if start < rounds), rounds - 1]
-    row = max(_row_bytes(parts, config.render.resolution_at(step)) for step in starts)
+    row = max(_row_bytes(parts, resolution) for resolution in config.render.corners(rounds))
     samples = config.particles.count * config.particles.views
     rows = config.score.replay_rounds * kept_rows(samples, config.score.replay_share)
     return total + 3 * trained + rows * row

@@ -12,7 +12,8 @@ from typing import Any, get_type_hints
 from distvsd.config.canonical import diff, digest, to_dict, to_yaml
 from distvsd.config.document import Entry, read_document, read_override
 from distvsd.config.relations import RELATIONS
-from distvsd.config.schema import Config, Schedule
+from distvsd.config.schedule import Schedule
+from distvsd.config.schema import Config
 from distvsd.config.values import Mistake, convert, named, nearest
 from distvsd.errors import ConfigError
 

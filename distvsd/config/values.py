@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from distvsd.config.document import Entry
 from distvsd.config.ranges import Increasing, NotEmpty, Range
-from distvsd.config.schema import Schedule
+from distvsd.config.schedule import Schedule
 
 
 class Mistake(Exception):

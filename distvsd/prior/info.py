@@ -37,6 +37,7 @@ def describe(path: str) -> dict[str, Any]:
         "timesteps": len(schedule),
         "zero_terminal_snr": bool(schedule[-1] < 1e-6),
         "resolution": folder.native_resolution,
+        "renders_encoded_at": folder.native_resolution,
         "latent_shape": [folder.latent_channels, side, side],
     }
 

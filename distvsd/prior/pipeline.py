@@ -12,6 +12,7 @@ from distvsd.errors import PriorError
 from distvsd.prior.autoencoder import Codec
 from distvsd.prior.folder import PipelineFolder
 from distvsd.prior.prompts import PromptTable
+from distvsd.prior.resize import resized
 from distvsd.vsd.diffusion import PredictionType, to_eps
 from distvsd.vsd.samples import slices
 
@@ -64,11 +65,14 @@ class Pipeline:
             )
         return self.folder.latent_channels, side, side
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor, edge: int | None = None) -> Tensor:
         """Images `[N, 3, H, W]` in [0, 1] to latents `[N, C, h, w]` float32; deterministic, differentiable to images.
 
-        H and W are multiples of a latent pixel. No gradient is kept for anything but the images.
+        edge: the pixels a side to which they are resized first. H and W, or edge, are multiples of a latent pixel. No
+        gradient is kept for anything but the images.
         """
+        if edge is not None:
+            images = resized(images, edge)
         if len(images) == 0:
             shape = (size // self.folder.downscale for size in images.shape[2:])
             return images.new_zeros((0, self.folder.latent_channels, *shape), dtype=torch.float32)

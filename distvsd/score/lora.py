@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from distvsd.errors import CheckpointError
-from distvsd.score.adapter import AsPrior, adapted_unet, adapter_parameters
+from distvsd.score.adapter import AsPrior, Init, adapted_unet, adapter_parameters
 from distvsd.score.base import Optimizer
 from distvsd.score.camera import CAMERA_FEATURES
 from distvsd.score.optimizer import AdapterOptimizer
@@ -33,6 +33,12 @@ class LoraOptions(Protocol):
     @property
     def rank(self) -> int: ...
     @property
+    def init(self) -> Init: ...
+    @property
+    def betas(self) -> tuple[float, float]: ...
+    @property
+    def eps(self) -> float: ...
+    @property
     def warmup(self) -> int: ...
     @property
     def weight_decay(self) -> float: ...
@@ -48,6 +54,7 @@ class LoraScore:
     unet: the prior's frozen UNet2DConditionModel; its tensors are shared, never copied and never changed.
     alphas_cumprod: [T]. text_of: particle ids [N] -> text embeddings [N, L, D], the bare prompts. seed: of the
     adapter's initial values, equal on every rank. micro_batch: samples per UNet call in `eps` and `loss`, 0 = all.
+    reads_cameras: without it the network has no camera condition, and no call reads the cameras that it is given.
     Raises BackendError for a UNet with class conditioning. Nothing here communicates, unless a strategy has spread the
     network or the optimiser over ranks: then every call of the network, or `state`, is every rank's.
 
@@ -66,19 +73,23 @@ class LoraScore:
         seed: int,
         device: torch.device | str,
         micro_batch: int = 0,
+        reads_cameras: bool = True,
     ) -> None:
         self._alphas_cumprod = alphas_cumprod.to(device=device, dtype=torch.float32)
         self._prediction_type = prediction_type
         self._text_of = text_of
         self._micro_batch = micro_batch
         self._dtype = next(unet.parameters()).dtype
-        self._peft, camera = adapted_unet(unet, config.rank, seed, device)
+        self._peft, camera = adapted_unet(unet, config.rank, config.init, seed, reads_cameras, device)
         self._unet: Any = self._peft.get_base_model()
         self._adapter = adapter_parameters(self._peft)
-        self._camera = {f"camera.{name}": parameter for name, parameter in camera.named_parameters()}
+        named = camera.named_parameters() if camera is not None else ()
+        self._camera = {f"camera.{name}": parameter for name, parameter in named}
         self.trainable: dict[str, Parameter] = self._adapter | self._camera
         self._base_class = type(self._unet)  # sharding puts another in its place
-        self.local = AdapterOptimizer(self.trainable, config.weight_decay, config.warmup, config.max_grad_norm)
+        self.local = AdapterOptimizer(
+            self.trainable, config.weight_decay, config.betas, config.eps, config.warmup, config.max_grad_norm
+        )
         self.holder: Optimizer = self.local
         self.replay = Replay(config.replay_rounds, device)
         self.left_out = 0
@@ -186,10 +197,10 @@ class LoraScore:
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """See `Score.state`. `score/adapter_model.safetensors` is what peft's save_pretrained writes."""
-        files: dict[str, dict[str, Tensor]] = {ADAPTER_FILE: {}, CAMERA_FILE: {}}
+        files: dict[str, dict[str, Tensor]] = {}
         for name, value in self.holder.values().items():
             file, stored_as = _place(name)
-            files[file][stored_as] = value
+            files.setdefault(file, {})[stored_as] = value
         counts = {"num_steps": self.num_steps, "left_out": self.left_out}
         files[OPTIMIZER_FILE] = {name: torch.tensor(count, dtype=torch.int64) for name, count in counts.items()} | {
             f"{name}.{moment}": value
@@ -240,7 +251,7 @@ class LoraScore:
             noisy.to(self._dtype),
             timesteps,
             encoder_hidden_states=self._text_of(ids).to(self._dtype),
-            class_labels=cameras.float(),
+            class_labels=cameras.float() if self._camera else None,
             return_dict=False,
         )[0]
         return output.float()

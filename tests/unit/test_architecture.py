@@ -56,6 +56,7 @@ OUTER: dict[str, set[str]] = {
         "render_run",
         "restored",
         "runtime",
+        "score.lora",
         "score.training",
     },
     "train": {"cli", "config", "parallel", "runtime", "trainer"},

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from distvsd import restored
-from distvsd.config.schema import CamerasConfig, Config, ParticlesConfig, PriorConfig, Schedule
+from distvsd.config.schedule import Schedule
+from distvsd.config.schema import CamerasConfig, Config, ParticlesConfig, PriorConfig
 from distvsd.evaluate import run, views
 from distvsd.evaluate.run import evaluate_particles
 from distvsd.evaluate.views import groups, render_group, ring
