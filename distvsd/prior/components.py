@@ -39,23 +39,23 @@ def load_model(
 ) -> torch.nn.Module:
     """The model in `folder/component`, in `dtype` on `device`, in eval mode, with no parameter that wants a gradient.
 
-    model_class: a diffusers or transformers model. trial: calls the network once on the meta device, where nothing is
-    computed, and so shows that its configuration can be run. Raises PriorError for a configuration that cannot be built
-    or does not pass the trial, and for weights that are missing, of another shape, or not finite in `dtype`.
+    model_class: a diffusers or transformers model. trial: calls the network once, with little, and so shows that its
+    configuration can be run; where it is. Raises PriorError for a configuration that cannot be built or does not pass
+    the trial, and for weights that are missing, of another shape, or not finite in `dtype`.
     """
     weights, settings = folder.weights[component], folder.settings(component)
     where = f"the {component} in {folder.path / component}"
+    library = f"{where} cannot be loaded as a {model_class.__name__}"
     default = torch.get_default_dtype()
     try:
         with (
-            foreign(f"{where} cannot be loaded as a {model_class.__name__}"),
+            foreign(library),
             _staged(weights.files, {"config.json": _taken(settings)} | _index(weights)) as path,
             quiet(),
         ):
             with torch.device("meta"), torch.no_grad():
                 network = _skeleton(model_class, path)
                 check_size(network, weights, where)
-                trial(network.eval())
             model, info = model_class.from_pretrained(
                 path,
                 torch_dtype=dtype,  # the name that every supported version of both libraries knows
@@ -72,6 +72,10 @@ def load_model(
     _check_whole(info, component, folder)
     model = model.to(device).eval().requires_grad_(False)
     _check_finite(model, component, folder, dtype)
+    # CPUs compute in half precision slowly or not at all; there the network without weights has to do.
+    is_slow = device.type == "cpu" and dtype != torch.float32
+    with foreign(library), torch.no_grad():
+        trial(network.to(dtype).eval() if is_slow else model)
     return model  # type: ignore[no-any-return]
 
 
@@ -98,17 +102,18 @@ def quiet() -> Iterator[None]:
     from transformers.utils import logging as transformers_log
 
     before = diffusers_log.get_verbosity(), transformers_log.get_verbosity()
-    bars = transformers_log.is_progress_bar_enabled()
+    barred = [log for log in (diffusers_log, transformers_log) if log.is_progress_bar_enabled()]
     diffusers_log.set_verbosity_error()
     transformers_log.set_verbosity(transformers_log.CRITICAL)
-    transformers_log.disable_progress_bar()
+    for log in barred:
+        log.disable_progress_bar()
     try:
         yield
     finally:
         diffusers_log.set_verbosity(before[0])
         transformers_log.set_verbosity(before[1])
-        if bars:
-            transformers_log.enable_progress_bar()
+        for log in barred:
+            log.enable_progress_bar()
 
 
 @contextmanager

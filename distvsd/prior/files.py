@@ -176,7 +176,7 @@ def _headers(file: Path) -> list[tuple[str, Header]]:
         with safe_open(file, "np") as tensors:  # numpy: reads the header and maps nothing
             parts = [(key, tensors.get_slice(key)) for key in tensors.keys()]  # noqa: SIM118 - not a dict
             return [(key, Header(tuple(part.get_shape()), part.get_dtype())) for key, part in parts]
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, MemoryError) as error:  # the last: longer than this process may map
         raise PriorError(
             f"{file} cannot be read as safetensors ({error}); it is damaged, cut short or of another format: fetch or "
             "save the pipeline again"

@@ -97,12 +97,15 @@ def prediction_type_of(scheduler: Any, folder: PipelineFolder) -> PredictionType
 def _load_unet(folder: PipelineFolder, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
     from diffusers import UNet2DConditionModel
 
-    side = folder.native_resolution // folder.downscale
-    noisy, text = (1, folder.latent_channels, side, side), (1, 2, min(attended_widths(folder)))
+    # The fewest latent pixels of which its deepest level still has several, as in training.
+    side = min(folder.native_resolution // folder.downscale, 2 ** len(folder.configs["unet"]["block_out_channels"]))
 
     def predict(unet: torch.nn.Module) -> None:
-        output = unet(torch.empty(noisy), torch.zeros(1, dtype=torch.int64), encoder_hidden_states=torch.empty(text))
-        _check_shape("unet", folder, output.sample.shape, noisy)
+        like = next(unet.parameters())
+        noisy = like.new_zeros(1, folder.latent_channels, side, side)
+        text = like.new_zeros(1, 2, min(attended_widths(folder)))
+        output = unet(noisy, like.new_zeros(1, dtype=torch.int64), encoder_hidden_states=text).sample
+        _check_shape("unet", folder, output, noisy)
 
     return load_model(folder, "unet", UNet2DConditionModel, dtype, device, predict)
 
@@ -115,19 +118,18 @@ def _load_codec(folder: PipelineFolder, dtype: torch.dtype, device: torch.device
         )
     from diffusers import AutoencoderKL
 
-    latents, images = (1, folder.latent_channels, 2, 2), (1, 3, 2 * folder.downscale, 2 * folder.downscale)
-
     def there_and_back(vae: torch.nn.Module) -> None:
-        codec = VaeCodec(vae)
-        _check_shape("vae", folder, codec.encode(torch.empty(images)).shape, latents)
-        _check_shape("vae", folder, codec.decode(torch.empty(latents)).shape, images)
+        codec, like, side = VaeCodec(vae), next(vae.parameters()), 2 * folder.downscale
+        latents, images = like.new_zeros(1, folder.latent_channels, 2, 2), like.new_zeros(1, 3, side, side)
+        _check_shape("vae", folder, codec.encode(images), latents)
+        _check_shape("vae", folder, codec.decode(latents), images)
 
     return VaeCodec(load_model(folder, "vae", AutoencoderKL, dtype, device, there_and_back))
 
 
-def _check_shape(component: str, folder: PipelineFolder, found: Sequence[int], wanted: Sequence[int]) -> None:
-    if tuple(found) != tuple(wanted):
+def _check_shape(component: str, folder: PipelineFolder, found: Tensor, wanted: Tensor) -> None:
+    if found.shape != wanted.shape:
         raise PriorError(
-            f"the {component} in {folder.path} returns the shape {tuple(found)} where its configuration promises "
-            f"{tuple(wanted)}; fetch or save the pipeline again"
+            f"the {component} in {folder.path} returns the shape {tuple(found.shape)} where its configuration promises "
+            f"{tuple(wanted.shape)}; fetch or save the pipeline again"
         )
