@@ -154,8 +154,8 @@ def _prior(config: Config) -> dict[str, Any]:
         "latent_channels": folder.latent_channels,
         "downscale": folder.downscale,
         "resolution": folder.native_resolution,
-        "weight_bytes": sum(file.stat().st_size for files in folder.weights.values() for file in files),
-        "unet_bytes": sum(file.stat().st_size for file in folder.weights["unet"]),
+        "weight_bytes": sum(weights.num_bytes for weights in folder.weights.values()),
+        "unet_bytes": folder.weights["unet"].num_bytes,
         "adapter_parameters": adapter_parameters(unet, config.score.rank),
         "camera_parameters": ((CAMERA_NUMBERS + embedding) * embedding + 2 * embedding) * config.reads_cameras,
     }

@@ -10,6 +10,9 @@ import math
 import time
 from typing import Any
 
+import torch
+
+from distvsd import __version__
 from distvsd.build import Run, build_run
 from distvsd.checkpoint.format import particle_file
 from distvsd.checkpoint.reader import Checkpoint
@@ -18,6 +21,7 @@ from distvsd.config import Config, digest, to_dict, to_yaml
 from distvsd.errors import CheckpointError, DivergedError, RunError
 from distvsd.journal import Journal
 from distvsd.loop import Round
+from distvsd.parallel.alike import Fact, refuse_unlike
 from distvsd.parallel.collectives import agreed, max_flags, set_timeout
 from distvsd.parallel.world import OPENING_TIMEOUT_S, World
 from distvsd.particles.good import most_copies
@@ -55,6 +59,7 @@ class Trainer:
         self.patience_s = max(OPENING_TIMEOUT_S, config.parallel.timeout_s)
         set_timeout(world, self.patience_s)
         self.parts = agreed(world, lambda: build_run(config, world, self._watch, heartbeat.at))
+        self._refuse_unlike_ranks()
         checkpoint = config.checkpoint
         self.saver = Saver(paths.checkpoints, world, checkpoint.keep, checkpoint.asynchronous, checkpoint.max_failures)
         self.saver.preflight(largest_part(self.parts))
@@ -64,6 +69,18 @@ class Trainer:
         self.saved = self.first if self.first else -1  # rounds completed in the newest checkpoint that was begun
         self.was_preempted = False
         self.collect_garbage = tame_garbage_collector()
+
+    def _refuse_unlike_ranks(self) -> None:
+        """Communicates. Every rank reads all files of its prior once more for this, which is the price of knowing that
+        they are the same: seconds for each GB from a local disk."""
+        prior = self.parts.prior
+        identity = agreed(self.world, prior.identity)
+        facts = {
+            "prior": Fact(identity, f"{identity[:15]} in {prior.folder.path.resolve()}"),
+            "version of distvsd": Fact(__version__, __version__),
+            "version of torch": Fact(str(torch.__version__), str(torch.__version__)),
+        }
+        refuse_unlike(self.world, facts)
 
     def run(self) -> bool:
         """All rounds that are left, the last checkpoint, the contact sheet. False if the run was told to stop before
@@ -145,7 +162,7 @@ class Trainer:
         metadata = {
             "config": to_dict(self.config),
             "config_digest": digest(self.config),
-            "prior_identity": self.parts.prior.identity() if self.world.rank == 0 else "",
+            "prior_identity": self.parts.prior.identity(),
         } | self.journal.lengths()
         score = self.parts.score
         self.saver.begin(completed, files | score.state(), score.texts(), metadata, ensemble.health())
@@ -191,7 +208,7 @@ class Trainer:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         manifest, parts = checkpoint.manifest, self.parts
-        if manifest.prior_identity != parts.prior.identity():
+        if not parts.prior.is_identified_by(manifest.prior_identity):
             raise CheckpointError(
                 f"{checkpoint.folder} was trained against another prior than {self.config.prior.path} "
                 "holds now; resume with that prior, or choose another run.dir"

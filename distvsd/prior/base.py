@@ -60,5 +60,9 @@ class Prior(Protocol):
         ...
 
     def identity(self) -> str:
-        """SHA-256 of what the prior is made of, the same for every path, device, dtype and prompt."""
+        """A hash of what the prior is made of, the same for every path, device, dtype and prompt."""
+        ...
+
+    def is_identified_by(self, stored: str) -> bool:
+        """Whether the identity that a checkpoint holds is this prior's, by this version's rule or an older one's."""
         ...

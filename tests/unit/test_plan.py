@@ -34,7 +34,7 @@ UNET = {
 def prior(tmp_path: Path) -> str:
     """A folder with a pipeline's configuration files, and weight files that nobody must read."""
     files: dict[str, Any] = {
-        "model_index.json": {"_class_name": "StableDiffusionPipeline"},
+        "model_index.json": {"text_encoder": ["transformers", "CLIPTextModel"]},
         "unet/config.json": {"_class_name": "UNet2DConditionModel", **UNET},
         "vae/config.json": {"_class_name": "PatchCodec", "patch_size": 4, "scaling_factor": 1.0},
         "text_encoder/config.json": {},
