@@ -16,7 +16,8 @@ from distvsd.config import Config
 from distvsd.config.relations import refuse_small_latents
 from distvsd.errors import BackendError
 from distvsd.loop import Loop, Round
-from distvsd.parallel.assign import owners
+from distvsd.needs import refuse_too_large
+from distvsd.parallel.assign import owners, share
 from distvsd.parallel.collectives import all_reduce_sum_, gather_objects
 from distvsd.parallel.exchange import Exchange, slice_for
 from distvsd.parallel.reduce import reduce_gradients
@@ -25,11 +26,13 @@ from distvsd.parallel.strategies.flat import Flat
 from distvsd.parallel.world import World
 from distvsd.particles import Ensemble, ImageParticle, NerfParticle, Particle, Views
 from distvsd.particles.recompute import forgetful
+from distvsd.prior.folder import open_folder
 from distvsd.prior.load import load_prior
 from distvsd.prior.pipeline import Pipeline
 from distvsd.prior.prompts import view_indices
 from distvsd.render import HashGrid
 from distvsd.render.volume import VolumeBackend
+from distvsd.runtime.memory import host_memory
 from distvsd.score.base import Strategy
 from distvsd.score.lora import LoraScore
 from distvsd.score.spread import SpreadObjective
@@ -61,9 +64,10 @@ def build_run(
 
     watch, entered: see `Loop`.
 
-    Raises PriorError and BackendError where the configuration asks for what is not there, and ConfigError where the
-    UNet would see latents much smaller than those it was trained on.
+    Raises PriorError and BackendError where the configuration asks for what is not there, and ConfigError where it asks
+    for more memory than there is, or where the UNet would see latents much smaller than those it was trained on.
     """
+    _refuse_unfit(config, world)
     exact = config.parallel.numerics == "exact"
     views = config.particles.views
     refuse_missing(config.parallel)
@@ -82,7 +86,6 @@ def build_run(
         # A UNet that is cut up may be one that fits on no device: it waits in the host's memory.
         unet_device="cpu" if spreads_network(config.parallel, world) else None,
     )
-    refuse_small_latents(config, prior.resolution)
     assigned = owners(config.particles.count, world.size)
     ensemble = make_ensemble(config, prior, assigned[world.rank], world.device)
     score = LoraScore(
@@ -110,6 +113,20 @@ def build_run(
         entered,
     )
     return Run(config, world, prior, ensemble, score, loop)
+
+
+def _refuse_unfit(config: Config, world: World) -> None:
+    """Raises ConfigError where the prior's sizes do not suit the run or the machine; loads nothing. The share looked at
+    is the first rank's, which is the largest, so that ranks of equal machines raise the same."""
+    folder = open_folder(config.prior.path)
+    native = folder.native_resolution
+    refuse_small_latents(config, native)
+    prior = {"latent_channels": folder.latent_channels, "downscale": folder.downscale, "resolution": native}
+    own = len(share(config.particles.count, world.size, 0))
+    if world.device.type == "cuda":
+        refuse_too_large(config, prior, own, torch.cuda.get_device_properties(world.device).total_memory, "GPU")
+    else:
+        refuse_too_large(config, prior, own, host_memory(), "machine")
 
 
 def _fix_order_of_sums(device: torch.device) -> None:

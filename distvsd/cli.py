@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
-import math
 import os
 import sys
 import time
@@ -16,7 +15,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from distvsd import commands
+from distvsd.arguments import (
+    ASSUMPTION,
+    GUIDANCE,
+    IMAGES,
+    LEARNING_RATE,
+    NODES,
+    RANKS_A_NODE,
+    SAMPLES,
+    SEED,
+    STEPS,
+    text,
+)
 from distvsd.commands import is_first_rank
+from distvsd.config.scalars import printable
 from distvsd.errors import ConfigError, DistvsdError, UsageError
 
 Command = Callable[[argparse.Namespace], int]
@@ -60,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         # argparse takes positionals only up to the first option; what follows it are overrides all the same.
         if not hasattr(args, "overrides") or any(text.startswith("-") for text in rest):
-            args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+            args.parser.error(f"unrecognized arguments: {printable(' '.join(rest), 300)}")
         args.overrides = [*args.overrides, *rest]
     command: Command = args.command
     try:
@@ -125,14 +137,21 @@ def _parser() -> argparse.ArgumentParser:
         commands.run_plan,
     )
     _config_arguments(plan)
+    plan.add_argument("--nodes", type=NODES, default=1, metavar="N", help="number of machines (default: %(default)s)")
     plan.add_argument(
-        "--nodes", type=_positive, default=1, metavar="N", help="number of machines (default: %(default)s)"
-    )
-    plan.add_argument(
-        "--gpus-per-node", type=_positive, default=1, metavar="G", help="ranks a machine (default: %(default)s)"
+        "--gpus-per-node",
+        type=RANKS_A_NODE,
+        default=1,
+        metavar="G",
+        help="ranks a machine (default: %(default)s)",
     )
     for option, metavar, what in PLAN_ASSUMPTIONS:
-        plan.add_argument(option, type=_rate, metavar=metavar, help=f"{what} (default: the one that the plan prints)")
+        plan.add_argument(
+            option,
+            type=ASSUMPTION,
+            metavar=metavar,
+            help=f"{what} (default: the one that the plan prints)",
+        )
     _json_argument(plan)
 
     _commands_on_runs(kinds)
@@ -202,16 +221,23 @@ def _prior_commands(parents: Any) -> None:
         commands.run_prior_sample,
         parent="prior ",
     )
-    sample.add_argument("prompt", metavar="PROMPT", help="any text, also an empty one")
+    sample.add_argument("prompt", type=text, metavar="PROMPT", help="any text, also an empty one")
     sample.add_argument("--path", default="shapes", help="a diffusers folder (default: %(default)s)")
-    sample.add_argument("--count", type=_positive, default=16, help="number of samples (default: %(default)s)")
+    sample.add_argument("--count", type=SAMPLES, default=16, help="number of samples (default: %(default)s)")
     sample.add_argument(
-        "--guidance-scale", type=float, default=3.0, help="classifier-free guidance (default: %(default)s)"
+        "--guidance-scale",
+        type=GUIDANCE,
+        default=3.0,
+        help="classifier-free guidance (default: %(default)s)",
     )
-    sample.add_argument("--steps", type=_positive, default=50, help="denoising steps (default: %(default)s)")
-    sample.add_argument("--seed", type=_count, default=0, help="of the initial noise (default: %(default)s)")
+    sample.add_argument("--steps", type=STEPS, default=50, help="denoising steps (default: %(default)s)")
+    sample.add_argument("--seed", type=SEED, default=0, help="of the initial noise (default: %(default)s)")
     sample.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="where the image goes")
 
+    _build_command(kinds)
+
+
+def _build_command(kinds: Any) -> None:
     build = _command(
         kinds,
         "build",
@@ -221,16 +247,22 @@ def _prior_commands(parents: Any) -> None:
         parent="prior ",
     )
     build.add_argument("folder", type=Path, metavar="FOLDER", help="where the pipeline is written")
-    build.add_argument("--seed", type=_count, default=0, help="of the data and the training (default: %(default)s)")
+    build.add_argument("--seed", type=SEED, default=0, help="of the data and the training (default: %(default)s)")
     build.add_argument(
-        "--num-images", type=_positive, default=30_000, help="size of the drawn data set (default: %(default)s)"
+        "--num-images",
+        type=IMAGES,
+        default=30_000,
+        help="size of the drawn data set (default: %(default)s)",
     )
-    build.add_argument("--steps", type=_positive, default=12_000, help="training steps (default: %(default)s)")
+    build.add_argument("--steps", type=STEPS, default=12_000, help="training steps (default: %(default)s)")
     build.add_argument(
-        "--learning-rate", type=_rate, default=8e-4, help="highest rate of the training (default: %(default)s)"
+        "--learning-rate",
+        type=LEARNING_RATE,
+        default=8e-4,
+        help="highest rate of the training (default: %(default)s)",
     )
     build.add_argument("--from", dest="start", default="", metavar="FOLDER", help="begin with this pipeline's weights")
-    build.add_argument("--batch-size", type=_positive, default=32, help="images a step (default: %(default)s)")
+    build.add_argument("--batch-size", type=SAMPLES, default=32, help="images a step (default: %(default)s)")
     build.add_argument("--device", default="cpu", help="torch device to train on (default: %(default)s)")
 
 
@@ -266,25 +298,5 @@ def _report(error: DistvsdError) -> None:
     if isinstance(error, ConfigError | UsageError) and not is_first_rank():
         return
     rank = "" if is_first_rank() else f" on rank {os.environ['RANK']}"
-    print(f"distvsd: error{rank}: {error}", file=sys.stderr, flush=True)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
-
-
-def _rate(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{value} is not above 0")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 0")
-    return value
+    lines = "\n".join(printable(line) for line in str(error).split("\n"))
+    print(f"distvsd: error{rank}: {lines}", file=sys.stderr, flush=True)

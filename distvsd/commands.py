@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from distvsd.errors import PREEMPTED, UsageError
+from distvsd.parallel.launch import launched_rank
 
 
 def run_train(args: argparse.Namespace) -> int:
@@ -111,6 +112,7 @@ def run_prior_info(args: argparse.Namespace) -> int:
 
 
 def run_prior_sample(args: argparse.Namespace) -> int:
+    _refuse_unwritable(args.out)
     from distvsd.prior.info import sample
 
     sample(args.path, args.prompt, args.count, args.guidance_scale, args.steps, args.seed, args.out)
@@ -129,6 +131,10 @@ def run_prior_build(args: argparse.Namespace) -> int:
         learning_rate=args.learning_rate,
         start=args.start,
     )
+    try:
+        args.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{args.folder} cannot be a folder ({error.strerror}); give another one") from error
     build(args.folder, config, args.device, lambda line: print(line, flush=True))
     return 0
 
@@ -143,11 +149,29 @@ def run_doctor(args: argparse.Namespace) -> int:
 
 def _run_directory(args: argparse.Namespace) -> Path:
     run: Path = args.run
-    if not run.is_dir():
+    try:
+        is_folder = run.is_dir()
+    except OSError:  # a name that is too long, a folder on the way that may not be entered
+        is_folder = False
+    if not is_folder:
         raise UsageError(
             f"{run} is not a directory; give the run directory that training wrote (run.dir of its configuration)"
         )
     return run
+
+
+def _refuse_unwritable(path: Path) -> None:
+    """Raises UsageError before anything is computed for a file that could not be written then."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not path.exists()
+        if not is_new and not path.is_file():
+            raise UsageError(f"{path} is a directory, a pipe or a device; give the name of a file")
+        path.open("ab").close()
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written ({error.strerror}); give another file") from error
 
 
 def _only_json(json_wanted: bool) -> contextlib.AbstractContextManager[object]:
@@ -175,4 +199,5 @@ def _particle_line(detail: Mapping[str, Any]) -> str:
 
 
 def is_first_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+    """Whether this process speaks for its launch: one that no launcher started does, whatever RANK says."""
+    return not launched_rank(os.environ)

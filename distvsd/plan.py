@@ -12,14 +12,13 @@ from typing import Any
 from distvsd.config import Config, Schedule
 from distvsd.config.relations import refuse_small_latents
 from distvsd.errors import PriorError
-from distvsd.plan_cluster import FLOAT_BYTES, Assumptions, disk_times, failures, strategies
+from distvsd.needs import FLOAT_BYTES, particle_parameters
+from distvsd.plan_cluster import Assumptions, disk_times, failures, strategies
 
 CAMERA_NUMBERS = 16
 # A sample travels as 32-bit words: its latents, its camera, id and view (64 bits each), its weight.
 SAMPLE_WORDS = CAMERA_NUMBERS + 2 + 2 + 1
 EXACT_BYTES = 16  # an exact sum keeps each gradient element as two 64-bit integers
-# The background of a radiance field: 24 numbers of the direction, 16 hidden, 3 colours, each layer with its bias.
-BACKGROUND_PARAMETERS = (24 * 16 + 16) + (16 * 3 + 3)
 CHART_COLUMNS = 48
 _TRANSFORMERS = {"DownBlock2D": 0, "UpBlock2D": 0, "CrossAttnDownBlock2D": 1, "CrossAttnUpBlock2D": 1}
 _MID = "UNetMidBlock2DCrossAttn"
@@ -32,16 +31,16 @@ def make_plan(
 
     Raises ConfigError where training would: for latents much smaller than those that the UNet was trained on.
     """
-    from distvsd.parallel.assign import owners
+    from distvsd.parallel.assign import share
 
     assumed = assumed or Assumptions()
     world = nodes * gpus_per_node
-    shards = owners(config.particles.count, world)
+    largest_shard = len(share(config.particles.count, world, 0))
     prior = _prior(config)
     if prior["resolution"] is not None:
         refuse_small_latents(config, prior["resolution"])
     phases = [
-        _phase(config, prior, round, max(map(len, shards)), world)
+        _phase(config, prior, round, largest_shard, world)
         for round, _ in config.render.resolution.points
         if round < config.schedule.rounds
     ]
@@ -55,14 +54,14 @@ def make_plan(
     times = disk_times(config, checkpoint["total"], checkpoint["loaded"], assumed)
     return {
         "world": {"nodes": nodes, "gpus_per_node": gpus_per_node, "ranks": world},
-        "owners": [{"rank": rank, "particles": shard} for rank, shard in enumerate(shards)],
-        "idle_ranks": sum(not shard for shard in shards),
+        "owners": _owners(config.particles.count, world),
+        "idle_ranks": max(world - config.particles.count, 0),
         "prior": prior,
         "particle": _particle(particle),
-        "rank_memory": _rank_memory(particle, chosen, prior, max(map(len, shards))),
+        "rank_memory": _rank_memory(particle, chosen, prior, largest_shard),
         "score": score,
         "strategies": table,
-        "unet": _unet_samples(config, max(map(len, shards)), world),
+        "unet": _unet_samples(config, largest_shard, world),
         "phases": phases,
         "wire": _wire(phases, chosen, world),
         "checkpoint": checkpoint | times,
@@ -71,31 +70,6 @@ def make_plan(
         "schedules": {key: _schedule(schedule, config.schedule.rounds) for key, schedule in _schedules(config)},
         "rounds": config.schedule.rounds,
     }
-
-
-def particle_parameters(config: Config, prior: Mapping[str, Any]) -> int | None:
-    """Trained numbers of one particle; None for latent images of a prior that is not here."""
-    if config.particles.kind == "image":
-        size = config.render.resolution_at(config.schedule.rounds - 1)
-        if config.particles.image.space == "pixel":
-            return 3 * size**2
-        return None if prior["downscale"] is None else int(prior["latent_channels"] * (size // prior["downscale"]) ** 2)
-    nerf = config.particles.nerf
-    table = 1 << nerf.log2_table_size
-    entries: int = sum(min(resolution**3, table) for resolution in grid_resolutions(config))
-    decoder = 4 * nerf.levels * nerf.features + 4
-    background = BACKGROUND_PARAMETERS if nerf.background == "learned" else 0
-    return entries * nerf.features + decoder + background
-
-
-def grid_resolutions(config: Config) -> list[int]:
-    """Vertices along an edge of each level: floor(base b^l), from the base to the maximum (Eq. 2, arXiv 2201.05989)."""
-    nerf = config.particles.nerf
-    if nerf.levels == 1:
-        return [nerf.base_resolution]
-    growth = (nerf.max_resolution / nerf.base_resolution) ** (1 / (nerf.levels - 1))
-    # The small addition keeps a power that should be whole from falling below it by rounding.
-    return [int(nerf.base_resolution * growth**level + 1e-6) for level in range(nerf.levels)]
 
 
 def adapter_parameters(unet: Mapping[str, Any], rank: int) -> int | None:
@@ -125,6 +99,17 @@ def adapter_parameters(unet: Mapping[str, Any], rank: int) -> int | None:
 
 def _per_block(value: Any, num_blocks: int) -> list[int]:
     return list(value) if isinstance(value, list | tuple) else [value] * num_blocks
+
+
+def _owners(particles: int, world: int) -> list[dict[str, Any]]:
+    """Ranks from the first to the last that own `each` particles each, one after the other from `first` on; shares are
+    of two sizes at most, so these are one row or two for any world."""
+    small, longer = divmod(particles, world)
+    rows = [
+        {"ranks": [0, longer - 1], "first": 0, "each": small + 1},
+        {"ranks": [longer, world - 1], "first": longer * (small + 1), "each": small},
+    ]
+    return rows if longer else rows[1:]
 
 
 def _prior(config: Config) -> dict[str, Any]:

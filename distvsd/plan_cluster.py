@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from distvsd.config import Config
+from distvsd.needs import FLOAT_BYTES
 
-FLOAT_BYTES = 4
 DAY_S, HOUR_S, MINUTE_S = 86_400, 3_600, 60
 
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from distvsd.config.scalars import printable
+
 LEVELS = "_.-=*#"
-MAX_OWNER_LINES = 16
+MAX_LINES = 16  # of the ranks, of the phases; more are counted
+MAX_POINTS = 8  # of a schedule
+MAX_PROBLEM = 1000  # characters of what is wrong with the prior
 
 # The fields of `Assumptions` in words, with the value in its place; the option that changes one is named like it.
 ASSUMED = {
@@ -28,9 +32,10 @@ def _lines(plan: Mapping[str, Any]) -> Iterator[str]:
     yield f"ranks        {world['ranks']} (nodes {world['nodes']}, ranks a node {per_node}), rounds {plan['rounds']}"
     yield from _owners(plan["owners"], plan["idle_ranks"], per_node)
     if plan["prior"]["problem"]:
-        yield f"prior        {plan['prior']['problem']}; what depends on it is unknown here"
+        yield f"prior        {printable(plan['prior']['problem'], MAX_PROBLEM)}; what depends on it is unknown here"
     else:
-        yield f"prior        {plan['prior']['path']}, {amount(plan['prior']['weight_bytes'])} of weights on disk"
+        path = printable(plan["prior"]["path"], MAX_PROBLEM)
+        yield f"prior        {path}, {amount(plan['prior']['weight_bytes'])} of weights on disk"
     yield (
         f"particle     {count(particle['parameters'])} parameters: values {amount(particle['values'])}, "
         f"gradient {amount(particle['gradient'])}, Adam {amount(particle['moments'])}"
@@ -69,21 +74,26 @@ def _lines(plan: Mapping[str, Any]) -> Iterator[str]:
 
 def _owners(owners: Sequence[Mapping[str, Any]], idle: int, per_node: int) -> Iterator[str]:
     """A line a rank, or a line a node where those are too many: particles of a node follow each other."""
-    if len(owners) <= MAX_OWNER_LINES:
-        rows = [(f"rank {row['rank']:<6}", row["particles"]) for row in owners]
-    else:
-        rows = []
-        for first in range(0, len(owners), per_node):
-            ranks = f"{first}-{first + per_node - 1}"
-            own = [each for row in owners[first : first + per_node] for each in row["particles"]]
-            rows.append((f"node {first // per_node:<6} ranks {ranks:<12}", own))
-    for name, ids in rows[:MAX_OWNER_LINES]:
-        which = "none" if not ids else f"{ids[0]}" if len(ids) == 1 else f"{ids[0]}-{ids[-1]}"
-        yield f"  {name} particles {which} ({len(ids)})"
-    if len(rows) > MAX_OWNER_LINES:
-        yield f"  ... and {len(rows) - MAX_OWNER_LINES} more nodes, the last with {len(rows[-1][1])} particles"
+    world = owners[-1]["ranks"][1] + 1
+    a_line = 1 if world <= MAX_LINES else per_node
+    for first in range(0, world, a_line)[:MAX_LINES]:
+        last = first + a_line - 1
+        start, stop = _start(owners, first), _start(owners, last + 1)
+        which = "none" if start == stop else f"{start}" if stop == start + 1 else f"{start}-{stop - 1}"
+        name = f"rank {first:<6}" if a_line == 1 else f"node {first // per_node:<6} ranks {f'{first}-{last}':<12}"
+        yield f"  {name} particles {which} ({stop - start})"
+    lines = world // a_line
+    if lines > MAX_LINES:
+        held = _start(owners, world) - _start(owners, world - a_line)
+        yield f"  ... and {lines - MAX_LINES} more nodes, the last with {held} particles"
     if idle:
         yield f"  {idle} ranks own no particle and only help to train the score network"
+
+
+def _start(owners: Sequence[Mapping[str, Any]], rank: int) -> int:
+    """The first particle that no rank below this one owns."""
+    row = next((row for row in owners if rank <= row["ranks"][1]), owners[-1])
+    return int(row["first"] + (rank - row["ranks"][0]) * row["each"])
 
 
 def _saves(checkpoint: Mapping[str, Any]) -> Iterator[str]:
@@ -122,13 +132,15 @@ def _strategies(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def _phases(phases: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield "exchange     a round and rank"
-    for phase in phases:
+    for phase in phases[:MAX_LINES]:
         shape = "?" if phase["latent_shape"] is None else " x ".join(map(str, phase["latent_shape"]))
         yield (
             f"  from round {phase['round']:<8} renders of {phase['resolution']} pixels; the UNet sees latents {shape}"
             f"{_of_image(phase['encoded_at'])}: "
             f"sends {amount(phase['sent_a_round'])}, receives {amount(phase['received_a_round'])}"
         )
+    if len(phases) > MAX_LINES:
+        yield f"  ... and {len(phases) - MAX_LINES} more, the last from round {phases[-1]['round']}"
 
 
 def _of_image(edge: int | None) -> str:
@@ -141,7 +153,9 @@ def _chart(key: str, schedule: Mapping[str, Any]) -> str:
     if low == high:
         return f"{key:<32} {low:g}"
     marks = "".join(LEVELS[round((value - low) / (high - low) * (len(LEVELS) - 1))] for value in values)
-    points = ", ".join(f"{start}: {value:g}" for start, value in schedule["points"])
+    points = ", ".join(f"{start}: {value:g}" for start, value in schedule["points"][:MAX_POINTS])
+    if len(schedule["points"]) > MAX_POINTS:
+        points += f", ... {len(schedule['points'])} points"
     return f"{key:<32} {low:g} |{marks}| {high:g}   {schedule['kind']} {points}"
 
 
@@ -150,11 +164,11 @@ def amount(size: int | None) -> str:
     if size is None:
         return "unknown"
     value, unit = float(size), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
+    for larger in ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB"):
         if value < 1024:
             break
         value, unit = value / 1024, larger
-    return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.3g} {unit}"
+    return f"{value:.0f} {unit}" if unit == "B" or 100 <= value < 1e6 else f"{value:.3g} {unit}"
 
 
 def duration(seconds: float | None) -> str:

@@ -62,16 +62,19 @@ def _yaml_lines(key: str, value: Any, indent: str) -> list[str]:
 
 def _yaml_value(value: Any) -> str:
     """One line of YAML, whatever the text."""
-    text = _dumped(value, None)
     # A text of several lines is quoted with escapes, so that it does not depend on indentation. To YAML 1.1 a line also
-    # ends at U+0085, U+2028 and U+2029, which it would read back as a space.
-    return text if text.splitlines() == [text] else _dumped(value, '"')
+    # ends at U+0085, U+2028 and U+2029, which it would read back as a space. What else does not print, such as a mark
+    # that turns the direction of writing, would make a terminal show another text than is there.
+    escaped = isinstance(value, str) and not value.isprintable()
+    return _dumped(value, '"' if escaped else None, allow_unicode=not escaped)
 
 
-def _dumped(value: Any, style: str | None) -> str:
+def _dumped(value: Any, style: str | None, allow_unicode: bool) -> str:
     import yaml
 
-    text = yaml.safe_dump(value, default_flow_style=True, default_style=style, allow_unicode=True, width=math.inf)
+    text = yaml.safe_dump(
+        value, default_flow_style=True, default_style=style, allow_unicode=allow_unicode, width=math.inf
+    )
     return str(text.removesuffix("\n").removesuffix("\n..."))  # "..." ends a document that is one bare value
 
 

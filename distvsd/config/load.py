@@ -10,14 +10,19 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from distvsd.config.canonical import diff, digest, to_dict, to_yaml
-from distvsd.config.document import Entry, read_document, read_override
+from distvsd.config.document import Entry, read_document, read_override, shown_path
 from distvsd.config.relations import RELATIONS
+from distvsd.config.scalars import SHOWN, printable
 from distvsd.config.schedule import Schedule
 from distvsd.config.schema import Config
 from distvsd.config.values import Mistake, convert, named, nearest
 from distvsd.errors import ConfigError
 
 __all__ = ["diff", "digest", "load_config", "to_dict", "to_yaml"]
+
+# What a message shows; a file of another kind can hold thousands of mistakes.
+MAX_MISTAKES = 100
+MAX_UNKNOWN = 20  # keys of one section: a near one is looked for for each
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
@@ -36,8 +41,11 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     reader.relations(config)
     if mistakes:
         noun = "mistake" if len(mistakes) == 1 else "mistakes"
-        listed = "".join(f"\n  {mistake}" for mistake in mistakes)
-        raise ConfigError(f"{len(mistakes)} {noun} in the configuration {path}; nothing was started:{listed}")
+        listed = "".join(f"\n  {mistake}" for mistake in mistakes[:MAX_MISTAKES])
+        more = f"\n  and {len(mistakes) - MAX_MISTAKES} more" if len(mistakes) > MAX_MISTAKES else ""
+        raise ConfigError(
+            f"{len(mistakes)} {noun} in the configuration {shown_path(Path(path))}; nothing was started:{listed}{more}"
+        )
     assert isinstance(config, Config), "the outermost section is the configuration"
     return config
 
@@ -119,9 +127,14 @@ class _Reader:
 
     def _report_unknown(self, section: type, prefix: str, layer: Entry) -> None:
         known = list(hints(section))
-        for name, entry in layer.value.items():  # type: ignore[attr-defined]
-            if name not in known:
-                self.mistakes.append(f"{entry.where}: unknown key {prefix}{name}; {_suggest(str(name), prefix, known)}")
+        unknown = [(name, entry) for name, entry in layer.value.items() if name not in known]  # type: ignore[attr-defined]
+        for name, entry in unknown[:MAX_UNKNOWN]:
+            shown = printable(name, SHOWN) if isinstance(name, str) else named(name)
+            near = _suggest(name if isinstance(name, str) else shown, prefix, known)
+            self.mistakes.append(f"{entry.where}: unknown key {prefix}{shown}; {near}")
+        if len(unknown) > MAX_UNKNOWN:
+            where = unknown[MAX_UNKNOWN][1].where
+            self.mistakes.append(f"{where}: and {len(unknown) - MAX_UNKNOWN} more keys that are unknown here")
 
 
 def _suggest(name: str, prefix: str, known: Sequence[str]) -> str:

@@ -50,12 +50,12 @@ class Increasing:
 
 
 @dataclass(frozen=True)
-class NotEmpty:
-    """Marks a text that must have at least one character."""
+class PathText:
+    """Marks a text that names a file or a folder: at least one character, none of them NUL."""
 
 
-Count = Annotated[int, Range(low=0)]
-Positive = Annotated[int, Range(low=1)]
+Count = Annotated[int, Range(0, 10**9)]
+Positive = Annotated[int, Range(1, 10**9)]
 Share = Annotated[float, Range(0, 1)]
 Weight = Annotated[float, Range(low=0)]
 Rate = Annotated[float, Range(0, 10, above=True)]

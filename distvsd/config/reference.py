@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from distvsd.config import schema
 from distvsd.config.canonical import to_dict
 from distvsd.config.load import dotted_keys, hints, is_section
-from distvsd.config.ranges import Increasing, NotEmpty, Range
+from distvsd.config.ranges import Increasing, PathText, Range
 from distvsd.config.schedule import Schedule
 from distvsd.config.schema import Config
 
@@ -100,7 +100,7 @@ def _limit(mark: Any) -> str:
             return mark.describe()
         case Increasing():
             return "first not larger than second"
-        case NotEmpty():
+        case PathText():
             return "of at least one character"
         case _:
             return ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from distvsd.config.ranges import Angles, Betas, Count, Increasing, NotEmpty, Positive, Range, Rate, Share, Weight
+from distvsd.config.ranges import Angles, Betas, Count, Increasing, PathText, Positive, Range, Rate, Share, Weight
 from distvsd.config.schedule import Schedule
 
 
@@ -17,7 +17,7 @@ from distvsd.config.schedule import Schedule
 class RunConfig:
     """Where the run lives and what makes its random numbers."""
 
-    dir: Annotated[str, NotEmpty()] = "runs/default"
+    dir: Annotated[str, PathText()] = "runs/default"
     """The run directory itself, made if missing; relative to where the command is started."""
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     """Key of every random stream of the run."""
@@ -27,7 +27,7 @@ class RunConfig:
 class PriorConfig:
     """The frozen text-to-image diffusion model that teaches."""
 
-    path: Annotated[str, NotEmpty()] = "shapes"
+    path: Annotated[str, PathText()] = "shapes"
     """A diffusers pipeline folder, or `shapes` for the embedded prior."""
     guidance_scale: Annotated[float, Range(0, 1000)] = 7.5
     """Classifier-free guidance of the prior; 1 is none and halves the UNet's work."""
@@ -225,7 +225,7 @@ class ScoreConfig:
     """Probability with which the camera condition is zeroed in training."""
     replay_rounds: Count = 8
     """Rounds of renders kept for replay."""
-    replay_share: Annotated[float, Range(0, 1, below=True)] = 0.0
+    replay_share: Annotated[float, Range(0, 0.99)] = 0.0
     """Share of each score batch drawn from the replay; above 0 needs replay_rounds."""
     micro_batch: Count = 0
     """Samples a call of either UNet, for the particles' gradient and in the score's training; 0 is all of a rank's at

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import difflib
 import math
 import types
@@ -10,8 +9,14 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from distvsd.config.document import Entry
-from distvsd.config.ranges import Increasing, NotEmpty, Range
+from distvsd.config.ranges import Increasing, PathText, Range
+from distvsd.config.scalars import SHOWN, Unread, printable, quoted
 from distvsd.config.schedule import Schedule
+
+# With these a configuration as the program writes it stays within the limits of `document.py`, whatever the characters.
+MAX_TEXT = 100_000  # characters of one text
+MAX_PROMPTS, MAX_PROMPT_CHARACTERS = 20_000, 1_000_000  # of a list of prompts
+MAX_POINTS = 1000  # of a schedule
 
 
 class Mistake(Exception):
@@ -34,7 +39,7 @@ def convert(entry: Entry, annotation: Any) -> object:
     if get_origin(annotation) in (Union, types.UnionType):
         return _texts(entry.value)
     if annotation is str:
-        return _text(entry.value, any(isinstance(mark, NotEmpty) for mark in marks))
+        return _text(entry.value, marks)
     if annotation is bool:
         if not isinstance(entry.value, bool):
             raise Mistake(f"is {named(entry.value)}; allowed: true, false")
@@ -52,21 +57,23 @@ def named(value: object) -> str:
         case bool():
             return f"the truth value {str(value).lower()}"
         case int() | float():
-            return f"{value}"
+            return printable(str(value), SHOWN)
         case str():
-            return f"the text {value[:60]!r}" + ("..." if len(value) > 60 else "")
+            return f"the text {quoted(value)}"
+        case Unread():
+            return value.said
         case list():
             return f"a list of {len(value)}"
         case dict():
             return "a mapping"
-        case datetime.date():
-            return f"the date {value}"
         case _:
             return f"a {type(value).__name__}"
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
     """The known name most like this one, or an empty text."""
+    if len(name) > 100:  # no name is like that, and comparing takes time
+        return ""
     found = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return found[0] if found else ""
 
@@ -77,14 +84,10 @@ def _number(value: object, kind: type, allowed: Range) -> float:
         number = _float_text(value)  # YAML 1.1 reads 1e-3 as a text, because it wants a dot in a number
     if isinstance(number, bool) or not isinstance(number, int if kind is int else (int, float)):
         raise Mistake(f"is {named(value)}; {_allowed(kind, allowed)}")
-    try:
-        finite = math.isfinite(number)
-    except OverflowError:
-        finite = kind is int
-    if not finite or not allowed.holds(number):
-        raise Mistake(
-            f"is {number}; {_allowed(kind, allowed)}" if finite else f"is not finite; {_allowed(kind, allowed)}"
-        )
+    if not math.isfinite(number):
+        raise Mistake(f"is not finite; {_allowed(kind, allowed)}")
+    if not allowed.holds(number):
+        raise Mistake(f"is {named(number)}; {_allowed(kind, allowed)}")
     return int(number) if kind is int else float(number)
 
 
@@ -111,28 +114,34 @@ def _choice(value: object, choices: tuple[str, ...]) -> str:
     return value
 
 
-def _text(value: object, not_empty: bool) -> str:
+def _text(value: object, marks: Sequence[object] = ()) -> str:
     if not isinstance(value, str):
-        quote = "" if isinstance(value, list | dict) or value is None else "; put it in quotes"
+        is_plain = value.is_plain if isinstance(value, Unread) else isinstance(value, bool | int | float)
+        hint = '; write "" for the empty one' if value is None else "; put it in quotes" if is_plain else ""
+        raise Mistake(f"is {named(value)}; allowed: a text{hint}")
+    if len(value) > MAX_TEXT:
+        raise Mistake(f"is a text of {len(value)} characters; allowed: at most {MAX_TEXT}")
+    if any(isinstance(mark, PathText) for mark in marks) and (not value or "\0" in value):
         raise Mistake(
-            f"is {named(value)}; allowed: a text" + ('; write "" for the empty one' if value is None else quote)
+            f"is {named(value) if value else 'empty'}; allowed: a path of at least one character, without NUL"
         )
-    if not_empty and not value:
-        raise Mistake("is empty; allowed: a text of at least one character")
     return value
 
 
 def _texts(value: object) -> str | tuple[str, ...]:
     if not isinstance(value, list):
-        return _text(value, not_empty=False)
-    if not value:
-        raise Mistake("is an empty list; give one text, or one per particle")
+        return _text(value)
+    if not 1 <= len(value) <= MAX_PROMPTS:
+        size = f"a list of {len(value)}" if value else "an empty list"
+        raise Mistake(f"is {size}; give one text, or one per particle, at most {MAX_PROMPTS}")
     texts = []
     for number, item in enumerate(value):
         try:
-            texts.append(_text(item.value, not_empty=False))
+            texts.append(_text(item.value))
         except Mistake as mistake:
             raise Mistake(f"entry {number} ({item.where}) {mistake}") from None
+    if sum(map(len, texts)) > MAX_PROMPT_CHARACTERS:
+        raise Mistake(f"has {sum(map(len, texts))} characters in its entries; allowed: at most {MAX_PROMPT_CHARACTERS}")
     return texts[0] if len(texts) == 1 else tuple(texts)
 
 
@@ -156,6 +165,8 @@ def _schedule(value: object, allowed: Range) -> Schedule:
         raise Mistake(
             f"is {named(value)}; a schedule is a number, {{0: 0.98, 5000: 0.5}}, or {{linear: {{0: 64, 5000: 512}}}}"
         )
+    if len(value) > MAX_POINTS:
+        raise Mistake(f"has {len(value)} points; allowed: at most {MAX_POINTS}, and `linear` draws lines between them")
     points = []
     for round, item in value.items():
         if isinstance(round, bool) or not isinstance(round, int) or round < 0:
@@ -163,8 +174,8 @@ def _schedule(value: object, allowed: Range) -> Schedule:
         try:
             points.append((round, _number(item.value, float, allowed)))
         except Mistake as mistake:
-            raise Mistake(f"at round {round} {mistake}") from None
+            raise Mistake(f"at round {named(round)} {mistake}") from None
     points.sort()
     if points[0][0] != 0:
-        raise Mistake(f"begins at round {points[0][0]}; a schedule needs a point at round 0")
+        raise Mistake(f"begins at round {named(points[0][0])}; a schedule needs a point at round 0")
     return Schedule(tuple(points), kind if len(points) > 1 else "step")

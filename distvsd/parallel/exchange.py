@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from distvsd.parallel.assign import shares
+from distvsd.parallel.assign import share
 from distvsd.parallel.collectives import GatheredRows, all_gather_rows
 from distvsd.parallel.world import World
 from distvsd.testing.faults import fault
@@ -92,8 +92,8 @@ class Pending(Generic[B]):
 
 def slice_for(world: World, total: int) -> slice:
     """This rank's share of `total` samples to train on: contiguous, balanced, empty where there are too few."""
-    share = shares(total, world.size)[world.rank]
-    return slice(share.start, share.stop)
+    own = share(total, world.size, world.rank)
+    return slice(own.start, own.stop)
 
 
 def _columns(samples: Batch) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from distvsd.errors import RankError
 from distvsd.parallel.collectives import barrier, gather_objects, set_timeout
+from distvsd.parallel.launch import Launch, how_to_start_on_cpu, read_launch
 from distvsd.parallel.opening import fresh_store, mortal
 
 # Ranks reach the opening at very different times (imports from a shared disk); only a later silence is a failure.
@@ -44,17 +45,6 @@ class World:
     local_rank: int
     local_size: int
     device: torch.device
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What a launcher promised in the environment."""
-
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int
-    use_cpu: bool
 
 
 @contextmanager
@@ -97,51 +87,12 @@ def open_local_world(rank: int, size: int, rendezvous: str, timeout_s: float) ->
         barrier(world)
 
 
-def read_launch(environment: Mapping[str, str], has_cuda: bool) -> Launch:
-    """What the launcher promised; raises `RankError` where it started something else than it was asked for."""
-    size = _integer(environment, "WORLD_SIZE", 1)
-    asked_for_cpu = environment.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes", "on", "y", "t"}
-    by_accelerate = "ACCELERATE_MIXED_PRECISION" in environment
-    if size == 1:
-        # A CPU config (distributed_type: MULTI_CPU, or --cpu) with num_processes: 2 leaves an address to meet at and
-        # starts one process that nobody comes to meet.
-        if by_accelerate and "WORLD_SIZE" not in environment and "MASTER_ADDR" in environment:
-            raise RankError(
-                "accelerate launch was asked for several processes (it set MASTER_ADDR) but started this one alone, as "
-                f"it does for CPU configurations; {_how_to_start_on_cpu(2)} (if one process is what you want, ask for "
-                "num_processes 1 and unset MASTER_ADDR)"
-            )
-        return Launch(0, 1, _integer(environment, "LOCAL_RANK", 0), 1, asked_for_cpu or not has_cuda)
-    if by_accelerate and not has_cuda and not asked_for_cpu:
-        raise RankError(
-            f"accelerate launch started {size} processes for GPUs, but no CUDA device is found here, so that each of "
-            f"them would train alone; {_how_to_start_on_cpu(size)}"
-        )
-    if environment.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        raise RankError(
-            "accelerate launch was configured for its own DeepSpeed (distributed_type: DEEPSPEED), which would open a "
-            "group of its own beside this program's; take launch/accelerate/deepspeed.yaml and set "
-            "parallel.strategy=deepspeed"
-        )
-    missing = [name for name in ("RANK", "LOCAL_RANK") if name not in environment]
-    if missing:
-        raise RankError(
-            f"WORLD_SIZE is {size} but {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set; start "
-            "through torchrun or accelerate launch, or unset WORLD_SIZE to train alone"
-        )
-    rank = _integer(environment, "RANK", 0)
-    if not 0 <= rank < size:
-        raise RankError(f"RANK is {rank} in a world of {size}; start through torchrun or accelerate launch")
-    local_size = _integer(environment, "LOCAL_WORLD_SIZE", size)
-    return Launch(rank, size, _integer(environment, "LOCAL_RANK", 0), local_size, asked_for_cpu or not has_cuda)
-
-
 def refuse_other_world(promised: int, group: int, accelerate: int) -> None:
     """Raises `RankError` unless the launcher's, torch's and accelerate's world sizes are one number."""
     if not promised == group == accelerate:
         raise RankError(
             f"this is not one world: WORLD_SIZE is {promised}, torch.distributed counts {group} ranks and accelerate "
-            f"{accelerate}; {_how_to_start_on_cpu(promised)} (on GPUs: one process for each visible device)"
+            f"{accelerate}; {how_to_start_on_cpu(promised)} (on GPUs: one process for each visible device)"
         )
 
 
@@ -258,18 +209,3 @@ def _identity(device: torch.device) -> str | None:
         return None
     properties = torch.cuda.get_device_properties(device)
     return f"{properties.name} {getattr(properties, 'uuid', device)} of {socket.gethostname()}"
-
-
-def _integer(environment: Mapping[str, str], name: str, default: int) -> int:
-    text = environment.get(name, str(default))
-    try:
-        return int(text)
-    except ValueError:
-        raise RankError(f"{name} is {text!r} in the environment; it must be an integer, set by the launcher") from None
-
-
-def _how_to_start_on_cpu(size: int) -> str:
-    return (
-        f"on CPUs start with `torchrun --standalone --nproc-per-node {size} ...` or "
-        f"`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {size} ...`"
-    )

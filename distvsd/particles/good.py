@@ -23,7 +23,11 @@ def most_copies(rounds: int, every: int) -> int:
 
     every: rounds between saves, 0 for none but the last.
     """
-    saves = [*range(every, rounds, every), rounds] if every else [rounds]
+    saves = [rounds]
+    if every:
+        # Of two saves on the way that follow each other both fall on good states only if all do.
+        first = (GOOD_EVERY // every + 1) * every
+        saves += [completed for completed in (first, first + every) if completed < rounds]
     return 2 if any(completed > GOOD_EVERY and completed % GOOD_EVERY for completed in saves) else 1
 
 

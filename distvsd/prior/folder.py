@@ -144,11 +144,12 @@ def _resolve(path: str) -> Path:
         return root
     try:
         root = Path(path).expanduser()
-    except RuntimeError as error:
-        raise PriorError(f"the prior {path!r} is in the home of a user who is not known here: {error}") from error
-    if is_folder(root):
+        is_dir, is_there = is_folder(root), is_file(root)
+    except (OSError, RuntimeError, ValueError) as error:  # no such user after ~, too long for a path, NUL in it
+        raise PriorError(f"{path[:200]!r} cannot be the prior's folder: {str(error)[:200]}") from error
+    if is_dir:
         return root
-    if is_file(root):
+    if is_there:
         raise PriorError(
             f"the prior {path!r} is a file; give the folder of a diffusers pipeline (not a single checkpoint)"
         )

@@ -22,6 +22,7 @@ FOR_ALL = {"errors", "testing.faults"}
 INNER: dict[str, set[str]] = {
     "errors": set(),
     "config": set(),
+    "needs": {"config"},
     "vsd": set(),
     "parallel": set(),
     "runtime": set(),
@@ -40,8 +41,8 @@ OUTER: dict[str, set[str]] = {
     "export": {"config", "cameras"},
     "evaluate": {"restored", "cameras", "config", "export", "prior", "vsd"},
     "render_run": {"restored", "cameras", "config", "evaluate", "export"},
-    "plan": {"config", "parallel.assign", "particles.good", "plan_cluster", "prior", "score.training"},
-    "plan_cluster": {"config"},
+    "plan": {"config", "needs", "parallel.assign", "particles.good", "plan_cluster", "prior", "score.training"},
+    "plan_cluster": {"config", "needs"},
     "plan_text": {"config"},
     "doctor": {"prior"},
     "journal": {"config", "loop", "parallel", "runtime"},
@@ -61,7 +62,8 @@ OUTER: dict[str, set[str]] = {
     },
     "train": {"cli", "config", "parallel", "runtime", "trainer"},
     "commands": ROOMS | {"doctor", "evaluate", "export", "plan", "plan_cluster", "plan_text", "render_run", "train"},
-    "cli": {"commands", "config"},
+    "arguments": {"config"},
+    "cli": {"arguments", "commands", "config"},
     "__main__": {"cli"},
     "__init__": {"build", "config", "particles.base", "prior.base", "score.base", "train"},
     "testing": ROOMS | {"build", "loop", "train"},
@@ -84,7 +86,7 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "imageio": ("export",),
     "imageio_ffmpeg": ("export",),
 }
-NO_TORCH = ("config", "errors", "cli", "commands", "__main__", "__init__")
+NO_TORCH = ("config", "errors", "cli", "arguments", "commands", "__main__", "__init__")
 # torch and what is small may be imported with a module; these make `import` slow, or may be missing.
 LAZY = {
     "accelerate",

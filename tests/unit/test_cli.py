@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import types
@@ -15,6 +16,8 @@ import pytest
 from distvsd.cli import main
 from distvsd.config import Config, load_config
 from distvsd.errors import CheckpointError, ConfigError, DistvsdError, RankError
+
+SECOND_OF_TWO = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
 
 
 @pytest.fixture
@@ -37,8 +40,6 @@ def room(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def shell(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    import os
-
     command = [sys.executable, "-m", "distvsd", *arguments]
     return subprocess.run(
         command,
@@ -67,8 +68,17 @@ def test_a_wrong_configuration_ends_with_2_and_one_paragraph_without_traceback(c
 
 
 def test_only_the_first_rank_prints_a_mistake_but_every_rank_ends_with_2(config: str) -> None:
-    done = shell("train", config, "particles.cuont=3", RANK="1")
+    done = shell("train", config, "particles.cuont=3", **SECOND_OF_TWO)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
+
+
+def test_a_rank_left_over_in_the_environment_silences_nothing(config: str) -> None:
+    """Only a launcher makes a second rank: RANK alone, or with a world that nobody can meet in, does not."""
+    for environment in ({"RANK": "1"}, {"RANK": "1", "WORLD_SIZE": "1"}, {"RANK": "x", "WORLD_SIZE": "2"}):
+        done = shell("train", config, "particles.cuont=3", **environment)
+        assert done.returncode == 2 and "did you mean particles.count?" in done.stderr
+        done = shell("train", config, "--dry-run", **environment)
+        assert done.returncode == 0 and "prompt: a cube" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -90,6 +100,83 @@ def test_wrong_usage_ends_with_2(config: str, command: str, capsys: pytest.Captu
         main(command.replace("CONFIG", config).split())
     assert caught.value.code == 2
     assert "usage: distvsd" in capsys.readouterr().err
+
+
+ODD = ["", "x", "0x10", "1e3", "1_0", "nan", "inf", "-inf", "9" * 400, "-" + "9" * 5000, "-1", "\u0661", "1.5", "\x1b"]
+NUMBERS = [
+    *(("plan CONFIG", option) for option in ("--nodes", "--gpus-per-node", "--round-s", "--disk-mb-s", "--restart-s")),
+    ("plan CONFIG", "--node-mtbf-days"),
+    *(("prior sample a --out a.png", option) for option in ("--count", "--steps", "--seed", "--guidance-scale")),
+    *(("prior build a", option) for option in ("--seed", "--num-images", "--steps", "--batch-size", "--learning-rate")),
+]
+
+
+@pytest.mark.parametrize(("command", "option"), NUMBERS)
+def test_a_number_that_cannot_be_is_wrong_usage(
+    config: str, command: str, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    accepts_fractions = option.endswith(("-s", "-days", "-scale", "-rate"))
+    for word in ODD:
+        if accepts_fractions and word in ("1e3", "1_0", "1.5", "\u0661"):
+            continue
+        with pytest.raises(SystemExit) as caught:
+            main([*command.replace("CONFIG", config).split(), f"{option}={word}"])
+        assert caught.value.code == 2
+        said = capsys.readouterr().err
+        assert option in said and len(said) < 2000 and "\x1b" not in said
+
+
+def test_text_that_is_not_utf8_is_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["prior", "sample", os.fsdecode(b"caf\xe9"), "--out", str(tmp_path / "a.png")])
+    assert caught.value.code == 2 and "not UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "render", "verify", "log"])
+def test_a_run_whose_name_is_too_long_is_wrong_usage(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "a" * 300]) == 2
+    assert "is not a directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["a" * 300 + ".png", "/dev/null/a.png", "."])
+def test_a_picture_that_cannot_be_written_is_refused_before_anything_is_drawn(
+    tmp_path: Path, name: str, room: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    room("distvsd.prior.info", sample=lambda *values: pytest.fail("it was drawn"))
+    assert main(["prior", "sample", "a", "--out", str(tmp_path / name)]) == 2
+    assert "give" in capsys.readouterr().err
+
+
+def test_a_build_in_a_place_that_is_no_folder_or_for_no_device_is_wrong_usage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    assert main(["prior", "build", str(file)]) == 2
+    assert "cannot be a folder" in capsys.readouterr().err
+    for device in ("nonsense", "cuda:99999999999999999999", ""):
+        assert main(["prior", "build", str(tmp_path / "new"), "--device", device]) == 2
+        assert "no device" in capsys.readouterr().err
+
+
+def test_an_error_shows_no_control_character(
+    config: str, room: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train(config: Config, resume: str) -> int:
+        raise DistvsdError("first \x1b[31m\nsecond \u202e caf\u00e9")
+
+    room("distvsd.train", train=train)
+    main(["train", config])
+    assert capsys.readouterr().err == "distvsd: error: first \\x1b[31m\nsecond \\u202e caf\u00e9\n"
+
+
+@pytest.mark.parametrize("path", ["~nosuchuser", "a" * 300, "a/" * 3000])
+def test_a_plan_says_of_a_prior_at_an_impossible_path_what_is_wrong(
+    config: str, path: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", config, f"prior.path={path}"]) == 0
+    said = capsys.readouterr().out
+    assert "prior's folder" in said and len(said) < 10_000
 
 
 @pytest.mark.parametrize(
@@ -155,7 +242,8 @@ def test_an_error_of_another_rank_is_printed_with_the_rank(
     def train(config: Config, resume: str) -> int:
         raise RankError("rank 2 does not answer")
 
-    monkeypatch.setenv("RANK", "3")
+    for name, value in (SECOND_OF_TWO | {"RANK": "3", "WORLD_SIZE": "4"}).items():
+        monkeypatch.setenv(name, value)
     room("distvsd.train", train=train)
     assert main(["train", config]) == 1
     assert capsys.readouterr().err == "distvsd: error on rank 3: rank 2 does not answer\n"
@@ -245,7 +333,7 @@ def test_plan_prints_text_or_one_json_object(config: str, capsys: pytest.Capture
     assert main(["plan", config, "--nodes", "2"]) == 0
     assert "rank 1      particles 1 (1)" in capsys.readouterr().out
     assert main(["plan", config, "--nodes", "2", "--json"]) == 0
-    assert [row["particles"] for row in json.loads(capsys.readouterr().out)["owners"]] == [[0], [1]]
+    assert json.loads(capsys.readouterr().out)["owners"] == [{"ranks": [0, 1], "first": 0, "each": 1}]
 
 
 def test_the_field_reference_needs_no_configuration(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from distvsd.config import Config, Schedule
 from distvsd.errors import ConfigError
-from distvsd.plan import adapter_parameters, grid_resolutions, make_plan, particle_parameters
+from distvsd.needs import grid_resolutions, particle_parameters
+from distvsd.parallel.assign import owners
+from distvsd.particles.good import GOOD_EVERY, most_copies
+from distvsd.plan import adapter_parameters, make_plan
 from distvsd.plan_text import amount, draw
 from distvsd.vsd.samples import Samples
 
@@ -57,7 +63,57 @@ def config(prior: str, **sections: dict[str, Any]) -> Config:
 
 def test_particles_go_to_ranks_contiguously_and_the_first_get_one_more(prior: str) -> None:
     plan = make_plan(config(prior, particles={"count": 7}), nodes=3, gpus_per_node=1)
-    assert [row["particles"] for row in plan["owners"]] == [[0, 1, 2], [3, 4], [5, 6]]
+    assert plan["owners"] == [{"ranks": [0, 0], "first": 0, "each": 3}, {"ranks": [1, 2], "first": 3, "each": 2}]
+
+
+@pytest.mark.parametrize(("particles", "world"), [(1, 1), (7, 3), (6, 3), (2, 5), (16, 16), (17, 16), (100, 30)])
+def test_the_rows_of_owners_are_the_owners(prior: str, particles: int, world: int) -> None:
+    rows = make_plan(config(prior, particles={"count": particles}), nodes=world)["owners"]
+    expected = owners(particles, world)
+    told = [
+        list(range(row["first"] + offset * row["each"], row["first"] + (offset + 1) * row["each"]))
+        for row in rows
+        for offset in range(row["ranks"][1] - row["ranks"][0] + 1)
+    ]
+    assert told == expected
+
+
+@pytest.mark.parametrize("nodes", [1, 10**6, 10**30])
+def test_a_plan_of_any_size_takes_the_time_and_the_room_of_a_small_one(prior: str, nodes: int) -> None:
+    points = tuple((round, 64.0 + 8 * (round % 3)) for round in range(1000))
+    run = config(
+        prior,
+        particles={"count": 2**31 - 1, "views": 10**9},
+        schedule={"rounds": 10**9},
+        checkpoint={"every": 1},
+        score={"replay_rounds": 10**9, "replay_share": 0.99, "steps_per_round": 10**9},
+        render={"resolution": Schedule(points)},
+    )
+    tracemalloc.start()
+    try:
+        plan = make_plan(run, nodes, 1024)
+        text = draw(plan)
+        assert tracemalloc.get_traced_memory()[1] < 20 * 2**20
+    finally:
+        tracemalloc.stop()
+    assert plan["idle_ranks"] == max(0, 1024 * nodes - (2**31 - 1))
+    assert len(text.splitlines()) < 80 and max(map(len, text.splitlines())) < 400
+    assert "more, the last from round 999" in text
+    assert json.loads(json.dumps(plan, allow_nan=False)) == plan
+
+
+@given(st.integers(1, 400), st.integers(0, 120))
+def test_a_checkpoint_holds_a_particle_twice_where_a_save_falls_between_two_good_states(
+    rounds: int, every: int
+) -> None:
+    """Played through: good states after every 50 rounds, saves after every `every` and at the end."""
+    saves = [done for done in range(1, rounds + 1) if done == rounds or (every and done % every == 0)]
+    between = [done for done in saves if done > GOOD_EVERY and done % GOOD_EVERY]
+    assert most_copies(rounds, every) == (2 if between else 1)
+
+
+def test_the_copies_of_a_run_of_any_length_are_counted_at_once() -> None:
+    assert (most_copies(10**30, 1), most_copies(10**30, 50), most_copies(10**30 + 1, 50)) == (2, 1, 2)
 
 
 def test_ranks_without_particles_are_counted(prior: str) -> None:

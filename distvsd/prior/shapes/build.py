@@ -77,6 +77,10 @@ class BuildConfig:
 
 def build(folder: Path, config: BuildConfig, device: str, report: Callable[[str], None], save_every: int = 500) -> None:
     """Trains the pipeline, then the classifier beside it. Call it again with the same arguments to continue."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # a name torch does not know, or a device that is not here
+        raise UsageError(f"torch has no device {device!r} here: {str(error).splitlines()[0]}") from error
     build_pipeline(folder, config, device, report, save_every)
     train_classifier(folder, config.seed, report=report)
     report(f"written {folder}")

@@ -14,9 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distvsd.config import Config, Schedule, diff, digest, load_config, to_dict, to_yaml
+from distvsd.config import Config, Schedule, diff, digest, document, load_config, to_dict, to_yaml
+from distvsd.config import values as values_module
 from distvsd.config.ranges import Increasing, Range
 
+LIMITS = ("MAX_TEXT", "MAX_PROMPTS", "MAX_PROMPT_CHARACTERS", "MAX_POINTS")
 TEXTS = st.text(max_size=40)
 
 
@@ -45,7 +47,7 @@ def values(annotation: Any) -> st.SearchStrategy[Any]:
         increasing = any(isinstance(mark, Increasing) for mark in marks)
         return st.tuples(numbers, numbers).map(lambda pair: tuple(sorted(pair)) if increasing else pair)
     if get_origin(annotation) in (Union, types.UnionType) or annotation is str:
-        return TEXTS if not marks else st.text(min_size=1, max_size=40)
+        return TEXTS if not marks else st.text(min_size=1, max_size=40).filter(lambda text: "\0" not in text)
     if annotation is bool:
         return st.booleans()
     return st.integers(int(max(allowed.low, -(2**63))), int(min(allowed.high, 2**63))) if annotation is int else numbers
@@ -82,7 +84,7 @@ def configs(draw: st.DrawFn) -> Config:
         ),
         score=replace(
             config.score,
-            replay_rounds=config.score.replay_rounds + 1,
+            replay_rounds=max(config.score.replay_rounds, 1),
             replay_share=config.score.replay_share / 2,
             micro_batch=config.score.micro_batch if config.parallel.strategy == "flat" else 0,
         ),
@@ -108,6 +110,44 @@ def test_every_configuration_reads_back_from_its_yaml(config: Config) -> None:
 @pytest.mark.parametrize("text", ["a{}b", "a{}", "{}b", "a: {}- b", "a\n{}\n"])
 def test_texts_with_any_line_ending_read_back_the_same(tmp_path: Path, text: str, ending: str) -> None:
     config = replace(Config(), prompt=text.format(ending))
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config), encoding="utf-8")
+    assert load_config(path) == config
+
+
+@pytest.mark.parametrize(
+    "character", ["\0", "\x1b", "\x7f", "\x9b", "\u200b", "\u202e", "\u2066", "\ufeff", "\U000e0001"]
+)
+def test_what_a_terminal_would_not_show_is_written_as_an_escape(tmp_path: Path, character: str) -> None:
+    config = replace(Config(), prompt=f"caf\u00e9{character}", log=replace(Config().log, wandb_name=f"{character}a"))
+    text = to_yaml(config)
+    assert all(line.isprintable() for line in text.split("\n"))
+    path = tmp_path / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    assert load_config(path) == config
+
+
+def test_the_largest_configuration_that_is_accepted_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its texts are of the characters that take most room in YAML, its lists and schedules as long as may be. All
+    limits are a twentieth, to save time."""
+    for module, names in ((document, ("MAX_BYTES", "MAX_VALUES")), (values_module, LIMITS)):
+        for name in names:
+            monkeypatch.setattr(module, name, getattr(module, name) // 20)
+    text = "\U000e0001" * values_module.MAX_TEXT
+    count = values_module.MAX_PROMPTS
+    long = Schedule(tuple((10**9 - round, 8.0) for round in range(1, values_module.MAX_POINTS))[::-1])
+    long = Schedule(((0, 8.0), *long.points))
+    rate = Schedule(tuple((round, 0.1 + 1e-17 * round) for round, _ in long.points))
+    config = replace(
+        Config(),
+        run=replace(Config().run, dir=text),
+        prompt=("\U000e0001" * (values_module.MAX_PROMPT_CHARACTERS // count),) * count,
+        prior=replace(Config().prior, path=text, negative_prompt=text),
+        objective=replace(Config().objective, t_min=rate, t_max=rate),
+        particles=replace(Config().particles, count=count, learning_rate=rate, network_learning_rate=rate),
+        render=replace(Config().render, resolution=long),
+        log=replace(Config().log, wandb_name=text, wandb_group=text, wandb_project=text),
+    )
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config), encoding="utf-8")
     assert load_config(path) == config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,14 @@ def test_a_prompt_may_be_any_text(tmp_path: Path, text: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(to_yaml(Config(prompt=text)), encoding="utf-8")
     assert load_config(path).prompt == text
+
+
+def test_a_pair_of_surrogates_as_json_writes_it_is_one_character(tmp_path: Path) -> None:
+    text = json.dumps({"prompt": "a \U0001f600", "log": {"wandb_name": "\U00010348"}})
+    assert text.isascii()
+    config = load(tmp_path, text, 'log.wandb_group="\\ud83d\\ude00"')
+    assert (config.prompt, config.log.wandb_name) == ("a \U0001f600", "\U00010348")
+    assert config.log.wandb_group == "\U0001f600"
 
 
 def test_an_override_may_empty_the_prompt(tmp_path: Path) -> None:

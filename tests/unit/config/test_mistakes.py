@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
 
-from distvsd.config import load_config
+from distvsd.config import document, load_config
 from distvsd.errors import ConfigError
 
 # (text, line of the mistake, what the message must hold beside the place)
@@ -26,7 +27,13 @@ BAD = [
     ("particles: {count: }", 1, ["particles.count is nothing", "an integer"]),
     ("particles: {count: [8]}", 1, ["particles.count is a list", "an integer"]),
     ("particles: {count: 999999999999999999999}", 1, ["particles.count", "at most 2147483647"]),
-    ("particles: {count: " + "9" * 5000 + "}", 1, ["particles.count", "an integer"]),
+    ("particles: {count: " + "9" * 5000 + "}", 1, ["particles.count", "5000 characters", "an integer"]),
+    ("particles: {count: 0x" + "f" * 5000 + "}", 1, ["particles.count", "5002 characters", "an integer"]),
+    ("schedule: {rounds: 1" + ":59" * 3000 + "}", 1, ["schedule.rounds", "9001 characters", "an integer"]),
+    ("particles: {eps: 1" + ":59" * 3000 + ".5}", 1, ["particles.eps", "characters", "a number"]),
+    ("particles: {views: " + "9" * 99 + "}", 1, ["particles.views", "9999...;", "at most 1000000000"]),
+    ("objective: {t_max: {0: 0.9, " + "9" * 99 + ": 7}}", 1, ["objective.t_max at round 999", "...", "at most 1"]),
+    ("score: {replay_share: 0.9999999999999999}", 1, ["score.replay_share", "at most 0.99"]),
     ("run: {seed: -1}", 1, ["run.seed is -1", "at least 0"]),
     ("run: {dir: ''}", 1, ["run.dir is empty", "at least one character"]),
     ("run: {dir: 7}", 1, ["run.dir is 7", "a text", "quotes"]),
@@ -35,6 +42,28 @@ BAD = [
     ("prompt: 2026-11-23", 1, ["prompt is the date 2026-11-23", "quotes"]),
     ("prompt:", 1, ["prompt is nothing", '""']),
     ("prompt: {a: b}", 1, ["prompt is a mapping", "a text"]),
+    ("prompt: !!bool maybe", 1, ["prompt is the text 'maybe'", "!!bool", "leave the tag out"]),
+    ("prompt: !!timestamp x", 1, ["prompt is the text 'x'", "!!timestamp"]),
+    ("run: {seed: !!int ''}", 1, ["run.seed is the text ''", "!!int", "an integer"]),
+    ("run: {seed: !!int 0b_}", 1, ["run.seed is the text '0b_'", "!!int"]),
+    ("? !!seq x\n: 1", 1, ["unknown key", "tag:yaml.org,2002:seq", "leave it out"]),
+    ("? !!float y\n: 1", 1, ["unknown key the text 'y'", "!!float"]),
+    ("prior: !!python/object:os {}", 1, ["prior is a value with the tag", "python/object:os", "leave it out"]),
+    ("!!set {a}", 1, ["the tag tag:yaml.org,2002:set", "not a mapping"]),
+    ("prompt: !<tag:%1b[31m> a", 1, ["prompt is a value with the tag tag:\\x1b[31m"]),
+    ('prompt: "a \\ud83d b"', 1, ["prompt is the text 'a \\ud83d b'", "surrogate"]),
+    ('prompt: a\nrun: {dir: "\\U00110000"}', 2, ["is not YAML", "U+10FFFF"]),
+    ('prompt: "\\UFFFFFFFF"', 1, ["is not YAML", "U+10FFFF"]),
+    ("%YAML 1." + "1" * 5000 + "\n---\nprompt: a", 1, ["is not YAML", "%YAML"]),
+    ('run: {dir: "a\\0b"}', 1, ["run.dir is the text 'a\\x00b'", "NUL"]),
+    ('prior: {path: "a\\0b"}', 1, ["prior.path is the text 'a\\x00b'", "NUL"]),
+    ("prompt: " + "x" * 100_001, 1, ["prompt is a text of 100001 characters", "at most 100000"]),
+    (
+        "prompt: [" + "&a " + "x" * 50_000 + ", *a" * 1000 + "]",
+        1,
+        ["prompt has 50050000 characters", "at most 1000000"],
+    ),
+    ("objective: {t_max: {" + ", ".join(f"{i}: 0.9" for i in range(1001)) + "}}", 1, ["t_max has 1001 points", "1000"]),
     ("prompt: []", 1, ["prompt is an empty list", "one per particle"]),
     ("prompt: [a, 3]", 1, ["prompt entry 1", "is 3", "a text"]),
     ("particles: {count: 7}\nprompt: [a, b, c]", 2, ["prompt has 3 entries but particles.count is 7", "exactly 7"]),
@@ -69,7 +98,7 @@ BAD = [
     ("render: {resolution: 64.5}", 1, ["render.resolution is 64.5", "an integer"]),
     ("render: {resolution: {0: 64, 9: 100}}", 1, ["render.resolution at round 9 is 100", "a multiple of 8"]),
     ("score: {replay_share: 0.5, replay_rounds: 0}", 1, ["score.replay_share is 0.5 but score.replay_rounds is 0"]),
-    ("score: {replay_share: 1}", 1, ["score.replay_share is 1", "below 1"]),
+    ("score: {replay_share: 1}", 1, ["score.replay_share is 1", "at most 0.99"]),
     ("parallel: {strategy: hsdp}", 1, ["parallel.strategy", "flat, ddp, fsdp2, deepspeed"]),
     ("parallel: {zero_stage: 4}", 1, ["parallel.zero_stage is 4", "at most 3"]),
     (
@@ -211,10 +240,89 @@ def test_bytes_that_are_not_utf8_are_refused_with_their_line(tmp_path: Path) -> 
     assert "0xe9 is not UTF-8" in message
 
 
-def test_deep_nesting_is_refused_and_not_a_crash(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        "prompt: " + "[" * 33,
+        "prompt: " + "[" * 330 + "a" + "]" * 330,
+        "prompt: " + "[" * 100_000,
+        "prompt: " + "{a: " * 400,
+        "- " * 5000 + "a",
+        "? " * 5000 + "a",
+        "\n".join(" " * depth + "a:" for depth in range(400)),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_deep_nesting_is_refused_with_the_limit(tmp_path: Path, text: str) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text("prompt: " + "[" * 600)
-    assert "nested too deeply" in refusal(path)
+    path.write_text(text)
+    assert "nested too deeply; allowed: 32 levels" in refusal(path)
+    if "\n" not in text:
+        path.write_text("prompt: a")
+        assert "nested too deeply; allowed: 32 levels" in refusal(path, f"prompt={text.removeprefix('prompt: ')}")
+
+
+def test_more_values_than_a_configuration_can_need_are_refused_with_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(document, "MAX_VALUES", document.MAX_VALUES // 20)  # to save time
+    path = tmp_path / "run.yaml"
+    path.write_text("prompt:\n  [" + "a," * 100_000 + "]")
+    assert "run.yaml:2: holds too many values; allowed: 2000" in refusal(path)
+
+
+def test_of_very_many_mistakes_the_first_are_listed_and_the_rest_counted(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("".join(f"unknown{i}: 1\n" for i in range(3000)) + "unknown0: 1\n" * 200)
+    message = refusal(path)
+    # 200 keys that are there twice, 20 of the 3000 unknown ones, and the number of the others.
+    assert message.startswith("221 mistakes") and "and 121 more" in message and len(message) < 20_000
+
+
+def test_an_override_of_thousands_of_names_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("prompt: a\n")
+    assert "key.sub=value" in refusal(path, "a." * 50_000 + "a=1")
+
+
+def test_bytes_of_a_command_line_that_are_not_text_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("prompt: a\n")
+    message = refusal(path, os.fsdecode(b"prompt=caf\xe9"), os.fsdecode(b"r\xfcn.dir=x"))
+    assert message.startswith("2 mistakes")
+    assert "override prompt=caf\\udce9: byte 0xe9 is not UTF-8" in message
+    assert "unknown key r\\udcfcn" in message
+
+
+def test_a_message_shows_no_control_character_of_what_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "run\x1b[31m\u202e.yaml"
+    path.write_text('"a\\e[31m\\u202e": 1\n"a\\e[31m\\u202e": 1\nprior: {dtype: "\\u0007\\u202e"}\n')
+    message = refusal(path, "prompt=[\u202e", "score.x\u202e=1")
+    assert message.startswith("5 mistakes")
+    assert all(line.isprintable() for line in message.splitlines())
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a/" * 3000 + "b", "a\0b", "~nosuchuser/run.yaml", "", "\udcff.yaml"])
+def test_a_path_that_cannot_be_is_a_configuration_error(name: str) -> None:
+    said = refusal(Path(name))
+    assert "configuration file" in said or "cannot be" in said
+    assert said.isprintable() and len(said) < 1000
+
+
+def test_what_is_no_regular_file_is_refused_without_waiting_for_it(tmp_path: Path) -> None:
+    pipe, place = tmp_path / "pipe", tmp_path / "socket"
+    os.mkfifo(pipe)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(place))
+        for path in (pipe, place, Path("/dev/zero"), Path("/dev/null")):
+            assert f"{path} is a pipe, a socket or a device" in refusal(path)
+
+
+def test_a_file_that_is_too_large_is_refused_with_the_limit_and_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    with path.open("wb") as stream:
+        stream.truncate(2**42)  # without a block of it on the disk
+    assert "16 MiB" in refusal(path)
 
 
 def test_many_aliases_do_not_grow(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from distvsd.errors import RankError
-from distvsd.parallel.world import Launch, read_launch, refuse_other_world, refuse_shared_devices
+from distvsd.parallel.launch import Launch, launched_rank, read_launch
+from distvsd.parallel.world import refuse_other_world, refuse_shared_devices
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a"}
 ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "no"}
@@ -26,6 +27,21 @@ def test_accelerate_on_cpu_is_read_when_it_was_told_so() -> None:
     environment = TORCHRUN | ACCELERATE | {"ACCELERATE_USE_CPU": "true"}
     assert read_launch(environment, has_cuda=False) == Launch(3, 4, 1, 2, use_cpu=True)
     assert read_launch(TORCHRUN | ACCELERATE, has_cuda=True) == Launch(3, 4, 1, 2, use_cpu=False)
+
+
+def test_a_rank_is_one_only_where_a_launcher_started_several_that_can_meet() -> None:
+    assert launched_rank(TORCHRUN) == 3
+    assert launched_rank(TORCHRUN | {"RANK": "0"}) == 0
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        assert launched_rank({key: value for key, value in TORCHRUN.items() if key != name}) is None
+    for change in ({"WORLD_SIZE": "1"}, {"RANK": "4"}, {"RANK": "-1"}, {"RANK": "x"}, {"WORLD_SIZE": "9" * 5000}):
+        assert launched_rank(TORCHRUN | change) is None
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "5"])
+def test_a_share_of_a_machine_that_cannot_be_is_refused(size: str) -> None:
+    with pytest.raises(RankError, match="LOCAL_WORLD_SIZE"):
+        read_launch(TORCHRUN | {"LOCAL_WORLD_SIZE": size}, has_cuda=False)
 
 
 @pytest.mark.guarantee("G31")
