@@ -7,6 +7,7 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -48,6 +49,14 @@ class Run:
     ensemble: Ensemble
     score: LoraScore
     loop: Loop
+
+
+class Latents(Protocol):
+    """What particles that are latents need of the prior; see `prior.base.Prior`."""
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]: ...
+
+    def encode(self, images: Tensor) -> Tensor: ...
 
 
 def build_run(
@@ -154,8 +163,11 @@ def _score_training(config: Config, world: World, score: LoraScore, strategy: St
     )
 
 
-def make_ensemble(config: Config, prior: Pipeline | None, ids: Sequence[int], device: torch.device | str) -> Ensemble:
-    """Fresh particles `ids` of this configuration. prior: whose latents they are, where they are latents."""
+def make_ensemble(config: Config, prior: Latents | None, ids: Sequence[int], device: torch.device | str) -> Ensemble:
+    """Fresh particles `ids` of this configuration. prior: whose latents they are, where they are latents.
+
+    On the device "meta" they have names, dtypes and shapes, and take no memory.
+    """
     particles = config.particles
     micro_batch = 1 if config.parallel.numerics == "exact" else particles.micro_batch
     return Ensemble(
@@ -174,12 +186,12 @@ def make_ensemble(config: Config, prior: Pipeline | None, ids: Sequence[int], de
 
 
 @torch.no_grad()
-def _encode_plain(prior: Pipeline, size: int, colors: Tensor) -> Tensor:
+def _encode_plain(prior: Latents, size: int, colors: Tensor) -> Tensor:
     """Latents of plain pictures of `colors` `[P, 3, 1, 1]`; one a call: no bit depends on who else is on the rank."""
     return torch.cat([prior.encode(color.expand(1, 3, size, size)) for color in colors])
 
 
-def _particle(config: Config, prior: Pipeline | None, device: torch.device) -> Particle:
+def _particle(config: Config, prior: Latents | None, device: torch.device) -> Particle:
     particles, exact = config.particles, config.parallel.numerics == "exact"
     match particles.kind:
         case "image":

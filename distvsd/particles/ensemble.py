@@ -283,4 +283,3 @@ class Ensemble:
             if particle_id in group.own:
                 return group, group.own.index(particle_id)
         raise KeyError(f"particle {particle_id} is not on this rank, which owns {self.ids}")
-

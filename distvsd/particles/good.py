@@ -78,6 +78,6 @@ def saved_place(record: Mapping[str, Any] | None, is_beside: bool) -> Place:
     if place not in get_args(Place):
         raise CheckpointError(
             f"the manifest says good = {shown(place)} of a particle's health, which must be one of "
-            f"{', '.join(get_args(Place))}; the checkpoint was altered: resume from an earlier one"
+            f"{', '.join(get_args(Place))}; the checkpoint was altered: delete it to go on from an older one"
         )
     return place

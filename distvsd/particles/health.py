@@ -91,7 +91,7 @@ class Health:
                 wanted = "true or false" if kind is bool else f"an integer from 0 to {rounds}"
                 raise CheckpointError(
                     f"the manifest says {name} = {shown(value)} of a particle's health, which must be {wanted}; the "
-                    "checkpoint was altered: resume from an earlier one"
+                    "checkpoint was altered: delete it to go on from an older one"
                 )
         return Health(**values)
 

@@ -35,7 +35,9 @@ def read_particle(
     wanted = {name: _wanted(name, value, rounds) for name, value in like.items()}
     if place == "beside":
         wanted |= {GOOD + name: want for name, want in wanted.items()}
-    advice = "resume with the particles' configuration of that run, or from an earlier checkpoint"
+    advice = (
+        "resume with the particles' configuration of that run, or delete this checkpoint to go on from an older one"
+    )
     refuse_misfits(f"particle {particle_id}", wanted, tensors, advice)
     return health, place, good
 

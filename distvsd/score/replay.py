@@ -12,14 +12,14 @@ from torch import Tensor
 from distvsd.errors import CheckpointError
 from distvsd.score.base import Score
 from distvsd.score.camera import CAMERA_FEATURES
-from distvsd.score.stored import REPLAY_FILE
 from distvsd.vsd import rng
 from distvsd.vsd.objectives import draw_timesteps
 from distvsd.vsd.rng import Purpose
 from distvsd.vsd.samples import Samples
 from distvsd.vsd.wanted import MOST, Wanted, refuse_misfits
 
-_ADVICE = "the checkpoint is torn or was altered: resume from an earlier checkpoint"
+_NAME = "the replay buffer"
+_ADVICE = "the checkpoint is torn or was altered: delete it to go on from an older one"
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,10 @@ class Limits:
         )
         if num_rounds > self.kept:
             raise CheckpointError(
-                f"{REPLAY_FILE}: rounds has {num_rounds} rounds, and must have at most {self.kept}; {_ADVICE}"
+                f"{_NAME}: rounds has {num_rounds} rounds, and must have at most {self.kept}; {_ADVICE}"
             )
         if any(earlier >= later for earlier, later in pairwise(tensors["rounds"].tolist())):
-            raise CheckpointError(f"{REPLAY_FILE}: rounds does not increase, and must; {_ADVICE}")
+            raise CheckpointError(f"{_NAME}: rounds does not increase, and must; {_ADVICE}")
         if num_rounds:
             latents = tensors.get("latents")
             shape = tuple(latents.shape[1:]) if latents is not None and latents.ndim == 4 else (1, 1, 1)
@@ -151,7 +151,7 @@ class Limits:
         }
 
     def _refuse(self, tensors: Mapping[str, Tensor], wanted: Mapping[str, Wanted]) -> None:
-        refuse_misfits(REPLAY_FILE, wanted, tensors, _ADVICE)
+        refuse_misfits(_NAME, wanted, tensors, _ADVICE)
 
 
 def on_policy_lag(score: Score, current: Samples, old: Samples, seed: int, round: int) -> float | None:

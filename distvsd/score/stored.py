@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from distvsd.errors import PriorError
 from distvsd.score.adapter import TARGET_MODULES
 from distvsd.score.camera import CAMERA_FEATURES
 from distvsd.vsd.wanted import MOST, Wanted, refuse_misfits
@@ -25,9 +26,11 @@ Shapes = Mapping[str, Sequence[int]]
 
 _EXACT_STEPS = 2**24  # AdamW counts its steps in float32, by one up to here and then not any more
 _PREFIX = "base_model.model."  # of peft, before the name of the module
+_TIME_EMBEDDING = "time_embedding.linear_2.weight"
+_NAMES = {ADAPTER_FILE: "the adapter", CAMERA_FILE: "the camera embedding", OPTIMIZER_FILE: "the optimiser"}
 _ADVICE = (
     "the checkpoint was altered, or written with another prior or score.rank: resume with the configuration that it "
-    "was saved with, or from an earlier checkpoint"
+    "was saved with, or delete this checkpoint to go on from an older one"
 )
 
 
@@ -58,14 +61,14 @@ def refuse_unfit(file: str, trainable: Shapes, tensors: Mapping[str, Tensor]) ->
         for name, (home, stored_as) in places.items()
         if home == file
     }
-    refuse_misfits(file, wanted, tensors, _ADVICE)
+    refuse_misfits(_NAMES[file], wanted, tensors, _ADVICE)
 
 
 def _refuse_optimizer(trainable: Shapes, tensors: Mapping[str, Tensor]) -> None:
     counts = {"num_steps": Wanted(torch.int64, (), 0, MOST)}
     if "left_out" in tensors:  # checkpoints did not always have it
         counts["left_out"] = Wanted(torch.int64, (), 0, MOST)
-    refuse_misfits(OPTIMIZER_FILE, counts, tensors, _ADVICE)
+    refuse_misfits(_NAMES[OPTIMIZER_FILE], counts, tensors, _ADVICE)
     steps = int(tensors["num_steps"])
     if not steps:
         return  # no moments yet
@@ -75,17 +78,22 @@ def _refuse_optimizer(trainable: Shapes, tensors: Mapping[str, Tensor]) -> None:
         wanted[f"{name}.step"] = Wanted(torch.float32, (), min(steps, _EXACT_STEPS), most)
         wanted[f"{name}.exp_avg"] = Wanted(torch.float32, tuple(shape), finite=True)
         wanted[f"{name}.exp_avg_sq"] = Wanted(torch.float32, tuple(shape), low=0)
-    refuse_misfits(OPTIMIZER_FILE, wanted, tensors, _ADVICE)
+    refuse_misfits(_NAMES[OPTIMIZER_FILE], wanted, tensors, _ADVICE)
 
 
 def trainable_of(unet: Shapes, rank: int, reads_cameras: bool) -> dict[str, tuple[int, ...]]:
-    """Shapes of what is trained beside a UNet whose tensors have these shapes: what `LoraScore` makes of one."""
+    """Shapes of what is trained beside a UNet whose tensors have these shapes: what `LoraScore` makes of one.
+
+    Raises PriorError for tensors that are not those of such a UNet.
+    """
+    if not unet.get(_TIME_EMBEDDING):
+        raise PriorError(f"the UNet's files hold no {_TIME_EMBEDDING}; fetch or save the prior again")
     shapes: dict[str, tuple[int, ...]] = {}
     for module, (rows, columns) in sorted(_adapted(unet).items()):
         shapes[f"{_PREFIX}{module}.lora_A.weight"] = (rank, columns)
         shapes[f"{_PREFIX}{module}.lora_B.weight"] = (rows, rank)
     if reads_cameras:
-        width = unet["time_embedding.linear_2.weight"][0]
+        width = unet[_TIME_EMBEDDING][0]
         shapes |= {"camera.first.weight": (width, CAMERA_FEATURES), "camera.first.bias": (width,)}
         shapes |= {"camera.last.weight": (width, width), "camera.last.bias": (width,)}
     return shapes
@@ -114,5 +122,5 @@ def unet_like(adapter: Mapping[str, Tensor], camera: Mapping[str, Tensor]) -> di
             columns = down.shape[-1] if down is not None and down.ndim else 1
             shapes[f"{module}.weight"] = (up.shape[0] if up is not None and up.ndim else 1, columns)
     bias = camera.get("first.bias")
-    shapes["time_embedding.linear_2.weight"] = (bias.shape[0] if bias is not None and bias.ndim else 1, 1)
+    shapes[_TIME_EMBEDDING] = (bias.shape[0] if bias is not None and bias.ndim else 1, 1)
     return shapes
