@@ -164,14 +164,11 @@ def _score_training(config: Config, world: World, score: LoraScore, strategy: St
 
 
 def make_ensemble(config: Config, prior: Latents | None, ids: Sequence[int], device: torch.device | str) -> Ensemble:
-    """Fresh particles `ids` of this configuration. prior: whose latents they are, where they are latents.
-
-    On the device "meta" they have names, dtypes and shapes, and take no memory.
-    """
+    """Fresh particles `ids` of this configuration. prior: whose latents they are, where they are latents."""
     particles = config.particles
     micro_batch = 1 if config.parallel.numerics == "exact" else particles.micro_batch
     return Ensemble(
-        _particle(config, prior, torch.device(device)),
+        make_particle(config, prior, torch.device(device)),
         ids,
         OrbitSampler(config.cameras.elevation, config.cameras.azimuth, config.cameras.distance, config.cameras.fovy),
         particles.views,
@@ -188,10 +185,12 @@ def make_ensemble(config: Config, prior: Latents | None, ids: Sequence[int], dev
 @torch.no_grad()
 def _encode_plain(prior: Latents, size: int, colors: Tensor) -> Tensor:
     """Latents of plain pictures of `colors` `[P, 3, 1, 1]`; one a call: no bit depends on who else is on the rank."""
-    return torch.cat([prior.encode(color.expand(1, 3, size, size)) for color in colors])
+    encoded = [prior.encode(color.expand(1, 3, size, size)) for color in colors]
+    return torch.cat(encoded) if encoded else prior.encode(colors.expand(0, 3, size, size))
 
 
-def _particle(config: Config, prior: Latents | None, device: torch.device) -> Particle:
+def make_particle(config: Config, prior: Latents | None, device: torch.device) -> Particle:
+    """The kind of particle of this configuration."""
     particles, exact = config.particles, config.parallel.numerics == "exact"
     match particles.kind:
         case "image":

@@ -13,16 +13,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from distvsd.build import make_ensemble
+from distvsd.build import make_particle
 from distvsd.checkpoint.format import Manifest, particle_of
 from distvsd.checkpoint.reader import Checkpoint
 from distvsd.checkpoint.verify import verify_run
 from distvsd.config import Config, config_from, load_config
 from distvsd.errors import CheckpointError, ConfigError, PriorError
 from distvsd.particles.health import Health
-from distvsd.particles.stored import read_particle
+from distvsd.particles.stored import blank_state, read_particle
 from distvsd.prior.folder import PipelineFolder, open_folder
 from distvsd.prior.headers import shapes_of
 from distvsd.prior.prompts import VIEWS
@@ -101,8 +102,7 @@ class _Latents:
 
 
 def _state(config: Config, latents: _Latents | None) -> Mapping[str, Tensor]:
-    """Names, dtypes and shapes of what is saved of a particle: those of a fresh one that has no memory."""
-    return make_ensemble(config, latents, [0], "meta").state()[0]
+    return blank_state(make_particle(config, latents, torch.device("cpu")))
 
 
 def refuse_other_particles(manifest: Manifest, count: int) -> None:

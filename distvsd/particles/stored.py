@@ -5,14 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from distvsd.particles.adam import ParticleAdam
+from distvsd.particles.base import Particle
 from distvsd.particles.good import Place, saved_place
+from distvsd.particles.group import Group
 from distvsd.particles.health import Health
 from distvsd.vsd.wanted import MOST, Wanted, refuse_misfits
 
 # A particle's last good state lies in the checkpoint beside its present one, under this prefix, where they differ.
 GOOD = "good/"
+
+
+def blank_state(particle: Particle) -> dict[str, Tensor]:
+    """What `Group.state_of` gives of one particle, without values and without memory: names, dtypes and shapes."""
+    nobody = torch.zeros(0, dtype=torch.int64)
+    parameters = particle.init(0, nobody)
+    group = Group([], nobody, parameters, ParticleAdam.zeros(parameters, betas=(0.0, 0.0), eps=1.0))
+    return {name: value.new_empty(()).expand(value.shape[1:]) for name, value in group.state_of(slice(None)).items()}
 
 
 def read_particle(
