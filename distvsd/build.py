@@ -7,6 +7,7 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -52,6 +53,14 @@ class Run:
     ensemble: Ensemble
     score: LoraScore
     loop: Loop
+
+
+class Latents(Protocol):
+    """What particles that are latents need of the prior; see `prior.base.Prior`."""
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]: ...
+
+    def encode(self, images: Tensor) -> Tensor: ...
 
 
 def build_run(
@@ -175,12 +184,12 @@ def _score_training(config: Config, world: World, score: LoraScore, strategy: St
     )
 
 
-def make_ensemble(config: Config, prior: Pipeline | None, ids: Sequence[int], device: torch.device | str) -> Ensemble:
+def make_ensemble(config: Config, prior: Latents | None, ids: Sequence[int], device: torch.device | str) -> Ensemble:
     """Fresh particles `ids` of this configuration. prior: whose latents they are, where they are latents."""
     particles = config.particles
     micro_batch = 1 if config.parallel.numerics == "exact" else particles.micro_batch
     return Ensemble(
-        _particle(config, prior, torch.device(device)),
+        make_particle(config, prior, torch.device(device)),
         ids,
         OrbitSampler(config.cameras.elevation, config.cameras.azimuth, config.cameras.distance, config.cameras.fovy),
         particles.views,
@@ -195,12 +204,14 @@ def make_ensemble(config: Config, prior: Pipeline | None, ids: Sequence[int], de
 
 
 @torch.no_grad()
-def _encode_plain(prior: Pipeline, size: int, colors: Tensor) -> Tensor:
+def _encode_plain(prior: Latents, size: int, colors: Tensor) -> Tensor:
     """Latents of plain pictures of `colors` `[P, 3, 1, 1]`; one a call: no bit depends on who else is on the rank."""
-    return torch.cat([prior.encode(color.expand(1, 3, size, size)) for color in colors])
+    encoded = [prior.encode(color.expand(1, 3, size, size)) for color in colors]
+    return torch.cat(encoded) if encoded else prior.encode(colors.expand(0, 3, size, size))
 
 
-def _particle(config: Config, prior: Pipeline | None, device: torch.device) -> Particle:
+def make_particle(config: Config, prior: Latents | None, device: torch.device) -> Particle:
+    """The kind of particle of this configuration."""
     particles, exact = config.particles, config.parallel.numerics == "exact"
     match particles.kind:
         case "image":

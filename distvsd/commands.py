@@ -69,9 +69,9 @@ def run_render(args: argparse.Namespace) -> int:
 
 def run_verify(args: argparse.Namespace) -> int:
     run = _run_directory(args)
-    from distvsd.checkpoint.verify import verify_run
+    from distvsd.contents import verify
 
-    for line in verify_run(run, args.digest):
+    for line in verify(run, args.digest):
         print(line)
     return 0
 

@@ -14,6 +14,7 @@ from distvsd.build import make_ensemble
 from distvsd.cameras import Cameras
 from distvsd.checkpoint import reader
 from distvsd.config import Config, load_config
+from distvsd.contents import refuse_other_particles
 from distvsd.errors import CheckpointError, RunError
 from distvsd.particles import Ensemble
 from distvsd.prior.load import load_prior
@@ -62,6 +63,7 @@ def load_particles(run_dir: Path, device: str | None = None, most: int | None = 
     checkpoint = reader.newest(paths.checkpoints)
     if checkpoint is None:
         raise CheckpointError(f"{run_dir} has no checkpoint yet; train at least to the first one (checkpoint.every)")
+    refuse_other_particles(checkpoint.manifest, config.particles.count)
     is_latent = config.particles.kind == "image" and config.particles.image.space == "latent"
     prior = load_prior(config.prior.path, [""], device=device) if is_latent else None
     entries = checkpoint.manifest.particles[:most]
@@ -69,5 +71,5 @@ def load_particles(run_dir: Path, device: str | None = None, most: int | None = 
     ensemble = make_ensemble(config, prior, ids, device)
     for entry in entries:
         ensemble.load_state(entry.id, checkpoint.read(entry.file), entry.health)
-    health = {entry.id: entry.health for entry in checkpoint.manifest.particles}
-    return Restored(config, ids, checkpoint.manifest.step, ensemble, prior.decode if prior else None, health)
+    decode = prior.decode if prior else None
+    return Restored(config, ids, checkpoint.manifest.step, ensemble, decode, checkpoint.manifest.health)

@@ -18,6 +18,7 @@ from distvsd.checkpoint.format import particle_file
 from distvsd.checkpoint.reader import Checkpoint
 from distvsd.checkpoint.saver import Saver
 from distvsd.config import Config, digest, to_dict, to_yaml
+from distvsd.contents import Contents
 from distvsd.errors import CheckpointError, DivergedError, RunError
 from distvsd.journal import Journal
 from distvsd.loop import Round
@@ -33,7 +34,7 @@ from distvsd.runtime.preempt import Preemption
 from distvsd.runtime.status import State, write_status
 from distvsd.runtime.stragglers import tame_garbage_collector
 from distvsd.runtime.tracker import Outcome
-from distvsd.score.lora import CAMERA_FILE
+from distvsd.score.stored import CAMERA_FILE
 from distvsd.score.training import kept_rows
 
 _log = logging.getLogger("distvsd")
@@ -199,7 +200,8 @@ class Trainer:
 
     def _resume(self) -> tuple[int, int, int | None]:
         """Restores the newest sound checkpoint; returns its round and its lengths of metrics.jsonl, health.jsonl."""
-        checkpoint = self.saver.load()
+        shapes = {name: parameter.shape for name, parameter in self.parts.score.trainable.items()}
+        checkpoint = self.saver.load(contents=Contents(self.config, shapes, self.parts.prior.folder))
         if checkpoint is None:
             return 0, 0, 0
         agreed(self.world, lambda: self._restore(checkpoint))
@@ -219,15 +221,9 @@ class Trainer:
                 "learns the constant offset that it gave",
                 checkpoint.folder,
             )
-        health = {entry.id: entry.health for entry in manifest.particles}
-        if set(health) != set(range(self.config.particles.count)):
-            raise CheckpointError(
-                f"{checkpoint.folder} holds {len(health)} particles, but particles.count is "
-                f"{self.config.particles.count}; resume with that count, or choose another run.dir"
-            )
         for particle_id in parts.ensemble.ids:
             state = checkpoint.read(particle_file(particle_id))
-            parts.ensemble.load_state(particle_id, state, health[particle_id])
+            parts.ensemble.load_state(particle_id, state, manifest.health[particle_id])
         tensors = [file for file in manifest.files if file.startswith("score/") and file.endswith(".safetensors")]
         parts.score.load_state({file: checkpoint.read(file) for file in tensors})
 

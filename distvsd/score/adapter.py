@@ -38,18 +38,19 @@ def adapted_unet(
     with rng.seeded(seed, Purpose.SCORE_INIT):
         adapted = get_peft_model(_structural_copy(unet), settings).eval()  # type: ignore[arg-type]
         camera = CameraEmbedding(width) if reads_cameras else None
-        for name, parameter in adapter_parameters(adapted).items():
+        for index, (name, parameter) in enumerate(adapter_parameters(adapted).items()):
             parameter.data = parameter.data.to(device, torch.float32)
             if ".lora_A." in name:
-                parameter.data.copy_(_first_factor(parameter.shape, rank, init))
+                parameter.data.copy_(_first_factor(parameter.shape, rank, init, seed, index))
     if camera is not None:
         attach_camera(adapted.get_base_model(), camera.to(device))
     return adapted, camera
 
 
-def _first_factor(shape: torch.Size, rank: int, init: Init) -> Tensor:
+def _first_factor(shape: torch.Size, rank: int, init: Init, seed: int, lane: int) -> Tensor:
+    """Inside `rng.seeded`, from which the older of the two draws."""
     if init == "normal":
-        return nn.init.normal_(torch.empty(shape), std=1 / rank)
+        return rng.normal(seed, Purpose.SCORE_INIT, [0], 0, shape, lane)[0] / rank
     return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5))
 
 

@@ -11,20 +11,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from distvsd.errors import CheckpointError
 from distvsd.score.adapter import AsPrior, Init, adapted_unet, adapter_parameters
 from distvsd.score.base import Optimizer
 from distvsd.score.camera import CAMERA_FEATURES
 from distvsd.score.optimizer import AdapterOptimizer
 from distvsd.score.replay import Replay
+from distvsd.score.stored import (
+    ADAPTER_CONFIG_FILE,
+    OPTIMIZER_FILE,
+    REPLAY_FILE,
+    files_of,
+    place,
+    refuse_unfit,
+)
 from distvsd.vsd.diffusion import PredictionType, add_noise, target, to_eps
 from distvsd.vsd.samples import Samples, slices
-
-ADAPTER_FILE = "score/adapter_model.safetensors"
-ADAPTER_CONFIG_FILE = "score/adapter_config.json"
-CAMERA_FILE = "score/camera.safetensors"
-OPTIMIZER_FILE = "score/optimizer.safetensors"
-REPLAY_FILE = "score/replay.safetensors"
 
 
 class LoraOptions(Protocol):
@@ -199,7 +200,7 @@ class LoraScore:
         """See `Score.state`. `score/adapter_model.safetensors` is what peft's save_pretrained writes."""
         files: dict[str, dict[str, Tensor]] = {}
         for name, value in self.holder.values().items():
-            file, stored_as = _place(name)
+            file, stored_as = place(name)
             files.setdefault(file, {})[stored_as] = value
         counts = {"num_steps": self.num_steps, "left_out": self.left_out}
         files[OPTIMIZER_FILE] = {name: torch.tensor(count, dtype=torch.int64) for name, count in counts.items()} | {
@@ -225,18 +226,22 @@ class LoraScore:
         return {ADAPTER_CONFIG_FILE: text}
 
     def load_state(self, files: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """See `Score.load_state`. Files that are not the score's are ignored; nothing changes when it raises."""
-        values = {name: _read(files, *_place(name), parameter) for name, parameter in self.trainable.items()}
-        num_steps = int(_read(files, OPTIMIZER_FILE, "num_steps", torch.tensor(0)))
-        left_out = int(files[OPTIMIZER_FILE].get("left_out", 0))  # checkpoints did not always have it
-        moments = {name: self._read_moments(files, name) for name in self.trainable} if num_steps else {}
+        """See `Score.load_state`. What is not this network's is ignored; nothing changes when it raises."""
+        shapes = {name: parameter.shape for name, parameter in self.trainable.items()}
+        for file in files_of(shapes):
+            if file != REPLAY_FILE:  # whose owner looks at it
+                refuse_unfit(file, shapes, files.get(file, {}))
+        optimizer = files[OPTIMIZER_FILE]
+        num_steps = int(optimizer["num_steps"])
+        moments = {
+            name: {moment: optimizer[f"{name}.{moment}"] for moment in ("step", "exp_avg", "exp_avg_sq")}
+            for name in (shapes if num_steps else ())
+        }
+        places = {name: place(name) for name in shapes}
+        values = {name: files[file][stored_as] for name, (file, stored_as) in places.items()}
         self.replay.load_state(files.get(REPLAY_FILE, {}))
         self.holder.restore(values, moments, num_steps)
-        self.left_out = left_out
-
-    def _read_moments(self, files: Mapping[str, Mapping[str, Tensor]], name: str) -> dict[str, Tensor]:
-        likes = {"step": torch.tensor(0.0)} | dict.fromkeys(("exp_avg", "exp_avg_sq"), self.trainable[name])
-        return {moment: _read(files, OPTIMIZER_FILE, f"{name}.{moment}", like) for moment, like in likes.items()}
+        self.left_out = int(optimizer.get("left_out", 0))
 
     def _loss(self, samples: Samples, timesteps: Tensor, noise: Tensor, keep_camera: Tensor) -> Tensor:
         valid = samples.weight > 0
@@ -255,32 +260,6 @@ class LoraScore:
             return_dict=False,
         )[0]
         return output.float()
-
-
-def _place(name: str) -> tuple[str, str]:
-    """The file a trainable parameter is saved in, and its name there."""
-    if name.startswith("camera."):
-        return CAMERA_FILE, name.removeprefix("camera.")
-    return ADAPTER_FILE, name
-
-
-def _read(files: Mapping[str, Mapping[str, Tensor]], file: str, name: str, like: Tensor) -> Tensor:
-    value = files.get(file, {}).get(name)
-    if value is None:
-        raise CheckpointError(_missing(file, name))
-    if value.shape != like.shape:
-        raise CheckpointError(
-            f"{file} holds {name} of shape {list(value.shape)}, but this run's score network has {list(like.shape)}: "
-            "the checkpoint was written with another prior or score.rank; resume with the configuration it came from."
-        )
-    return value
-
-
-def _missing(file: str, name: str) -> str:
-    return (
-        f"{file} holds no tensor {name}, which this run's score network needs: the checkpoint is torn or was written "
-        "with another prior; resume from an earlier checkpoint or with the configuration it was saved with."
-    )
 
 
 def _snapshot(value: Tensor) -> Tensor:

@@ -37,7 +37,8 @@ INNER: dict[str, set[str]] = {
 ROOMS = {name for name in INNER if name != "loop"}
 OUTER: dict[str, set[str]] = {
     "build": ROOMS | {"loop"},
-    "restored": {"build", "cameras", "checkpoint", "config", "particles", "prior", "runtime"},
+    "contents": {"build", "checkpoint", "config", "particles", "prior", "runtime", "score", "vsd.wanted"},
+    "restored": {"build", "contents", "cameras", "checkpoint", "config", "particles", "prior", "runtime"},
     "export": {"config", "cameras"},
     "evaluate": {"restored", "cameras", "config", "export", "prior", "vsd"},
     "render_run": {"restored", "cameras", "config", "evaluate", "export"},
@@ -50,6 +51,7 @@ OUTER: dict[str, set[str]] = {
         "build",
         "checkpoint",
         "config",
+        "contents",
         "journal",
         "loop",
         "parallel",
@@ -57,11 +59,12 @@ OUTER: dict[str, set[str]] = {
         "render_run",
         "restored",
         "runtime",
-        "score.lora",
+        "score.stored",
         "score.training",
     },
     "train": {"cli", "config", "parallel", "runtime", "trainer"},
-    "commands": ROOMS | {"doctor", "evaluate", "export", "plan", "plan_cluster", "plan_text", "render_run", "train"},
+    "commands": ROOMS
+    | {"contents", "doctor", "evaluate", "export", "plan", "plan_cluster", "plan_text", "render_run", "train"},
     "arguments": {"config"},
     "cli": {"arguments", "commands", "config"},
     "__main__": {"cli"},
