@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from distvsd.config.canonical import diff, digest, to_dict, to_yaml
-from distvsd.config.document import Entry, plain_entry, read_document, read_override
+from distvsd.config.document import Entry, plain_entry, read_document, read_override, shown_path
 from distvsd.config.relations import RELATIONS
 from distvsd.config.scalars import SHOWN, printable
 from distvsd.config.schedule import Schedule
@@ -36,7 +36,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         entry = read_override(text, mistakes)
         if entry is not None:
             layers.append(entry)
-    return _config_of(layers, mistakes, str(path), "; nothing was started")
+    return _config_of(layers, mistakes, shown_path(Path(path)), "; nothing was started")
 
 
 def config_from(plain: Mapping[str, Any], where: str) -> Config:
