@@ -138,7 +138,7 @@ def test_a_rank_beats_on_when_the_disk_is_full(tmp_path: Path) -> None:
     """On a full disk living ranks still give signs of life, so that none of them is taken for a silent one."""
     with small_disk(tmp_path / "disk", 1):
         file, others = tmp_path / "disk/heartbeats/rank-00000.json", tmp_path / "disk/others"
-        with Heartbeat(file.parent, 0, 1, lambda: None, 0.01):
+        with Heartbeat(file.parent, 0, 1, 120.0, 0.01):
             with others.open("wb", buffering=0) as rest, pytest.raises(OSError, match="No space left"):
                 while True:
                     rest.write(bytes(4096))

@@ -60,7 +60,7 @@ OUTER: dict[str, set[str]] = {
     },
     "train": {"cli", "config", "parallel", "runtime", "trainer"},
     "commands": ROOMS | {"doctor", "evaluate", "export", "plan", "plan_cluster", "plan_text", "render_run", "train"},
-    "cli": {"commands", "config"},
+    "cli": {"commands", "config", "runtime.launcher", "runtime.preempt", "runtime.streams"},
     "__main__": {"cli"},
     "__init__": {"build", "config", "particles.base", "prior.base", "score.base", "train"},
     "testing": ROOMS | {"build", "loop", "train"},
