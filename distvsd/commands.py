@@ -7,13 +7,12 @@ import contextlib
 import dataclasses
 import json
 import os
-import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from distvsd.errors import PREEMPTED, UsageError
+from distvsd.errors import UsageError
 from distvsd.parallel.launch import launched_rank
 
 
@@ -28,11 +27,7 @@ def run_train(args: argparse.Namespace) -> int:
         return 0
     from distvsd.train import train
 
-    code = train(config, args.resume)
-    if code == PREEMPTED:
-        # The launcher ends the other ranks when the first one has; they are leaving by themselves, with their own code.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    return code
+    return train(config, args.resume)
 
 
 def run_plan(args: argparse.Namespace) -> int:

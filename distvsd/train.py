@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":  # before the imports below, which take seconds: a launcher may die meanwhile
+    from distvsd.cli import program
+
+    program(["train", *sys.argv[1:]])
+
 import contextlib
 import logging
-import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +20,8 @@ from distvsd.config.canonical import BOOKKEEPING, recorded_keys
 from distvsd.errors import PREEMPTED, ConfigError, RankError, RunError
 from distvsd.parallel.collectives import agreed, gather_objects
 from distvsd.parallel.world import World, open_world
-from distvsd.runtime.heartbeat import Heartbeat
+from distvsd.runtime.heartbeat import Heartbeat, forget_ranks
+from distvsd.runtime.launcher import watched
 from distvsd.runtime.paths import Resume, RunLock, RunPaths
 from distvsd.runtime.preempt import Preemption
 from distvsd.runtime.status import read_status, write_status
@@ -32,16 +39,18 @@ def train(config: Config, resume: Resume = "auto") -> int:
     text names the silent one.
     """
     paths = RunPaths(Path(config.run.dir))
-    with Preemption() as preemption, open_world(config.parallel.timeout_s) as world:
+    timeout_s = config.parallel.timeout_s
+    with watched() as watch, Preemption() as preemption, open_world(timeout_s, preemption.nothing_begun) as world:
         _refuse_other_configurations(world, config)
         with (
             _claimed(world, paths, config, resume),
-            Heartbeat(
-                paths.heartbeats, world.rank, world.size, lambda: preemption.request("the launcher died")
-            ) as heartbeat,
+            Heartbeat(paths.heartbeats, world.rank, world.size, timeout_s) as heartbeat,
             _naming_the_silent(heartbeat, world, paths, config),
         ):
-            is_done = Trainer(config, world, paths, preemption, heartbeat).run()
+            trainer = Trainer(config, world, paths, preemption, heartbeat)
+            if watch is not None:  # from here on there is something to save
+                watch.spare(lambda: preemption.request("the launcher died"), heartbeat.is_stuck)
+            is_done = trainer.run()
     return 0 if is_done else PREEMPTED
 
 
@@ -89,6 +98,7 @@ def _claimed(world: World, paths: RunPaths, config: Config, resume: Resume) -> I
         lock.acquire()
         try:
             paths.claim(to_yaml(config), resume, _differences(paths, config))
+            forget_ranks(paths.heartbeats)
         except Exception:
             lock.release()
             raise
@@ -141,8 +151,3 @@ class _CallableModule(types.ModuleType):
 
 
 sys.modules[__name__].__class__ = _CallableModule
-
-if __name__ == "__main__":
-    from distvsd.cli import program
-
-    program(["train", *sys.argv[1:]])

@@ -36,6 +36,7 @@ from distvsd.runtime.stragglers import tame_garbage_collector
 from distvsd.runtime.tracker import Outcome
 from distvsd.score.stored import CAMERA_FILE
 from distvsd.score.training import kept_rows
+from distvsd.testing.faults import fault
 
 _log = logging.getLogger("distvsd")
 PICTURES_TIMEOUT_S = 86_400.0
@@ -56,10 +57,11 @@ class Trainer:
     ) -> None:
         self.config, self.world, self.paths = config, world, paths
         self.preemption, self.heartbeat = preemption, heartbeat
-        # Loading from a shared disk takes ranks very different times; from the first round on a silence is a failure.
+        # Loading from a shared disk, and the first round, take ranks very different times, and heartbeats tell a slow
+        # rank from a lost one. Later a silence is a failure.
         self.patience_s = max(OPENING_TIMEOUT_S, config.parallel.timeout_s)
-        set_timeout(world, self.patience_s)
-        self.parts = agreed(world, lambda: build_run(config, world, self._watch, heartbeat.at))
+        set_timeout(world, self.patience_s, heartbeat.refuse_lost)
+        self.parts = agreed(world, self._load)
         self._refuse_unlike_ranks()
         checkpoint = config.checkpoint
         self.saver = Saver(paths.checkpoints, world, checkpoint.keep, checkpoint.asynchronous, checkpoint.max_failures)
@@ -82,6 +84,10 @@ class Trainer:
             "version of torch": Fact(str(torch.__version__), str(torch.__version__)),
         }
         refuse_unlike(self.world, facts)
+
+    def _load(self) -> Run:
+        fault("load")
+        return build_run(self.config, self.world, self._watch, self.heartbeat.at)
 
     def run(self) -> bool:
         """All rounds that are left, the last checkpoint, the contact sheet. False if the run was told to stop before
@@ -126,7 +132,7 @@ class Trainer:
         every = self.config.checkpoint.every
         ends = last or Order.PREEMPTED in orders
         if ends:  # ranks write for very different times, and wait for each other: a slow disk is no dead rank
-            set_timeout(self.world, self.patience_s)
+            set_timeout(self.world, self.patience_s, self.heartbeat.refuse_lost)
         if ends or (every and completed % every == 0):
             self._save(completed)
         if self.config.log.images_every and completed % self.config.log.images_every == 0:

@@ -113,7 +113,13 @@ settle() {
     is_new=yes
     if [ "$(cat "$run/STATUS.json" 2>/dev/null)" = "$before" ]; then is_new=no; fi
     case $is_new-$state in
-    no- | no-done) stop "nothing was begun in $run (exit code $code): the lines above say why; not requeued" ;;
+    no- | no-done)
+        [ -n "$early" ] && [ -z "$state" ] ||
+            stop "nothing was begun in $run (exit code $code): the lines above say why; not requeued"
+        # Told to stop before it had begun. Counted like a failure: in a job shorter than its signal that is each start.
+        mkdir -p "$run" || stop "$run cannot be made; not requeued"
+        state=unbegun
+        ;;
     no-*) state=unchanged ;; # this start came to nothing, and what the file says is about an earlier one
     yes-done)
         say "the run in $run is done, though its launcher ended with $code"

@@ -209,6 +209,23 @@ def test_sigterm_to_the_job_lets_the_ranks_save_and_ends_it(slurm: Slurm, run: P
     assert slurm.requeued == [] and "SIGTERM asked for an end" in slurm.output
 
 
+def test_a_job_that_is_told_to_stop_before_it_has_begun_is_queued_again_but_not_for_ever(
+    slurm: Slurm, run: Path
+) -> None:
+    """Ranks that get the signal while they import leave no STATUS.json; the same line starts the run later."""
+    leave = "trap 'exit 1' USR1"
+    slurm.program("accelerate", leave, f"touch '{slurm.state}/began'", "while :; do sleep 0.05; done")
+    codes = []
+    for _ in range(4):
+        job = slurm.start("train", "config.yaml", f"run.dir={run}")
+        wait_for((slurm.state / "began").exists, job, slurm)
+        (slurm.state / "began").unlink()
+        job.send_signal(signal.SIGUSR1)
+        codes.append(job.wait(PATIENCE_S))
+    assert codes == [0, 0, 0, 1], slurm.output
+    assert len(slurm.requeued) == 3 and "given up" in slurm.output
+
+
 @pytest.mark.parametrize("job", ["train", "elastic"])
 def test_no_head_node_is_an_error_before_anything_starts(slurm: Slurm, run: Path, job: str) -> None:
     """With a fallback to localhost each node would be a world of its own, and all would write to one run."""

@@ -66,7 +66,7 @@ OUTER: dict[str, set[str]] = {
     "commands": ROOMS
     | {"contents", "doctor", "evaluate", "export", "plan", "plan_cluster", "plan_text", "render_run", "train"},
     "arguments": {"config"},
-    "cli": {"arguments", "commands", "config"},
+    "cli": {"arguments", "commands", "config", "runtime.launcher", "runtime.preempt", "runtime.streams"},
     "__main__": {"cli"},
     "__init__": {"build", "config", "particles.base", "prior.base", "score.base", "train"},
     "testing": ROOMS | {"build", "loop", "train"},
