@@ -1,6 +1,7 @@
 """The command line. Every command imports the rooms it needs when it runs, so that help is fast.
 
-Exit codes: 0 done; 2 wrong usage or configuration; 3 preempted, resumable; 1 anything else.
+Exit codes: 0 done; 2 wrong usage or configuration; 3 preempted, resumable; 141 done, but nobody read the output to its
+end; 1 anything else.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, NoReturn
 from distvsd import commands
 from distvsd.commands import is_first_rank
 from distvsd.errors import ConfigError, DistvsdError, UsageError
+from distvsd.runtime import streams
 
 Command = Callable[[argparse.Namespace], int]
 FIRST_RANK_S = 3.0
@@ -33,19 +35,19 @@ PLAN_ASSUMPTIONS = (
 
 def program(argv: Sequence[str] | None = None) -> NoReturn:
     """`main` as a process of its own, which ends with its exit code; a crash leaves a traceback of every thread."""
+    output = streams.guard()
     faulthandler.enable()
     try:
         code = main(argv)
     except SystemExit as ended:  # argparse, which has said why
         code = ended.code if isinstance(ended.code, int) else 1
+    code = streams.exit_code(code, output)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         if code == ConfigError.exit_code and not is_first_rank():
             # A launcher ends all when one has ended, and only the first rank says what is wrong.
             time.sleep(FIRST_RANK_S)
         # gloo's threads let go of the last tensors whenever they come to it; in an interpreter that is being torn down
         # that aborts the process (seen with torch 2.13), and a finished run would count as failed.
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
@@ -101,7 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="distvsd",
         description="Variational Score Distillation with many particles on many ranks.",
-        epilog="exit codes: 0 done, 2 wrong usage or configuration, 3 preempted and resumable, 1 anything else\n"
+        epilog="exit codes: 0 done, 2 wrong usage or configuration, 3 preempted and resumable, 141 done but the\n"
+        "output was not read to its end, 1 anything else\n"
         "example: distvsd train configs/quickstart.yaml particles.count=4",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -115,7 +115,7 @@ def _report_failure(paths: RunPaths, config: Config, error: BaseException) -> No
 
 def _differences(paths: RunPaths, config: Config) -> list[str]:
     """What changed against the run in this directory and would change its mathematics, in words."""
-    if not paths.config.is_file():
+    if paths.previous_config() is None:
         return []
     before = load_config(paths.config)
     changed = diff(before, config)

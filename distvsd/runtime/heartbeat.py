@@ -8,16 +8,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
-from distvsd.errors import RankError
+from distvsd.errors import RankError, RunError
+from distvsd.runtime import inside
 from distvsd.runtime.process import is_from_here, may_live, process_state, system_id
 
 _POLL_S: Final = 0.1
@@ -27,6 +29,7 @@ _RECORD_BYTES: Final = 8192
 # A record that is being written over may be read half old and half new.
 _READS: Final = 5
 _REREAD_S: Final = 0.02
+_FILE: Final = re.compile(r"/rank-\d+\.json$", re.ASCII)
 _MAX_HOSTS: Final = 16  # that one message names
 
 
@@ -84,7 +87,7 @@ class Heartbeat:
         grace_s: float = 120.0,
     ) -> None:
         """folder: on a disk that all ranks share."""
-        self._folder, self._rank, self._size = folder, rank, size
+        self._root, self._folder, self._rank, self._size = folder.parent, folder, rank, size
         self._on_orphan, self._interval_s, self._grace_s = on_orphan, interval_s, grace_s
         self._place: tuple[int, str] = (0, "start")
         self._arrived, self._patience_s = time.monotonic(), grace_s
@@ -95,11 +98,14 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def __enter__(self) -> Heartbeat:
-        with contextlib.suppress(OSError):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            for left_over in self._folder.glob("rank-*.json") if self._rank == 0 else ():
-                if left_over not in map(self._path, range(self._size)):  # a run on more ranks before this one
-                    left_over.unlink()
+        with contextlib.suppress(OSError, RunError):
+            self._root.mkdir(parents=True, exist_ok=True)
+            inside.make_folder(self._root, self._folder.name)
+            mine = {self._name(rank) for rank in range(self._size)}
+            for name in inside.names(self._root, self._folder.name) if self._rank == 0 else ():
+                name = f"{self._folder.name}/{name}"
+                if _FILE.search(name) and name not in mine:  # a run on more ranks before this one
+                    inside.delete(self._root, name)
         self._write()
         self._thread.start()
         return self
@@ -110,8 +116,8 @@ class Heartbeat:
         self._leaving.set()
         self._thread.join(self._interval_s)  # it may hang on a disk that does not answer; leave it to its daemon's end
         if value is None:
-            with contextlib.suppress(OSError):
-                self._path(self._rank).unlink()
+            with contextlib.suppress(OSError, RunError):
+                inside.delete(self._root, self._name(self._rank))
                 self._folder.rmdir()  # fails until the last rank leaves
             return
         # A lost peer is the consequence of what another rank's file tells.
@@ -175,8 +181,8 @@ class Heartbeat:
                 os.write(2, text.encode())
             os._exit(1)
 
-    def _path(self, rank: int) -> Path:
-        return self._folder / f"rank-{rank:05d}.json"
+    def _name(self, rank: int) -> str:
+        return f"{self._folder.name}/rank-{rank:05d}.json"
 
     def _write(self) -> None:
         round, phase = self._place
@@ -192,9 +198,9 @@ class Heartbeat:
             "ended": self._ended,
             "system": system_id(),
         }
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, RunError):
             # Closed after every beat: network file systems show others what was written by then.
-            handle = os.open(self._path(self._rank), os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            handle = inside.open_file(self._root, self._name(self._rank))
             try:
                 os.pwrite(handle, json.dumps(record).encode().ljust(_RECORD_BYTES), 0)
             finally:
@@ -204,12 +210,26 @@ class Heartbeat:
         """None where the file is missing or is not one of ours. Waits a moment for one that is being written."""
         for _ in range(_READS):
             try:
-                return _Beat(**json.loads(self._path(rank).read_text(encoding="utf-8")))
-            except OSError:
+                content = inside.read(self._root, self._name(rank))
+            except RunError:
                 return None
-            except (ValueError, TypeError):
-                time.sleep(_REREAD_S)
+            if content is None:
+                return None
+            if beat := _parsed(content):
+                return beat
+            time.sleep(_REREAD_S)
         return None
+
+
+def _parsed(content: bytes) -> _Beat | None:
+    """None for what is not a whole record."""
+    try:
+        beat = _Beat(**json.loads(content))
+    except (ValueError, TypeError, RecursionError):
+        return None
+    # The annotations are the names of the types, see the import of `annotations`.
+    kinds = {field.name: field.type for field in fields(_Beat)}
+    return beat if all(type(value).__name__ == kinds[name] for name, value in vars(beat).items()) else None
 
 
 def _apart(beats: dict[int, _Beat | None]) -> list[str]:

@@ -109,5 +109,5 @@ def test_a_full_disk_drops_lines_and_does_not_end_the_run(
 
 
 def test_a_path_that_cannot_be_opened_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="cannot be opened"):
+    with pytest.raises(RunError, match="is a folder"):
         JsonLines(tmp_path)

@@ -46,10 +46,11 @@ def no_settings_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(tmp_path: Path) -> Path:
     """A run of 3 rounds and 2 particles, rendered and evaluated, as it lies on the disk."""
     run = tmp_path / "run"
+    run.mkdir()
     views = torch.rand(2, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    save_png(contact_sheet(views), run / "renders/contact-sheet.png")
-    save_png(contact_sheet(views), run / "renders/round-00000002/particles-000000-000001/contact-sheet.png")
-    turntable(views[1], run / "renders/particle-000001.mp4")
+    save_png(contact_sheet(views), run, "renders/contact-sheet.png")
+    save_png(contact_sheet(views), run, "renders/round-00000002/particles-000000-000001/contact-sheet.png")
+    turntable(views[1], run, "renders/particle-000001.mp4")
     lines = [{"round": number, "score_loss": 1 / number, "lag": None} for number in (1, 2, 3)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (run / "health.jsonl").write_text("".join(json.dumps(event) + "\n" for event in EVENTS))
