@@ -1,12 +1,14 @@
 """Contact sheets have their geometry, show their pixels, and turntables can be read back."""
 
 import math
+import resource
 
 import numpy
 import pytest
 import torch
 from PIL import Image
 
+from distvsd.errors import RunError
 from distvsd.export.images import GAP, PAPER, cell_scale, contact_sheet, mosaic, save_png, to_image, turntable
 
 
@@ -105,3 +107,17 @@ def test_small_frames_are_enlarged_to_be_seen(tmp_path):
 
     path = turntable(torch.rand(2, 3, 64, 64, generator=torch.Generator()), tmp_path, "small.mp4")
     assert next(read_frames(str(path)))["size"] == (384, 384)
+
+
+def test_a_turntable_that_the_disk_does_not_take_is_an_error_and_leaves_the_old_one(tmp_path):
+    frames = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    before = turntable(frames, tmp_path, "renders/a.mp4").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(RunError, match=r"a\.mp4 cannot be written"):
+            turntable(frames, tmp_path, "renders/a.mp4")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in (tmp_path / "renders").iterdir()] == ["a.mp4"]
+    assert (tmp_path / "renders/a.mp4").read_bytes() == before
