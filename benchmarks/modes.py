@@ -170,7 +170,7 @@ def main() -> None:
             save_file({"images": made.contiguous(), "seconds": torch.tensor(time.monotonic() - start)}, file)
             side = int(len(made) ** 0.5)
             sheet = contact_sheet(made[: side * side].reshape(side, side, *made.shape[1:]))
-            save_png(sheet, args.out / f"{arm}.png")
+            save_png(sheet, args.out, f"{arm}.png")
         images: Tensor = load_file(file)["images"]
         return images
 

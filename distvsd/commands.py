@@ -23,11 +23,13 @@ def run_train(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     if args.dry_run:
         if is_first_rank():
-            sys.stdout.write(to_yaml(config))
+            sys.stdout.buffer.write(to_yaml(config).encode())  # UTF-8 whatever the terminal has: it is a file's content
         return 0
     from distvsd.train import train
 
-    return train(config, args.resume)
+    # Training prints no result. What libraries print goes with the messages, which nobody has to read.
+    with contextlib.redirect_stdout(sys.stderr):
+        return train(config, args.resume)
 
 
 def run_plan(args: argparse.Namespace) -> int:
@@ -65,9 +67,20 @@ def run_render(args: argparse.Namespace) -> int:
 def run_verify(args: argparse.Namespace) -> int:
     run = _run_directory(args)
     from distvsd.contents import verify
+    from distvsd.runtime import inside
+    from distvsd.runtime.paths import RunPaths
 
+    paths = RunPaths(run)
+    inside.expect_folder(run, paths.checkpoints.name)
     for line in verify(run, args.digest):
         print(line)
+    if paths.previous_config() is not None:
+        from distvsd.checkpoint import reader
+        from distvsd.config import load_config
+        from distvsd.restored import compare_with_saved
+
+        newest = reader.open_checkpoint(paths.checkpoints, reader.steps(paths.checkpoints)[0])
+        compare_with_saved(paths, load_config(paths.config), newest)
     return 0
 
 
@@ -77,7 +90,7 @@ def run_log(args: argparse.Namespace) -> int:
     from distvsd.runtime.paths import RunPaths
     from distvsd.runtime.replay_metrics import replay
 
-    config = load_config(RunPaths(run).config)
+    config = load_config(RunPaths(run).known_config())
     log = config.log
     count = replay(
         run,

@@ -240,10 +240,10 @@ class Trainer:
         if not ids:
             return
         decode = self.parts.prior.decode if ensemble.particle.is_latent else None
-        folder = self.paths.renders / f"round-{completed:08d}" / f"particles-{ids[0]:06d}-{ids[-1]:06d}"
+        folder = f"{self.paths.renders.name}/round-{completed:08d}/particles-{ids[0]:06d}-{ids[-1]:06d}"
         try:
-            sheets = contact_sheets(Restored(self.config, ids, completed, ensemble, decode), folder)
-        except (OSError, RuntimeError) as error:  # a full disk, no memory: pictures do not end a run
+            sheets = contact_sheets(Restored(self.config, ids, completed, ensemble, decode), self.paths.root, folder)
+        except (RunError, OSError, RuntimeError) as error:  # a full disk, no memory: pictures do not end a run
             _log.warning("no pictures of round %d: %s", completed, error)
         else:
             self.journal.pictures(sheets, completed)
@@ -259,7 +259,7 @@ class Trainer:
 
     def _show_finished(self) -> None:
         finished = load_particles(self.paths.root, str(self.world.device), most=SHEET_ROWS)
-        sheets = contact_sheets(finished, self.paths.renders)
+        sheets = contact_sheets(finished, self.paths.root)
         for sheet in sheets:
             self.journal.progress.note(f"written {sheet}")
         if len(finished.ids) < self.config.particles.count:

@@ -8,15 +8,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
-from distvsd.errors import RankError
+from distvsd.errors import RankError, RunError
+from distvsd.runtime import inside
 from distvsd.runtime.peers import Peers
 from distvsd.runtime.process import is_from_here, may_live, process_state, system_id
 
@@ -27,6 +29,7 @@ _RECORD_BYTES: Final = 8192
 # A record that is being written over may be read half old and half new.
 _READS: Final = 5
 _REREAD_S: Final = 0.02
+_FILE: Final = re.compile(r"rank-\d+\.json", re.ASCII)
 _MAX_HOSTS: Final = 16  # that one message names
 
 
@@ -68,9 +71,10 @@ class Beat:
 def forget_ranks(folder: Path) -> None:
     """Deletes what the ranks of an earlier start have left there; for the holder of the run's lock, before any rank of
     this start beats."""
-    with contextlib.suppress(OSError):
-        for left_over in folder.glob("rank-*.json"):
-            left_over.unlink()
+    with contextlib.suppress(RunError):
+        for name in inside.names(folder.parent, folder.name):
+            if _FILE.fullmatch(name):
+                inside.delete(folder.parent, f"{folder.name}/{name}")
 
 
 class Heartbeat:
@@ -92,7 +96,7 @@ class Heartbeat:
         grace_s: float = 120.0,
     ) -> None:
         """folder: on a disk that all ranks share. timeout_s: see `refuse_lost`. grace_s: see `is_stuck`."""
-        self._folder, self._rank, self._size = folder, rank, size
+        self._root, self._folder, self._rank, self._size = folder.parent, folder, rank, size
         self._interval_s, self._grace_s = interval_s, grace_s
         self._place: tuple[int, str] = (0, "start")
         self._arrived, self._patience_s = time.monotonic(), grace_s
@@ -103,8 +107,9 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def __enter__(self) -> Heartbeat:
-        with contextlib.suppress(OSError):
-            self._folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError, RunError):
+            self._root.mkdir(parents=True, exist_ok=True)
+            inside.make_folder(self._root, self._folder.name)
         self._write()
         self._thread.start()
         return self
@@ -115,8 +120,8 @@ class Heartbeat:
         self._leaving.set()
         self._thread.join(self._interval_s)  # it may hang on a disk that does not answer; leave it to its daemon's end
         if value is None:
-            with contextlib.suppress(OSError):
-                self._path(self._rank).unlink()
+            with contextlib.suppress(OSError, RunError):
+                inside.delete(self._root, self._name(self._rank))
                 self._folder.rmdir()  # fails until the last rank leaves
             return
         # A lost peer is the consequence of what another rank's file tells.
@@ -182,8 +187,8 @@ class Heartbeat:
                 self._write()
                 next_beat = time.monotonic() + self._interval_s
 
-    def _path(self, rank: int) -> Path:
-        return self._folder / f"rank-{rank:05d}.json"
+    def _name(self, rank: int) -> str:
+        return f"{self._folder.name}/rank-{rank:05d}.json"
 
     def _write(self) -> None:
         round, phase = self._place
@@ -199,9 +204,9 @@ class Heartbeat:
             "ended": self._ended,
             "system": system_id(),
         }
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, RunError):
             # Closed after every beat: network file systems show others what was written by then.
-            handle = os.open(self._path(self._rank), os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            handle = inside.open_file(self._root, self._name(self._rank))
             try:
                 os.pwrite(handle, json.dumps(record).encode().ljust(_RECORD_BYTES), 0)
                 self._written += 1
@@ -212,12 +217,26 @@ class Heartbeat:
         """None where the file is missing or is not one of ours. Waits a moment for one that is being written."""
         for _ in range(_READS):
             try:
-                return Beat(**json.loads(self._path(rank).read_text(encoding="utf-8")))
-            except OSError:
+                content = inside.read(self._root, self._name(rank))
+            except RunError:
                 return None
-            except (ValueError, TypeError):
-                time.sleep(_REREAD_S)
+            if content is None:
+                return None
+            if beat := _parsed(content):
+                return beat
+            time.sleep(_REREAD_S)
         return None
+
+
+def _parsed(content: bytes) -> Beat | None:
+    """None for what is not a whole record."""
+    try:
+        beat = Beat(**json.loads(content))
+    except (ValueError, TypeError, RecursionError):
+        return None
+    # The annotations are the names of the types, see the import of `annotations`.
+    kinds = {field.name: field.type for field in fields(Beat)}
+    return beat if all(type(value).__name__ == kinds[name] for name, value in vars(beat).items()) else None
 
 
 def _apart(beats: dict[int, Beat | None]) -> list[str]:

@@ -112,6 +112,30 @@ def test_a_disk_that_takes_nothing_does_not_disturb(tmp_path: Path) -> None:
         assert beating.silent(wait_s=0.05).startswith("rank 1 left no sign of life")
 
 
+@pytest.mark.parametrize(
+    "changes", [{"ended": 5}, {"host": None}, {"pid": "x"}, {"round": []}, {"more": 1}, {"beats": 0.5}]
+)
+def test_a_file_with_other_types_than_a_rank_writes_is_no_sign_of_life(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with heartbeat(tmp_path) as beating:
+        put(tmp_path, 1, **changes)
+        assert beating.silent(wait_s=0.01).startswith("rank 1 left no sign of life")
+
+
+def test_a_link_or_a_pipe_in_its_place_is_neither_followed_nor_waited_for(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "rank-00009.json").write_text("mine")
+    (tmp_path / "linked").symlink_to(outside)
+    with heartbeat(tmp_path / "linked"):
+        pass
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/rank-00000.json").symlink_to(outside / "rank-00009.json")
+    os.mkfifo(tmp_path / "run/rank-00001.json")
+    with heartbeat(tmp_path / "run") as beating:
+        assert beating.silent(wait_s=0.01).startswith("rank 1 left no sign of life")
+    assert [(path.name, path.read_text()) for path in outside.iterdir()] == [("rank-00009.json", "mine")]
+
+
 def test_ranks_that_all_beat_in_one_place_are_no_news(tmp_path: Path) -> None:
     with heartbeat(tmp_path) as one, heartbeat(tmp_path, 1) as two:
         for beating in (one, two):
