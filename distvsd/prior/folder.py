@@ -144,7 +144,7 @@ def _resolve(path: str) -> Path:
         return root
     try:
         root = Path(path).expanduser()
-        is_dir, is_there = is_folder(root), is_file(root)
+        is_dir, is_there = root.is_dir(), root.exists()
     except (OSError, RuntimeError, ValueError) as error:  # no such user after ~, too long for a path, NUL in it
         raise PriorError(f"{path[:200]!r} cannot be the prior's folder: {str(error)[:200]}") from error
     if is_dir:
