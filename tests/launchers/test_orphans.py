@@ -23,9 +23,12 @@ Figure = Callable[[str], None]
 RANKS = ["-m", "distvsd.train", str(SMOKE)]
 # A parent that starts ranks as a person's own script would, and waits for them.
 PARENT = """
-import os, subprocess, sys
+import os, socket, subprocess, sys
 size, present = int(sys.argv[1]), int(sys.argv[2])
-world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29391"}
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+world = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 started = [
     subprocess.Popen(
         [sys.executable, *sys.argv[3:]], env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -97,7 +100,7 @@ def test_no_rank_outlives_its_launcher_whenever_that_is_killed(
         assert reached["state"] == "preempted"
         verify_run(run)
     again = overrides(run, prior, **{"schedule.rounds": reached["round"] + 1, "checkpoint.every": 20, "log.every": 1})
-    assert train(load_config(SMOKE, again), resume="must" if moment is training else "auto") == 0
+    assert train(load_config(SMOKE, again), resume="must" if (run / "config.yaml").exists() else "auto") == 0
     figure(f"0 orphans {seconds:.1f} s after the launcher was killed")
 
 
@@ -114,12 +117,12 @@ def test_a_stopped_rank_does_not_outlive_its_launcher_either(tmp_path: Path, pri
     assert json.loads((run / "STATUS.json").read_text())["state"] == "preempted"
 
 
-def test_a_run_that_a_person_started_outlives_the_shell(tmp_path: Path, prior: Path) -> None:
-    """From a shell that ends at once, as after closing a terminal, the run goes on to its end."""
+def test_a_run_that_a_person_started_outlives_the_shell_and_needs_no_stream(tmp_path: Path, prior: Path) -> None:
+    """From a shell that ends at once, with standard input, output and error closed, the run goes on to its end."""
     run = tmp_path / "run"
     settings = overrides(run, prior, **{"schedule.rounds": 2})
-    command = ["/bin/sh", "-c", '"$@" & exit 0', "sh", sys.executable, *RANKS, *settings]
+    command = ["/bin/sh", "-c", '"$@" 0<&- 1>&- 2>&- & exit 0', "sh", sys.executable, *RANKS, *settings]
     with family(command, tmp_path / "log") as found:
         assert found.parent.wait() == 0
         found.until(lambda: not found.living())
-        assert json.loads((run / "STATUS.json").read_text())["state"] == "done", found.output
+        assert json.loads((run / "STATUS.json").read_text())["state"] == "done"
