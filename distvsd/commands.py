@@ -158,10 +158,10 @@ def run_doctor(args: argparse.Namespace) -> int:
 def _run_directory(args: argparse.Namespace) -> Path:
     run: Path = args.run
     try:
-        is_folder = run.is_dir()
-    except OSError:  # a name that is too long, a folder on the way that may not be entered
-        is_folder = False
-    if not is_folder:
+        is_there = run.is_dir()
+    except OSError as error:  # a name that is too long, a folder on the way that may not be looked into
+        raise UsageError(f"{run} cannot be looked at ({error.strerror}); give a run directory") from error
+    if not is_there:
         raise UsageError(
             f"{run} is not a directory; give the run directory that training wrote (run.dir of its configuration)"
         )

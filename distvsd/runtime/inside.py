@@ -112,15 +112,18 @@ def files(root: Path, name: str, suffixes: tuple[str, ...]) -> list[str]:
     """The files with these endings in a folder and in all below it, by their names below `root`, sorted. No other kind
     of thing may be there."""
     found: list[str] = []
-    for below in (f"{name}/{entry}" for entry in names(root, name)):
-        with _told(root / below, "looked at", _TO_READ), _parent(root, below) as (parent, last):
-            is_folder = stat.S_ISDIR(_mode(parent, last) or 0)
-        if is_folder and not below.endswith(suffixes):
-            found += files(root, below, suffixes)
-            continue
-        expect_file(root, below)
-        found += [below] if below.endswith(suffixes) else []
-    return found
+    waiting = [name]
+    while waiting:
+        folder = waiting.pop()
+        for below in (f"{folder}/{entry}" for entry in names(root, folder)):
+            with _told(root / below, "looked at", _TO_READ), _parent(root, below) as (parent, last):
+                is_folder = stat.S_ISDIR(_mode(parent, last) or 0)
+            if is_folder and not below.endswith(suffixes):
+                waiting.append(below)
+                continue
+            expect_file(root, below)
+            found += [below] if below.endswith(suffixes) else []
+    return sorted(found)
 
 
 def expect_file(root: Path, name: str) -> None:

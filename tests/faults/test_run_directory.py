@@ -28,13 +28,14 @@ from tests.small_run import SMOKE, overrides
 
 ROOT = Path(__file__).parents[2]
 KINDS = ("link", "dangling", "pipe", "other")
-COMMANDS = ("train", "render", "evaluate", "log")
+COMMANDS = ("train", "render", "evaluate", "verify", "log")
 # What each command reads or writes, with all that is below.
 USED = {
     "train": "STATUS.json config.yaml metrics.jsonl health.jsonl run.lock evaluation.json heartbeats checkpoints wandb "
     "renders",
     "render": "config.yaml checkpoints renders",
     "evaluate": "config.yaml checkpoints evaluation.json",
+    "verify": "config.yaml checkpoints",
     "log": "config.yaml metrics.jsonl health.jsonl evaluation.json renders wandb.json wandb",
 }
 UNUSED = {"train": r"wandb/|renders/.*mp4", "render": r"renders/round"}  # of these
@@ -274,7 +275,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("command", ["train", "render", "evaluate", "verify", "log"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_damaged_config_yaml_is_named(run: Path, said: Said, command: str, damage: str) -> None:
     before = (run / "config.yaml").read_bytes()
     DAMAGES[damage](run / "config.yaml")

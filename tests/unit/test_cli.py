@@ -261,6 +261,8 @@ def test_a_run_that_is_not_there_is_wrong_usage(
 ) -> None:
     assert main([command, str(tmp_path / "nowhere")]) == 2
     assert "nowhere is not a directory" in capsys.readouterr().err
+    assert main([command, "x" * 300]) == 2
+    assert "xxx cannot be looked at" in capsys.readouterr().err
 
 
 def test_verify_prints_its_lines_and_passes_digest(
