@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distvsd.errors import PriorError
+from distvsd.prior.components import quiet
 from distvsd.prior.settings import foreign
 from distvsd.vsd.rng import Purpose, generator, normal
 
@@ -56,7 +57,7 @@ def _denoise(
         what = f"the {type(prior.scheduler).__name__} of {prior.folder.path} cannot draw in {steps} steps"
         return foreign(what, "try another number of steps, and check scheduler_config.json")
 
-    with library():
+    with library(), quiet():
         scheduler: Any = type(prior.scheduler).from_config(prior.scheduler.config)
         scheduler.set_timesteps(steps, device=prior.device)
         # Schedulers that add no noise of their own take no generator.
