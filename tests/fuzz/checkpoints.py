@@ -7,14 +7,12 @@ trainer that does so is the real one. A resume that is refused must have left th
 from __future__ import annotations
 
 import atexit
-import hashlib
+import contextlib
 import json
-import logging
 import random
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,25 +20,19 @@ from unittest import mock
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 
-from distvsd import trainer
 from distvsd.build import Run
-from distvsd.checkpoint.format import component, content_digest
+from distvsd.checkpoint.format import component
 from distvsd.config import Config, to_yaml
 from distvsd.contents import verify
 from distvsd.errors import CheckpointError
-from distvsd.parallel.world import World
 from distvsd.particles import ensemble
-from distvsd.runtime.heartbeat import Heartbeat
-from distvsd.runtime.paths import RunPaths
-from distvsd.runtime.preempt import Preemption
 from distvsd.testing.faults import injected
 from distvsd.testing.pipelines import tiny_pipeline
+from tests.signing import change_tensors, enter, resume, signed, trainer_of
 from tests.small_run import small_config
 
-ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 STEP = 3
 # Of all three kinds of good states, of particles that failed, were put back and were given up, of an SDS run.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -64,17 +56,12 @@ class Finished:
     parts: Run
 
 
-def _trainer(config: Config, folder: Path) -> trainer.Trainer:
-    paths = RunPaths(folder)
-    return trainer.Trainer(config, ALONE, paths, Preemption(), Heartbeat(paths.heartbeats, 0, 1, lambda: None))
-
-
 def _finished(folder: Path, prior: Path, changes: dict[str, Any]) -> Finished:
     config = small_config(folder, prior, **{"schedule.rounds": STEP, "score.rank": 2, **changes})
     folder.mkdir()
     (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     with mock.patch.object(ensemble, "GOOD_EVERY", 2), injected(FAULTS):
-        trained = _trainer(config, folder)
+        trained = trainer_of(config, folder)
         trained.run()
     return Finished(config, trained.parts)
 
@@ -106,66 +93,13 @@ def attempt(draw: random.Random, folder: Path) -> None:
     except CheckpointError as error:
         refused = error
     try:
-        _resume(finished, run)
+        resume(finished.config, finished.parts, run)
     except CheckpointError as error:
         # The prior that a run needs is none of what a checkpoint holds: a resume asks, and `verify` does not.
         if refused is None and manifest.get("prior_identity") == identity:
             raise AssertionError(f"verify calls sound what a resume refuses: {error}") from error
     if refused is not None:
         raise refused
-
-
-def _resume(finished: Finished, run: Path) -> None:
-    """All that a trainer does before its first round. Raises AssertionError where one that is refused did something."""
-    before = _state(finished.parts), _files(run)
-    try:
-        with _cached(finished.parts):
-            _trainer(finished.config, run).journal.close("failed")
-    except CheckpointError:
-        assert (_state(finished.parts), _files(run)) == before, "a resume that was refused changed something"
-        raise
-
-
-@contextmanager
-def _cached(parts: Run) -> Iterator[None]:
-    """Trainers get these parts; they collect no garbage, and say nothing of the checkpoints that they pass over."""
-    with (
-        mock.patch.object(trainer, "build_run", lambda *_: parts),
-        mock.patch.object(trainer, "tame_garbage_collector", lambda: None),
-        mock.patch.object(logging.getLogger("distvsd"), "disabled", True),
-    ):
-        yield
-
-
-def _state(parts: Run) -> list[Any]:
-    particles = [content_digest(state) for state in parts.ensemble.state().values()]
-    return [*particles, parts.ensemble.health(), [content_digest(state) for state in parts.score.state().values()]]
-
-
-def _files(run: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(run)): path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
-
-
-def signed(manifest: Any) -> bytes:
-    """As docs/checkpoint-format.md spells and signs a manifest."""
-
-    def spelt(content: Any) -> bytes:
-        return json.dumps(content, sort_keys=True, indent=1).encode("ascii", "surrogatepass") + b"\n"
-
-    content = {key: value for key, value in manifest.items() if key != "sha256"}
-    return spelt(content | {"sha256": hashlib.sha256(spelt(content)).hexdigest()})
-
-
-def _enter(manifest: dict[str, Any], checkpoint: Path, file: str, data: bytes) -> None:
-    """Writes a file, and says so in the manifest."""
-    (checkpoint / file).write_bytes(data)
-    if isinstance(manifest.get("files"), dict):
-        manifest["files"][file] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-    if isinstance(manifest.get("components"), dict) and (name := component(file)):
-        try:
-            manifest["components"][name] = content_digest(load_file(checkpoint / file))
-        except (SafetensorError, ValueError):
-            manifest["components"][name] = "0" * 64
 
 
 def _change_a_value(draw: random.Random, manifest: dict[str, Any], checkpoint: Path) -> None:
@@ -204,17 +138,17 @@ VALUES: list[Callable[[random.Random, Any], Any]] = [
 
 def _change_a_tensor(draw: random.Random, manifest: dict[str, Any], checkpoint: Path) -> None:
     file = draw.choice(sorted(str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*.safetensors")))
-    try:
-        tensors = load_file(checkpoint / file)
-    except (SafetensorError, ValueError):
-        return  # an earlier change of this case made it something else
-    for _ in range(draw.choice((1, 1, 3))):
-        names = sorted(tensors)
-        # Scalars and counts lie between many tensors of one kind: they are to be struck as often.
-        few = [name for name in names if tensors[name].dtype == torch.int64 or tensors[name].ndim == 0]
-        name = draw.choice(few if few and draw.random() < 0.4 else names) if names else "none"
-        draw.choice(TENSORS)(draw, tensors, name)
-    _enter(manifest, checkpoint, file, save({name: value.contiguous() for name, value in tensors.items()}))
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for _ in range(draw.choice((1, 1, 3))):
+            names = sorted(tensors)
+            # Scalars and counts lie between many tensors of one kind: they are to be struck as often.
+            few = [name for name in names if tensors[name].dtype == torch.int64 or tensors[name].ndim == 0]
+            name = draw.choice(few if few and draw.random() < 0.4 else names) if names else "none"
+            draw.choice(TENSORS)(draw, tensors, name)
+
+    with contextlib.suppress(SafetensorError, ValueError):  # an earlier change of this case made it something else
+        change_tensors(manifest, checkpoint, file, change)
 
 
 def _put(make: Callable[[random.Random, Tensor], Tensor]) -> Callable[[random.Random, dict[str, Tensor], str], None]:
@@ -298,7 +232,7 @@ def _change_a_file(draw: random.Random, manifest: dict[str, Any], checkpoint: Pa
         case 5:
             other = draw.choice(sorted(checkpoint.glob("*/*")))
             data = bytearray(other.read_bytes())
-    _enter(manifest, checkpoint, file, bytes(data))
+    enter(manifest, checkpoint, file, bytes(data))
 
 
 CHANGES = [_change_a_value, _change_a_value, _change_a_tensor, _change_a_tensor, _change_a_tensor, _change_a_file]

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import distvsd.trainer as trainer_module
 from distvsd.build import Run, build_run
-from distvsd.checkpoint.verify import verify_run
 from distvsd.config import Config, load_config
+from distvsd.contents import verify as verify_run
 from distvsd.errors import CheckpointError, ConfigError, PriorError, RunError
 from distvsd.loop import Round
 from distvsd.parallel.world import World
