@@ -63,7 +63,7 @@ def change_tensors(
 def trainer_of(config: Config, run: Path) -> trainer.Trainer:
     """Has resumed the run when it is made."""
     paths = RunPaths(run)
-    return trainer.Trainer(config, ALONE, paths, Preemption(), Heartbeat(paths.heartbeats, 0, 1, lambda: None))
+    return trainer.Trainer(config, ALONE, paths, Preemption(), Heartbeat(paths.heartbeats, 0, 1))
 
 
 def resume(config: Config, parts: Run, run: Path) -> None:
