@@ -62,6 +62,7 @@ def trained(out: Path, kind: str, count: int, rounds: int, seed: int, overrides:
         "particles.image.init_scale=0.1",
         # Particles that begin alike overshoot together, and the crowd swings through the colours.
         "particles.image.init_color=0.1",
+        "score.init=kaiming",
         "score.learning_rate=3e-3",
         # One pass over the round's renders, in four steps instead of one.
         f"score.steps_per_round={steps}",
@@ -169,7 +170,7 @@ def main() -> None:
             save_file({"images": made.contiguous(), "seconds": torch.tensor(time.monotonic() - start)}, file)
             side = int(len(made) ** 0.5)
             sheet = contact_sheet(made[: side * side].reshape(side, side, *made.shape[1:]))
-            save_png(sheet, args.out / f"{arm}.png")
+            save_png(sheet, args.out, f"{arm}.png")
         images: Tensor = load_file(file)["images"]
         return images
 

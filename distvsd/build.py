@@ -7,12 +7,14 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from distvsd.cameras import OrbitSampler
 from distvsd.config import Config
+from distvsd.config.relations import refuse_small_latents
 from distvsd.errors import BackendError
 from distvsd.loop import Loop, Round
 from distvsd.needs import refuse_too_large
@@ -53,6 +55,14 @@ class Run:
     loop: Loop
 
 
+class Latents(Protocol):
+    """What particles that are latents need of the prior; see `prior.base.Prior`."""
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]: ...
+
+    def encode(self, images: Tensor) -> Tensor: ...
+
+
 def build_run(
     config: Config,
     world: World,
@@ -64,9 +74,9 @@ def build_run(
     watch, entered: see `Loop`.
 
     Raises PriorError and BackendError where the configuration asks for what is not there, and ConfigError where it asks
-    for more memory than there is.
+    for more memory than there is, or where the UNet would see latents much smaller than those it was trained on.
     """
-    _refuse_too_large(config, world)
+    _refuse_unfit(config, world)
     exact = config.parallel.numerics == "exact"
     views = config.particles.views
     refuse_missing(config.parallel)
@@ -96,6 +106,7 @@ def build_run(
         config.run.seed,
         world.device,
         micro_batch=samples_a_call,
+        reads_cameras=config.reads_cameras,
     )
     strategy, score.holder = choose(config.parallel, world, score.network, score.local, _flat(config, world, score))
     loop = Loop(
@@ -113,11 +124,13 @@ def build_run(
     return Run(config, world, prior, ensemble, score, loop)
 
 
-def _refuse_too_large(config: Config, world: World) -> None:
-    """Raises ConfigError, and takes no memory. The share looked at is the first rank's, which is the largest, so that
-    ranks of equal machines raise the same."""
+def _refuse_unfit(config: Config, world: World) -> None:
+    """Raises ConfigError where the prior's sizes do not suit the run or the machine; loads nothing. The share looked at
+    is the first rank's, which is the largest, so that ranks of equal machines raise the same."""
     folder = open_folder(config.prior.path)
-    prior = {"latent_channels": folder.latent_channels, "downscale": folder.downscale}
+    native = folder.native_resolution
+    refuse_small_latents(config, native)
+    prior = {"latent_channels": folder.latent_channels, "downscale": folder.downscale, "resolution": native}
     own = len(share(config.particles.count, world.size, 0))
     if world.device.type == "cuda":
         refuse_too_large(config, prior, own, torch.cuda.get_device_properties(world.device).total_memory, "GPU")
@@ -171,12 +184,12 @@ def _score_training(config: Config, world: World, score: LoraScore, strategy: St
     )
 
 
-def make_ensemble(config: Config, prior: Pipeline | None, ids: Sequence[int], device: torch.device | str) -> Ensemble:
+def make_ensemble(config: Config, prior: Latents | None, ids: Sequence[int], device: torch.device | str) -> Ensemble:
     """Fresh particles `ids` of this configuration. prior: whose latents they are, where they are latents."""
     particles = config.particles
     micro_batch = 1 if config.parallel.numerics == "exact" else particles.micro_batch
     return Ensemble(
-        _particle(config, prior, torch.device(device)),
+        make_particle(config, prior, torch.device(device)),
         ids,
         OrbitSampler(config.cameras.elevation, config.cameras.azimuth, config.cameras.distance, config.cameras.fovy),
         particles.views,
@@ -191,12 +204,14 @@ def make_ensemble(config: Config, prior: Pipeline | None, ids: Sequence[int], de
 
 
 @torch.no_grad()
-def _encode_plain(prior: Pipeline, size: int, colors: Tensor) -> Tensor:
+def _encode_plain(prior: Latents, size: int, colors: Tensor) -> Tensor:
     """Latents of plain pictures of `colors` `[P, 3, 1, 1]`; one a call: no bit depends on who else is on the rank."""
-    return torch.cat([prior.encode(color.expand(1, 3, size, size)) for color in colors])
+    encoded = [prior.encode(color.expand(1, 3, size, size)) for color in colors]
+    return torch.cat(encoded) if encoded else prior.encode(colors.expand(0, 3, size, size))
 
 
-def _particle(config: Config, prior: Pipeline | None, device: torch.device) -> Particle:
+def make_particle(config: Config, prior: Latents | None, device: torch.device) -> Particle:
+    """The kind of particle of this configuration."""
     particles, exact = config.particles, config.parallel.numerics == "exact"
     match particles.kind:
         case "image":
@@ -231,6 +246,7 @@ def _particle(config: Config, prior: Pipeline | None, device: torch.device) -> P
                 nerf.init_color,
                 nerf.density_noise,
                 nerf.entropy,
+                nerf.entropy_of,
                 nerf.sparsity,
                 nerf.coverage,
                 nerf.coverage_range,
@@ -264,36 +280,31 @@ def _volume_backend(config: Config, device: torch.device) -> VolumeBackend:
     return "nerfacc" if find_spec("nerfacc") else "torch"
 
 
-def _names_cameras(config: Config) -> bool:
-    """Whether the score network reads cameras: an image is the same from all of them, and what a network that has never
-    been given one in training makes of one is nothing learnt."""
-    return config.particles.kind != "image" and config.score.camera_drop < 1
-
-
 def _encoder(prior: Pipeline, ensemble: Ensemble, config: Config) -> Callable[[list[Views], int], Samples]:
     """Renders of a resolution to samples: latents with the graph, camera matrices, ids, named views, and weights.
 
     The weight is 0 for latents that are not finite and for particles in quarantine, else 1. Where the score network
-    reads no cameras the matrices are zero, which it takes for none.
+    reads no cameras the matrices are zero.
     """
-    particle, num_views, names_cameras = ensemble.particle, config.particles.views, _names_cameras(config)
+    particle, num_views = ensemble.particle, config.particles.views
     encode_images = forgetful(prior.encode) if config.particles.recompute else prior.encode
 
     def encode(views: list[Views], resolution: int) -> Samples:
+        edge = config.encoded_edge(resolution, prior.resolution)
         if not views:
-            return _no_samples(prior, resolution)
+            return _no_samples(prior, edge)
         parts = []
         absent = torch.tensor(ensemble.quarantined, dtype=torch.int64, device=prior.device)
         for view in views:
             images = view.rendered.images.flatten(0, 1)
             ids = view.ids.repeat_interleave(num_views)
-            latents = poison("latent", images if particle.is_latent else encode_images(images), ids)
+            latents = poison("latent", images if particle.is_latent else encode_images(images, edge), ids)
             cameras = view.cameras.flatten()
             matrices = cameras.extrinsics.flatten(1).float()
             parts.append(
                 Samples(
                     latents,
-                    matrices if names_cameras else torch.zeros_like(matrices),
+                    matrices if config.reads_cameras else torch.zeros_like(matrices),
                     ids,
                     view_indices(cameras.elevation, cameras.azimuth),
                     (_finite(latents, num_views) & ~torch.isin(ids, absent)).float(),
@@ -317,9 +328,9 @@ def _exclude(world: World, union: Samples, absent: list[int]) -> Samples:
     return dataclasses.replace(union, weight=union.weight * (missed == 0))
 
 
-def _no_samples(prior: Pipeline, resolution: int) -> Samples:
+def _no_samples(prior: Pipeline, edge: int) -> Samples:
     """What a rank without particles gives to the exchange: no rows, of the width that the others' rows have."""
-    shape = prior.latent_shape(resolution)
+    shape = prior.latent_shape(edge)
     empty = torch.zeros(0, dtype=torch.int64, device=prior.device)
     return Samples(
         torch.zeros(0, *shape, device=prior.device),

@@ -1,6 +1,7 @@
 """The command line. Every command imports the rooms it needs when it runs, so that help is fast.
 
-Exit codes: 0 done; 2 wrong usage or configuration; 3 preempted, resumable; 1 anything else.
+Exit codes: 0 done; 2 wrong usage, configuration or prior; 3 preempted, resumable; 130 interrupted from the keyboard (a
+command other than train, or a second time); 141 done, but nobody read the output to its end; 1 anything else.
 """
 
 from __future__ import annotations
@@ -30,9 +31,13 @@ from distvsd.arguments import (
 from distvsd.commands import is_first_rank
 from distvsd.config.scalars import printable
 from distvsd.errors import ConfigError, DistvsdError, UsageError
+from distvsd.runtime import streams
+from distvsd.runtime.launcher import watch_from_the_start
+from distvsd.runtime.preempt import leave_by_signal, obey_from_the_start
 
 Command = Callable[[argparse.Namespace], int]
 FIRST_RANK_S = 3.0
+INTERRUPTED = 130  # as shells say it: 128 and the number of SIGINT
 
 # What `distvsd plan` assumes where nobody says: option, unit, meaning.
 PLAN_ASSUMPTIONS = (
@@ -45,19 +50,26 @@ PLAN_ASSUMPTIONS = (
 
 def program(argv: Sequence[str] | None = None) -> NoReturn:
     """`main` as a process of its own, which ends with its exit code; a crash leaves a traceback of every thread."""
+    output = streams.guard()
+    if (sys.argv[1:] if argv is None else argv)[:1] == ["train"]:
+        obey_from_the_start()
+        watch_from_the_start()
     faulthandler.enable()
     try:
         code = main(argv)
     except SystemExit as ended:  # argparse, which has said why
         code = ended.code if isinstance(ended.code, int) else 1
+    except KeyboardInterrupt:
+        print("distvsd: interrupted", file=sys.stderr, flush=True)
+        code = INTERRUPTED
+    code = streams.exit_code(code, output)
+    leave_by_signal()
     if os.environ.get("WORLD_SIZE", "1") != "1":
         if code == ConfigError.exit_code and not is_first_rank():
             # A launcher ends all when one has ended, and only the first rank says what is wrong.
             time.sleep(FIRST_RANK_S)
         # gloo's threads let go of the last tensors whenever they come to it; in an interpreter that is being torn down
         # that aborts the process (seen with torch 2.13), and a finished run would count as failed.
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
@@ -113,7 +125,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="distvsd",
         description="Variational Score Distillation with many particles on many ranks.",
-        epilog="exit codes: 0 done, 2 wrong usage or configuration, 3 preempted and resumable, 1 anything else\n"
+        epilog="exit codes: 0 done, 2 wrong usage or configuration, 3 preempted and resumable, 141 done but the\n"
+        "output was not read to its end, 1 anything else\n"
         "example: distvsd train configs/quickstart.yaml particles.count=4",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -7,13 +7,12 @@ import contextlib
 import dataclasses
 import json
 import os
-import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from distvsd.errors import PREEMPTED, UsageError
+from distvsd.errors import UsageError
 from distvsd.parallel.launch import launched_rank
 
 
@@ -24,15 +23,13 @@ def run_train(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     if args.dry_run:
         if is_first_rank():
-            sys.stdout.write(to_yaml(config))
+            sys.stdout.buffer.write(to_yaml(config).encode())  # UTF-8 whatever the terminal has: it is a file's content
         return 0
     from distvsd.train import train
 
-    code = train(config, args.resume)
-    if code == PREEMPTED:
-        # The launcher ends the other ranks when the first one has; they are leaving by themselves, with their own code.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    return code
+    # Training prints no result. What libraries print goes with the messages, which nobody has to read.
+    with contextlib.redirect_stdout(sys.stderr):
+        return train(config, args.resume)
 
 
 def run_plan(args: argparse.Namespace) -> int:
@@ -69,10 +66,21 @@ def run_render(args: argparse.Namespace) -> int:
 
 def run_verify(args: argparse.Namespace) -> int:
     run = _run_directory(args)
-    from distvsd.checkpoint.verify import verify_run
+    from distvsd.contents import verify
+    from distvsd.runtime import inside
+    from distvsd.runtime.paths import RunPaths
 
-    for line in verify_run(run, args.digest):
+    paths = RunPaths(run)
+    inside.expect_folder(run, paths.checkpoints.name)
+    for line in verify(run, args.digest):
         print(line)
+    if paths.previous_config() is not None:
+        from distvsd.checkpoint import reader
+        from distvsd.config import load_config
+        from distvsd.restored import compare_with_saved
+
+        newest = reader.open_checkpoint(paths.checkpoints, reader.steps(paths.checkpoints)[0])
+        compare_with_saved(paths, load_config(paths.config), newest)
     return 0
 
 
@@ -82,7 +90,7 @@ def run_log(args: argparse.Namespace) -> int:
     from distvsd.runtime.paths import RunPaths
     from distvsd.runtime.replay_metrics import replay
 
-    config = load_config(RunPaths(run).config)
+    config = load_config(RunPaths(run).known_config())
     log = config.log
     count = replay(
         run,
@@ -150,10 +158,10 @@ def run_doctor(args: argparse.Namespace) -> int:
 def _run_directory(args: argparse.Namespace) -> Path:
     run: Path = args.run
     try:
-        is_folder = run.is_dir()
-    except OSError:  # a name that is too long, a folder on the way that may not be entered
-        is_folder = False
-    if not is_folder:
+        is_there = run.is_dir()
+    except OSError as error:  # a name that is too long, a folder on the way that may not be looked into
+        raise UsageError(f"{run} cannot be looked at ({error.strerror}); give a run directory") from error
+    if not is_there:
         raise UsageError(
             f"{run} is not a directory; give the run directory that training wrote (run.dir of its configuration)"
         )

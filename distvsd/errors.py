@@ -27,7 +27,10 @@ class UsageError(DistvsdError):
 
 
 class PriorError(DistvsdError):
-    """A prior's folder that cannot be read, or does not hold what its configuration promises."""
+    """A prior that is not there, cannot be read, does not hold what its configuration promises, or cannot be used as
+    asked. Wrong usage: the same command with the same folder would end the same way, so nothing should try again."""
+
+    exit_code = 2
 
 
 class CheckpointError(DistvsdError):

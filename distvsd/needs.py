@@ -58,23 +58,18 @@ def least_memory(config: Config, prior: Mapping[str, Any], particles: int) -> di
     """Bytes that a rank with so many particles has on its device at once, by what they are for; activations, the prior
     and the score network come on top.
 
-    prior: `latent_channels` and `downscale`. A particle is its values, gradient and two moments. Of the renders, those
-    of one call are there as pictures, and all of a round as latents: of all ranks where a score network trains on them.
+    prior: `latent_channels`, `downscale`, `resolution`. A particle is its values, gradient and two moments. Of the
+    renders, those of one call are there as pictures, and all of a round as latents: of all ranks where a score network
+    trains on them.
     """
     views, kind = config.particles.views, config.particles
-    size = min(config.render.resolution_at(round) for round in _corners(config))
+    size = min(config.render.corners(config.schedule.rounds))
     micro_batch = 1 if config.parallel.numerics == "exact" else kind.micro_batch or particles
     pixels = 0 if kind.kind == "image" and kind.image.space == "latent" else 3 * size**2
-    latents = prior["latent_channels"] * (size // prior["downscale"]) ** 2
+    latents = prior["latent_channels"] * (config.encoded_edge(size, prior["resolution"]) // prior["downscale"]) ** 2
     renders = (particles if config.objective.kind == "sds" else kind.count) * views
     return {
         "particles": 4 * FLOAT_BYTES * (particle_parameters(config, prior) or 0) * particles,
         "pictures of a call": FLOAT_BYTES * min(micro_batch, particles) * views * pixels,
         "latents of a round": FLOAT_BYTES * renders * latents,
     }
-
-
-def _corners(config: Config) -> list[int]:
-    """Rounds of the run between which the resolution has no other extremes."""
-    last = config.schedule.rounds - 1
-    return [last, *(round for round, _ in config.render.resolution.points if round < last)]

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from distvsd.config import Config, Schedule
+from distvsd.config.relations import refuse_small_latents
 from distvsd.errors import PriorError
 from distvsd.needs import FLOAT_BYTES, particle_parameters
 from distvsd.plan_cluster import Assumptions, disk_times, failures, strategies
@@ -26,13 +27,18 @@ _MID = "UNetMidBlock2DCrossAttn"
 def make_plan(
     config: Config, nodes: int = 1, gpus_per_node: int = 1, assumed: Assumptions | None = None
 ) -> dict[str, Any]:
-    """The plan as plain data, ready for JSON; bytes unless a name says otherwise, None where the prior is not here."""
+    """The plan as plain data, ready for JSON; bytes unless a name says otherwise, None where the prior is not here.
+
+    Raises ConfigError where training would: for latents much smaller than those that the UNet was trained on.
+    """
     from distvsd.parallel.assign import share
 
     assumed = assumed or Assumptions()
     world = nodes * gpus_per_node
     largest_shard = len(share(config.particles.count, world, 0))
     prior = _prior(config)
+    if prior["resolution"] is not None:
+        refuse_small_latents(config, prior["resolution"])
     phases = [
         _phase(config, prior, round, largest_shard, world)
         for round, _ in config.render.resolution.points
@@ -114,7 +120,15 @@ def _prior(config: Config) -> dict[str, Any]:
         folder = open_folder(config.prior.path)
     except PriorError as error:
         missing = dict.fromkeys(
-            ("latent_channels", "downscale", "weight_bytes", "unet_bytes", "adapter_parameters", "camera_parameters")
+            (
+                "latent_channels",
+                "downscale",
+                "resolution",
+                "weight_bytes",
+                "unet_bytes",
+                "adapter_parameters",
+                "camera_parameters",
+            )
         )
         return {"path": config.prior.path, "problem": str(error), **missing}
     unet = folder.configs["unet"]
@@ -124,10 +138,11 @@ def _prior(config: Config) -> dict[str, Any]:
         "problem": None,
         "latent_channels": folder.latent_channels,
         "downscale": folder.downscale,
-        "weight_bytes": sum(file.stat().st_size for files in folder.weights.values() for file in files),
-        "unet_bytes": sum(file.stat().st_size for file in folder.weights["unet"]),
+        "resolution": folder.native_resolution,
+        "weight_bytes": sum(weights.num_bytes for weights in folder.weights.values()),
+        "unet_bytes": folder.weights["unet"].num_bytes,
         "adapter_parameters": adapter_parameters(unet, config.score.rank),
-        "camera_parameters": (CAMERA_NUMBERS + 1) * embedding + (embedding + 1) * embedding,
+        "camera_parameters": ((CAMERA_NUMBERS + embedding) * embedding + 2 * embedding) * config.reads_cameras,
     }
 
 
@@ -187,11 +202,13 @@ def _unet_samples(config: Config, largest_shard: int, world: int) -> dict[str, i
 
 
 def _phase(config: Config, prior: Mapping[str, Any], round: int, largest_shard: int, world: int) -> dict[str, Any]:
-    """From this round on: the size of renders, and the bytes of a rank; shards are padded to the largest."""
+    """From this round on: the size of renders and of what the UNet sees, and the bytes of a rank; shards are padded to
+    the largest."""
     resolution = config.render.resolution_at(round)
-    latent, sample, block = None, None, None
+    edge, latent, sample, block = None, None, None, None
     if prior["downscale"] is not None:
-        side = resolution // prior["downscale"]
+        edge = config.encoded_edge(resolution, prior["resolution"])
+        side = edge // prior["downscale"]
         latent = [prior["latent_channels"], side, side]
         sample = (latent[0] * side * side + SAMPLE_WORDS) * FLOAT_BYTES
         block = sample * largest_shard * config.particles.views
@@ -199,6 +216,7 @@ def _phase(config: Config, prior: Mapping[str, Any], round: int, largest_shard: 
     return {
         "round": round,
         "resolution": resolution,
+        "encoded_at": edge,
         "latent_shape": latent,
         "sample": sample,
         "sent_a_round": moved,

@@ -135,11 +135,16 @@ def _phases(phases: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for phase in phases[:MAX_LINES]:
         shape = "?" if phase["latent_shape"] is None else " x ".join(map(str, phase["latent_shape"]))
         yield (
-            f"  from round {phase['round']:<8} {phase['resolution']} pixels, latents {shape}: "
+            f"  from round {phase['round']:<8} renders of {phase['resolution']} pixels; the UNet sees latents {shape}"
+            f"{_of_image(phase['encoded_at'])}: "
             f"sends {amount(phase['sent_a_round'])}, receives {amount(phase['received_a_round'])}"
         )
     if len(phases) > MAX_LINES:
         yield f"  ... and {len(phases) - MAX_LINES} more, the last from round {phases[-1]['round']}"
+
+
+def _of_image(edge: int | None) -> str:
+    return "" if edge is None else f" of {edge} pixels"
 
 
 def _chart(key: str, schedule: Mapping[str, Any]) -> str:

@@ -11,7 +11,9 @@ from torch import Tensor
 from distvsd.cameras import Cameras
 from distvsd.evaluate.views import Restored, groups, render_group, ring
 from distvsd.export.images import contact_sheet, mosaic, save_png, turntable
+from distvsd.runtime.paths import RunPaths
 
+FOLDER = "renders"  # of a run's directory
 FRAMES = 36
 SINGLE_TURNTABLES = 16  # more particles than that share one picture
 MOSAIC_PARTICLES = 64  # in one picture; more continue on the next
@@ -24,16 +26,20 @@ def render_run(run_dir: Path, report: Callable[[str], None] = lambda text: None)
 
     Up to 16 particles have a turntable each, `particle-000003.mp4`; more share `turntable.mp4`, up to 64 on one, and
     then numbered ones.
-    Raises what loading raises: RunError for a folder that is no run, CheckpointError where none can be read.
+    Raises what loading raises: RunError for a folder that is no run, CheckpointError where none can be read. RunError
+    also where they cannot be written.
     """
     from distvsd.restored import load_particles  # the builder imports this package's rooms, so it is looked up late
 
-    return render_particles(load_particles(run_dir), run_dir / "renders", report)
+    RunPaths(run_dir).prove_writable()  # before the work
+    return render_particles(load_particles(run_dir), run_dir, report)
 
 
-def render_particles(restored: Restored, folder: Path, report: Callable[[str], None] = lambda text: None) -> list[Path]:
-    """Writes contact sheets and turntables of these particles into `folder`; see `render_run`."""
-    paths = contact_sheets(restored, folder)
+def render_particles(
+    restored: Restored, run_dir: Path, report: Callable[[str], None] = lambda text: None
+) -> list[Path]:
+    """Writes contact sheets and turntables of these particles into RUN/renders; see `render_run`."""
+    paths = contact_sheets(restored, run_dir)
     report(f"written {len(paths)} contact sheets")
     if restored.config.particles.kind == "image":
         return paths
@@ -45,13 +51,17 @@ def render_particles(restored: Restored, folder: Path, report: Callable[[str], N
         named = _pages(ids, MOSAIC_PARTICLES, "turntable", "mp4")
     for name, chosen in named:
         images = _images(restored, chosen, cameras)
-        paths.append(turntable(images[0] if len(chosen) == 1 else mosaic(images), folder / name))
+        frames = images[0] if len(chosen) == 1 else mosaic(images)
+        paths.append(turntable(frames, run_dir, f"{FOLDER}/{name}"))
         report(f"written {name}")
     return paths
 
 
-def contact_sheets(restored: Restored, folder: Path) -> list[Path]:
-    """`contact-sheet.png`, or numbered ones where the particles do not fit on one: a row a particle, 8 views each."""
+def contact_sheets(restored: Restored, run_dir: Path, folder: str = FOLDER) -> list[Path]:
+    """`contact-sheet.png`, or numbered ones where the particles do not fit on one: a row a particle, 8 views each.
+
+    Written into `folder`, a path below the run's directory. Raises RunError where they cannot be.
+    """
     ids = list(restored.ids)
     cameras = ring(restored.config)
     num_views = cameras.shape[1]
@@ -59,7 +69,7 @@ def contact_sheets(restored: Restored, folder: Path) -> list[Path]:
     for name, chosen in _pages(ids, SHEET_CELLS if num_views == 1 else SHEET_ROWS, "contact-sheet", "png"):
         images = _images(restored, chosen, cameras)
         labels = [f"{i}  {restored.config.prompts[i]}" for i in chosen] if num_views > 1 else None
-        paths.append(save_png(contact_sheet(images, labels), folder / name))
+        paths.append(save_png(contact_sheet(images, labels), run_dir, f"{folder}/{name}"))
     return paths
 
 

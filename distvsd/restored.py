@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +15,16 @@ from torch import Tensor
 from distvsd.build import make_ensemble
 from distvsd.cameras import Cameras
 from distvsd.checkpoint import reader
-from distvsd.config import Config, load_config
-from distvsd.errors import CheckpointError, RunError
+from distvsd.config import Config, load_config, to_dict
+from distvsd.config.canonical import BOOKKEEPING
+from distvsd.contents import refuse_other_particles
+from distvsd.errors import CheckpointError
 from distvsd.particles import Ensemble
 from distvsd.prior.load import load_prior
+from distvsd.runtime import inside
 from distvsd.runtime.paths import RunPaths
+
+_log = logging.getLogger("distvsd")
 
 
 @dataclass(frozen=True)
@@ -52,22 +59,56 @@ def load_particles(run_dir: Path, device: str | None = None, most: int | None = 
 
     device: None for a GPU where there is one. most: so many particles, the first ones, are loaded; None for all.
     `health` is of all in any case.
-    Raises RunError where the folder is no run, CheckpointError where it has no sound checkpoint yet.
+    Raises RunError where the folder is no run, CheckpointError where it has no sound checkpoint yet, ConfigError where
+    its config.yaml is none.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     paths = RunPaths(Path(run_dir))
-    if not paths.config.is_file():
-        raise RunError(f"{run_dir} is not a run: it has no config.yaml; give the run.dir of a training")
-    config = load_config(paths.config)
+    config = load_config(paths.known_config())
+    inside.expect_folder(paths.root, paths.checkpoints.name)
     checkpoint = reader.newest(paths.checkpoints)
     if checkpoint is None:
         raise CheckpointError(f"{run_dir} has no checkpoint yet; train at least to the first one (checkpoint.every)")
+    compare_with_saved(paths, config, checkpoint)
     is_latent = config.particles.kind == "image" and config.particles.image.space == "latent"
     prior = load_prior(config.prior.path, [""], device=device) if is_latent else None
     entries = checkpoint.manifest.particles[:most]
     ids = [entry.id for entry in entries]
     ensemble = make_ensemble(config, prior, ids, device)
     for entry in entries:
-        ensemble.load_state(entry.id, checkpoint.read(entry.file), entry.health)
-    health = {entry.id: entry.health for entry in checkpoint.manifest.particles}
-    return Restored(config, ids, checkpoint.manifest.step, ensemble, prior.decode if prior else None, health)
+        state = checkpoint.read(entry.file)
+        try:
+            ensemble.load_state(entry.id, state, entry.health)
+        except CheckpointError as error:
+            raise CheckpointError(f"{paths.config} does not fit {checkpoint.folder}: {error}") from error
+    decode = prior.decode if prior else None
+    return Restored(config, ids, checkpoint.manifest.step, ensemble, decode, checkpoint.manifest.health)
+
+
+def compare_with_saved(paths: RunPaths, config: Config, checkpoint: reader.Checkpoint) -> None:
+    """Whether a run's config.yaml is the one that its checkpoint was saved with: other values are a warning, because a
+    run that was just resumed with changed ones looks so; other particles raise CheckpointError."""
+    manifest = checkpoint.manifest
+    try:
+        refuse_other_particles(manifest, config.particles.count)
+    except CheckpointError as error:
+        raise CheckpointError(f"{paths.config} is not the configuration of {checkpoint.folder}: {error}") from error
+    changed = [key for key in _changed(manifest.config, to_dict(config), "") if not key.startswith(BOOKKEEPING)]
+    if changed:
+        _log.warning(
+            "%s is not the configuration that %s was saved with (other values of %s); if the run was not resumed with "
+            "changed ones, it is another run's: restore it",
+            paths.config,
+            checkpoint.folder,
+            ", ".join(changed[:8]),
+        )
+
+
+def _changed(saved: Any, now: Any, key: str) -> list[str]:
+    """Dotted keys whose values differ, of those that both have: another version may know more fields."""
+    # The keys of a schedule are rounds, or the word "linear".
+    is_section = isinstance(now, dict) and all(isinstance(name, str) and name != "linear" for name in now)
+    if is_section and isinstance(saved, dict):
+        both = [name for name in now if name in saved]
+        return [text for name in both for text in _changed(saved[name], now[name], f"{key}.{name}".lstrip("."))]
+    return [] if json.loads(json.dumps(now)) == saved else [key]

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
+
+if __name__ == "__main__":  # before the imports below, which take seconds: a launcher may die meanwhile
+    from distvsd.cli import program
+
+    program(["train", *sys.argv[1:]])
+
+import contextlib
+import logging
 import types
 from collections.abc import Iterator
 from pathlib import Path
 
 from distvsd.config import Config, diff, load_config, to_dict, to_yaml
-from distvsd.config.canonical import BOOKKEEPING
+from distvsd.config.canonical import BOOKKEEPING, recorded_keys
 from distvsd.errors import PREEMPTED, ConfigError, RankError, RunError
 from distvsd.parallel.collectives import agreed, gather_objects
 from distvsd.parallel.world import World, open_world
-from distvsd.runtime.heartbeat import Heartbeat
+from distvsd.runtime.heartbeat import Heartbeat, forget_ranks
+from distvsd.runtime.launcher import watched
 from distvsd.runtime.paths import Resume, RunLock, RunPaths
 from distvsd.runtime.preempt import Preemption
 from distvsd.runtime.status import read_status, write_status
 from distvsd.trainer import Trainer
+
+_log = logging.getLogger("distvsd")
 
 
 def train(config: Config, resume: Resume = "auto") -> int:
@@ -29,16 +39,18 @@ def train(config: Config, resume: Resume = "auto") -> int:
     text names the silent one.
     """
     paths = RunPaths(Path(config.run.dir))
-    with Preemption() as preemption, open_world(config.parallel.timeout_s) as world:
+    timeout_s = config.parallel.timeout_s
+    with watched() as watch, Preemption() as preemption, open_world(timeout_s, preemption.nothing_begun) as world:
         _refuse_other_configurations(world, config)
         with (
             _claimed(world, paths, config, resume),
-            Heartbeat(
-                paths.heartbeats, world.rank, world.size, lambda: preemption.request("the launcher died")
-            ) as heartbeat,
+            Heartbeat(paths.heartbeats, world.rank, world.size, timeout_s) as heartbeat,
             _naming_the_silent(heartbeat, world, paths, config),
         ):
-            is_done = Trainer(config, world, paths, preemption, heartbeat).run()
+            trainer = Trainer(config, world, paths, preemption, heartbeat)
+            if watch is not None:  # from here on there is something to save
+                watch.spare(lambda: preemption.request("the launcher died"), heartbeat.is_stuck)
+            is_done = trainer.run()
     return 0 if is_done else PREEMPTED
 
 
@@ -86,6 +98,7 @@ def _claimed(world: World, paths: RunPaths, config: Config, resume: Resume) -> I
         lock.acquire()
         try:
             paths.claim(to_yaml(config), resume, _differences(paths, config))
+            forget_ranks(paths.heartbeats)
         except Exception:
             lock.release()
             raise
@@ -114,12 +127,19 @@ def _report_failure(paths: RunPaths, config: Config, error: BaseException) -> No
 
 
 def _differences(paths: RunPaths, config: Config) -> list[str]:
-    """What changed against the run in this directory and would change its mathematics, in words."""
-    if not paths.config.is_file():
+    """What changed against the run in this directory and would change its mathematics, in words.
+
+    A run of an older version goes on with this configuration's values of the fields that it did not have.
+    """
+    text = paths.previous_config()
+    if text is None:
         return []
-    before = load_config(paths.config)
-    changed = diff(before, config)
-    return [f"{key}: {old!r} became {new!r}" for key, old, new in changed if not key.startswith(BOOKKEEPING)]
+    before, recorded = load_config(paths.config), recorded_keys(text)
+    changed = [each for each in diff(before, config) if not each[0].startswith(BOOKKEEPING)]
+    added = [f"{key}={new!r}" for key, _, new in changed if key not in recorded]
+    if added:
+        _log.warning("%s was begun by a version without %s; it goes on with these", paths.root, ", ".join(added))
+    return [f"{key}: {old!r} became {new!r}" for key, old, new in changed if key in recorded]
 
 
 class _CallableModule(types.ModuleType):
@@ -131,8 +151,3 @@ class _CallableModule(types.ModuleType):
 
 
 sys.modules[__name__].__class__ = _CallableModule
-
-if __name__ == "__main__":
-    from distvsd.cli import program
-
-    program(["train", *sys.argv[1:]])

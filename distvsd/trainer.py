@@ -10,14 +10,19 @@ import math
 import time
 from typing import Any
 
+import torch
+
+from distvsd import __version__
 from distvsd.build import Run, build_run
 from distvsd.checkpoint.format import particle_file
 from distvsd.checkpoint.reader import Checkpoint
 from distvsd.checkpoint.saver import Saver
 from distvsd.config import Config, digest, to_dict, to_yaml
+from distvsd.contents import Contents
 from distvsd.errors import CheckpointError, DivergedError, RunError
 from distvsd.journal import Journal
 from distvsd.loop import Round
+from distvsd.parallel.alike import Fact, refuse_unlike
 from distvsd.parallel.collectives import agreed, max_flags, set_timeout
 from distvsd.parallel.world import OPENING_TIMEOUT_S, World
 from distvsd.particles.good import most_copies
@@ -29,7 +34,9 @@ from distvsd.runtime.preempt import Preemption
 from distvsd.runtime.status import State, write_status
 from distvsd.runtime.stragglers import tame_garbage_collector
 from distvsd.runtime.tracker import Outcome
+from distvsd.score.stored import CAMERA_FILE
 from distvsd.score.training import kept_rows
+from distvsd.testing.faults import fault
 
 _log = logging.getLogger("distvsd")
 PICTURES_TIMEOUT_S = 86_400.0
@@ -50,10 +57,12 @@ class Trainer:
     ) -> None:
         self.config, self.world, self.paths = config, world, paths
         self.preemption, self.heartbeat = preemption, heartbeat
-        # Loading from a shared disk takes ranks very different times; from the first round on a silence is a failure.
+        # Loading from a shared disk, and the first round, take ranks very different times, and heartbeats tell a slow
+        # rank from a lost one. Later a silence is a failure.
         self.patience_s = max(OPENING_TIMEOUT_S, config.parallel.timeout_s)
-        set_timeout(world, self.patience_s)
-        self.parts = agreed(world, lambda: build_run(config, world, self._watch, heartbeat.at))
+        set_timeout(world, self.patience_s, heartbeat.refuse_lost)
+        self.parts = agreed(world, self._load)
+        self._refuse_unlike_ranks()
         checkpoint = config.checkpoint
         self.saver = Saver(paths.checkpoints, world, checkpoint.keep, checkpoint.asynchronous, checkpoint.max_failures)
         self.saver.preflight(largest_part(self.parts))
@@ -63,6 +72,22 @@ class Trainer:
         self.saved = self.first if self.first else -1  # rounds completed in the newest checkpoint that was begun
         self.was_preempted = False
         self.collect_garbage = tame_garbage_collector()
+
+    def _refuse_unlike_ranks(self) -> None:
+        """Communicates. Every rank reads all files of its prior once more for this, which is the price of knowing that
+        they are the same: seconds for each GB from a local disk."""
+        prior = self.parts.prior
+        identity = agreed(self.world, prior.identity)
+        facts = {
+            "prior": Fact(identity, f"{identity[:15]} in {prior.folder.path.resolve()}"),
+            "version of distvsd": Fact(__version__, __version__),
+            "version of torch": Fact(str(torch.__version__), str(torch.__version__)),
+        }
+        refuse_unlike(self.world, facts)
+
+    def _load(self) -> Run:
+        fault("load")
+        return build_run(self.config, self.world, self._watch, self.heartbeat.at)
 
     def run(self) -> bool:
         """All rounds that are left, the last checkpoint, the contact sheet. False if the run was told to stop before
@@ -107,7 +132,7 @@ class Trainer:
         every = self.config.checkpoint.every
         ends = last or Order.PREEMPTED in orders
         if ends:  # ranks write for very different times, and wait for each other: a slow disk is no dead rank
-            set_timeout(self.world, self.patience_s)
+            set_timeout(self.world, self.patience_s, self.heartbeat.refuse_lost)
         if ends or (every and completed % every == 0):
             self._save(completed)
         if self.config.log.images_every and completed % self.config.log.images_every == 0:
@@ -144,7 +169,7 @@ class Trainer:
         metadata = {
             "config": to_dict(self.config),
             "config_digest": digest(self.config),
-            "prior_identity": self.parts.prior.identity() if self.world.rank == 0 else "",
+            "prior_identity": self.parts.prior.identity(),
         } | self.journal.lengths()
         score = self.parts.score
         self.saver.begin(completed, files | score.state(), score.texts(), metadata, ensemble.health())
@@ -181,7 +206,8 @@ class Trainer:
 
     def _resume(self) -> tuple[int, int, int | None]:
         """Restores the newest sound checkpoint; returns its round and its lengths of metrics.jsonl, health.jsonl."""
-        checkpoint = self.saver.load()
+        shapes = {name: parameter.shape for name, parameter in self.parts.score.trainable.items()}
+        checkpoint = self.saver.load(contents=Contents(self.config, shapes, self.parts.prior.folder))
         if checkpoint is None:
             return 0, 0, 0
         agreed(self.world, lambda: self._restore(checkpoint))
@@ -190,20 +216,20 @@ class Trainer:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         manifest, parts = checkpoint.manifest, self.parts
-        if manifest.prior_identity != parts.prior.identity():
+        if not parts.prior.is_identified_by(manifest.prior_identity):
             raise CheckpointError(
                 f"{checkpoint.folder} was trained against another prior than {self.config.prior.path} "
                 "holds now; resume with that prior, or choose another run.dir"
             )
-        health = {entry.id: entry.health for entry in manifest.particles}
-        if set(health) != set(range(self.config.particles.count)):
-            raise CheckpointError(
-                f"{checkpoint.folder} holds {len(health)} particles, but particles.count is "
-                f"{self.config.particles.count}; resume with that count, or choose another run.dir"
+        if parts.world.rank == 0 and CAMERA_FILE in manifest.files and not self.config.reads_cameras:
+            _log.warning(
+                "%s holds a camera network, which runs without cameras no longer have; it is left out, and the adapter "
+                "learns the constant offset that it gave",
+                checkpoint.folder,
             )
         for particle_id in parts.ensemble.ids:
             state = checkpoint.read(particle_file(particle_id))
-            parts.ensemble.load_state(particle_id, state, health[particle_id])
+            parts.ensemble.load_state(particle_id, state, manifest.health[particle_id])
         tensors = [file for file in manifest.files if file.startswith("score/") and file.endswith(".safetensors")]
         parts.score.load_state({file: checkpoint.read(file) for file in tensors})
 
@@ -214,10 +240,10 @@ class Trainer:
         if not ids:
             return
         decode = self.parts.prior.decode if ensemble.particle.is_latent else None
-        folder = self.paths.renders / f"round-{completed:08d}" / f"particles-{ids[0]:06d}-{ids[-1]:06d}"
+        folder = f"{self.paths.renders.name}/round-{completed:08d}/particles-{ids[0]:06d}-{ids[-1]:06d}"
         try:
-            sheets = contact_sheets(Restored(self.config, ids, completed, ensemble, decode), folder)
-        except (OSError, RuntimeError) as error:  # a full disk, no memory: pictures do not end a run
+            sheets = contact_sheets(Restored(self.config, ids, completed, ensemble, decode), self.paths.root, folder)
+        except (RunError, OSError, RuntimeError) as error:  # a full disk, no memory: pictures do not end a run
             _log.warning("no pictures of round %d: %s", completed, error)
         else:
             self.journal.pictures(sheets, completed)
@@ -233,7 +259,7 @@ class Trainer:
 
     def _show_finished(self) -> None:
         finished = load_particles(self.paths.root, str(self.world.device), most=SHEET_ROWS)
-        sheets = contact_sheets(finished, self.paths.renders)
+        sheets = contact_sheets(finished, self.paths.root)
         for sheet in sheets:
             self.journal.progress.note(f"written {sheet}")
         if len(finished.ids) < self.config.particles.count:
@@ -269,8 +295,7 @@ def largest_part(parts: Run) -> int:
     trained = 4 * sum(parts.score.num_parameters)
     if parts.loop.training is None:
         return total + trained
-    starts = [*(start for start, _ in config.render.resolution.points if start < rounds), rounds - 1]
-    row = max(_row_bytes(parts, config.render.resolution_at(step)) for step in starts)
+    row = max(_row_bytes(parts, resolution) for resolution in config.render.corners(rounds))
     samples = config.particles.count * config.particles.views
     rows = config.score.replay_rounds * kept_rows(samples, config.score.replay_share)
     return total + 3 * trained + rows * row

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, Final
 
 import torch
@@ -23,6 +24,10 @@ FORMAT: Final = 1
 MANIFEST: Final = "manifest.json"
 # A manifest is read whole before anything is known about it; 200 bytes a file make this a million particles.
 MAX_MANIFEST_BYTES: Final = 256 * 2**20
+# What is nested more deeply could be parsed, and then not be walked through.
+MAX_DEPTH: Final = 64
+# Every JSON reader keeps integers up to here, and no count of a run gets there.
+MAX_INT: Final = 2**53
 
 _STEP = re.compile(r"step-(\d{8,})", re.ASCII)
 _PARTICLE = re.compile(r"particles/(\d{6,12})\.safetensors", re.ASCII)
@@ -73,6 +78,11 @@ class Manifest:
     created: str
     more: dict[str, Any] = field(default_factory=dict)
 
+    @cached_property
+    def health(self) -> dict[int, dict[str, Any]]:
+        """The health records by particle id."""
+        return {entry.id: entry.health for entry in self.particles}
+
     def encode(self) -> bytes:
         """The manifest file, signed and in its only valid spelling. Raises CheckpointError for what is not JSON."""
         content = asdict(self)
@@ -100,6 +110,8 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
         content = json.loads(data.decode("ascii"))
         if not isinstance(content, dict):
             raise _damaged(where, "is not a JSON object")
+        if _depth(content) > MAX_DEPTH:
+            raise _damaged(where, f"is nested more than {MAX_DEPTH} deep")
         signed = content.pop("sha256", None)
         if signed != _signature(content) or _canonical({**content, "sha256": signed}) != data:
             raise _damaged(where, "does not match its own SHA-256")
@@ -224,14 +236,27 @@ def _damaged(where: str, what: str) -> CheckpointError:
     )
 
 
+def _depth(content: Any) -> int:
+    """How many objects and lists lie inside each other."""
+    depth, level = 0, [content]
+    while level:
+        depth += 1
+        inner = (outer.values() if isinstance(outer, dict) else outer for outer in level)
+        level = [value for values in inner for value in values if isinstance(value, dict | list)]
+    return depth
+
+
 def _checked(content: dict[str, Any], where: str) -> Manifest:
     """A manifest from signed content; every field's type and every cross-reference is verified."""
 
     def take(key: str, kind: type) -> Any:
         value = content.pop(key, None)
-        if type(value) is not kind or (type(value) is int and value < 0):
+        if type(value) is not kind or (type(value) is int and not 0 <= value <= MAX_INT):
             raise _damaged(where, f"has no valid {key!r}")
         return value
+
+    if "health_bytes" in content:  # manifests did not always have it
+        content["health_bytes"] = take("health_bytes", int)
 
     files = {file: _file(file, entry, where) for file, entry in take("files", dict).items()}
     particles = tuple(_particle(entry, where) for entry in take("particles", list))
@@ -268,7 +293,9 @@ def _file(file: str, entry: Any, where: str) -> FileEntry:
             f"program; do not use this checkpoint"
         )
     match entry:
-        case {"sha256": str(sha256), "bytes": int(size), **rest} if not rest and type(size) is int and size >= 0:
+        case {"sha256": str(sha256), "bytes": int(size), **rest} if (
+            not rest and type(size) is int and 0 <= size <= MAX_INT
+        ):
             if _SHA256.fullmatch(sha256):
                 return FileEntry(sha256, size)
     raise _damaged(where, f"has no valid entry for {file}")

@@ -7,11 +7,11 @@ import io
 import logging
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from torch import Tensor
 
@@ -30,6 +30,22 @@ from distvsd.testing.faults import fault
 
 _log = logging.getLogger("distvsd")
 _CHANGED: Final = "does not match its SHA-256: it was damaged or changed after it was written"
+
+
+class Contents(Protocol):
+    """What a run reads when it resumes, told by who composed the run. Both raise CheckpointError for what it cannot."""
+
+    def refuse_manifest(self, manifest: Manifest) -> None: ...
+
+    def refuse_file(self, manifest: Manifest, file: str, tensors: Mapping[str, Tensor]) -> None: ...
+
+
+@dataclass
+class Findings:
+    """Sentences. damaged: files that are not as they were written. unfit: what is, and what no resume can read."""
+
+    damaged: list[str] = field(default_factory=list)
+    unfit: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -66,25 +82,46 @@ class Checkpoint:
         ]
         return problems
 
-    def content_problems(self, files: Iterable[str]) -> list[str]:
-        """Those of `files` that cannot be read or do not match their SHA-256, one sentence each."""
-        problems = []
+    def examine(self, files: Iterable[str], contents: Contents | None = None) -> Findings:
+        """Reads each of `files` once, one at a time, against its SHA-256 and against `contents`."""
+        findings = Findings()
         for file in files:
             try:
-                with _reading(self.folder, file) as stream:
-                    digest = hashlib.file_digest(stream, "sha256").hexdigest()
+                if contents is None or not file.endswith(".safetensors"):
+                    self._hash(file)
+                    continue
+                tensors = self.read(file)
             except CheckpointError as error:
-                problems.append(str(error))
+                findings.damaged.append(str(error))
                 continue
-            if digest != self.manifest.files[file].sha256:
-                problems.append(_advice(self.folder / file, _CHANGED))
-        return problems
+            try:
+                contents.refuse_file(self.manifest, file, tensors)
+            except CheckpointError as error:
+                findings.unfit.append(f"{self.folder / file}: {error}")
+        return findings
 
-    def problems(self) -> list[str]:
+    def examine_manifest(self, contents: Contents) -> list[str]:
+        """Why no resume could read what the manifest says, at most one sentence."""
+        try:
+            contents.refuse_manifest(self.manifest)
+        except CheckpointError as error:
+            return [f"{self.folder}: {error}"]
+        return []
+
+    def problems(self, contents: Contents | None = None) -> list[str]:
         """Everything that is wrong with the files: empty for a sound checkpoint. Reads all of it."""
         found, _ = _walk(self.folder)
         readable = [file for file, entry in sorted(self.manifest.files.items()) if found.get(file) == entry.bytes]
-        return self.layout_problems() + self.content_problems(readable)
+        findings = self.examine(readable, contents)
+        unfit = (self.examine_manifest(contents) if contents is not None else []) + findings.unfit
+        return self.layout_problems() + findings.damaged + unfit
+
+    def _hash(self, file: str) -> None:
+        """Raises CheckpointError where a file does not match its SHA-256; keeps nothing of it in memory."""
+        with _reading(self.folder, file) as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        if digest != self.manifest.files[file].sha256:
+            raise CheckpointError(_advice(self.folder / file, _CHANGED))
 
     def _bytes(self, file: str) -> bytes:
         entry = self.manifest.files.get(file)

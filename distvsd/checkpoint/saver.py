@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -168,8 +168,11 @@ class Saver:
         self._unsound.discard(step)
         return self._checkpoints / folder_name(step)
 
-    def load(self, step: int | None = None) -> reader.Checkpoint | None:
+    def load(self, step: int | None = None, contents: reader.Contents | None = None) -> reader.Checkpoint | None:
         """The checkpoint of `step`, or the newest sound one; all ranks get the same, every file of it verified.
+
+        contents: what it must hold. One that is as it was written and does not hold that is refused and not passed
+        over: an older one would lose rounds without need, for what is in the way is the configuration, or a stranger.
 
         The ranks share the verification, and later `read` from it what each needs, without communication. Rank 0 logs a
         warning for each newer checkpoint that is not sound. None if there is none at all. Raises CheckpointError when
@@ -181,7 +184,7 @@ class Saver:
             raise CheckpointError(f"{self._checkpoints} holds no {folder_name(step)}; there are: {there}")
         skipped: list[str] = []
         for candidate in found if step is None else [step]:
-            checkpoint, problems = self._examine(candidate)
+            checkpoint, problems = self._examine(candidate, contents)
             if checkpoint is not None and not problems:
                 return checkpoint
             if step is not None:
@@ -250,8 +253,11 @@ class Saver:
             store.discard(self._staging)
             self._staging = None
 
-    def _examine(self, step: int) -> tuple[reader.Checkpoint | None, list[str]]:
-        """One checkpoint, its files hashed by all ranks together, and what is wrong with it: the same on every rank."""
+    def _examine(self, step: int, contents: reader.Contents | None) -> tuple[reader.Checkpoint | None, list[str]]:
+        """One checkpoint, its files read by all ranks together, and how it is damaged: the same on every rank.
+
+        Raises CheckpointError where it is not damaged and does not hold `contents`.
+        """
         opened: list[reader.Checkpoint] = []
 
         def work() -> dict[str, Any]:
@@ -264,13 +270,26 @@ class Saver:
             opened.append(checkpoint)
             share = sorted(checkpoint.manifest.files)[self._world.rank :: self._world.size]
             layout = checkpoint.layout_problems()
-            problems = layout or checkpoint.content_problems(share)
-            return {"problems": problems, "manifest": hashlib.sha256(checkpoint.manifest.encode()).hexdigest()}
+            unfit = checkpoint.examine_manifest(contents) if contents is not None else []
+            findings = checkpoint.examine([] if layout else share, None if unfit else contents)
+            return {
+                "problems": layout + findings.damaged,
+                "unfit": unfit + findings.unfit,
+                "manifest": hashlib.sha256(checkpoint.manifest.encode()).hexdigest(),
+            }
 
         reports = self._together(f"verifying {folder_name(step)}", work)
         if newer := [report["newer"] for report in reports if "newer" in report]:
             raise NewerFormatError(newer[0])
-        problems = list(dict.fromkeys(problem for report in reports for problem in report["problems"]))
+        problems = _different(report["problems"] for report in reports)
         if not problems and len({report["manifest"] for report in reports}) > 1:
             problems = ["ranks read different manifests; the run directory must lie on a file system that all share"]
+        unfit = _different(report.get("unfit", []) for report in reports)
+        if unfit and not problems:
+            raise CheckpointError(f"the run cannot go on from {folder_name(step)}: {'; '.join(unfit)}")
         return (opened[0] if opened else None), problems
+
+
+def _different(reports: Iterable[Sequence[str]]) -> list[str]:
+    """The sentences of all ranks, each once."""
+    return list(dict.fromkeys(sentence for report in reports for sentence in report))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from distvsd.checkpoint.format import component, content_digest, folder_name, whole_digest
@@ -9,8 +10,12 @@ from distvsd.checkpoint.reader import Checkpoint, open_checkpoint, steps
 from distvsd.errors import CheckpointError
 
 
-def verify_run(run: Path, digest: bool = False) -> list[str]:
+def verify_run(
+    run: Path, digest: bool = False, problems_of: Callable[[Checkpoint], list[str]] = Checkpoint.problems
+) -> list[str]:
     """Checks every file of every checkpoint of a run and returns the lines to print. Reads only; one process.
+
+    problems_of: what is wrong with one; without it, what can be known without knowing what a run is made of.
 
     Without `digest`, one line a checkpoint. With it, of the newest checkpoint, a component and the SHA-256 of its
     tensors a line (`format.content_digest`), the whole last: equal for equal states, whatever the number of ranks, the
@@ -28,7 +33,7 @@ def verify_run(run: Path, digest: bool = False) -> list[str]:
         except CheckpointError as error:
             problems.append(str(error))
             continue
-        wrong = checkpoint.problems()
+        wrong = problems_of(checkpoint)
         problems += wrong
         sound += [] if wrong else [checkpoint]
     if problems:

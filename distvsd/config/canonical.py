@@ -8,7 +8,8 @@ import json
 import math
 from typing import Any
 
-from distvsd.config.schema import Config, Schedule
+from distvsd.config.schedule import Schedule
+from distvsd.config.schema import Config
 
 # What changes no bit of the result: where a run lies, what is kept and reported, how long ranks are waited for.
 BOOKKEEPING = ("run.dir", "particles.recompute", "parallel.timeout_s", "checkpoint.", "log.")
@@ -40,6 +41,13 @@ def diff(a: Config, b: Config) -> list[tuple[str, Any, Any]]:
     """Fields that differ: dotted key, plain value in `a`, plain value in `b`, in the order of the schema."""
     first, second = _flat(to_dict(a)), _flat(to_dict(b))
     return [(key, first[key], second[key]) for key in first if first[key] != second[key]]
+
+
+def recorded_keys(text: str) -> set[str]:
+    """The dotted keys of a configuration that `to_yaml` wrote; those of an older version lack newer fields."""
+    import yaml
+
+    return set(_flat(yaml.safe_load(text)))
 
 
 def _yaml_lines(key: str, value: Any, indent: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,17 @@ def read_override(text: str, mistakes: list[str]) -> Entry | None:
 def shown_path(path: Path) -> str:
     """A path as messages name it."""
     return printable(str(path), PATH_SHOWN)
+
+
+def plain_entry(value: object, where: str) -> Entry:
+    """Plain data as an entry. JSON has texts in the place of the rounds of a schedule; no field's name is a number."""
+    if isinstance(value, dict):
+        return Entry({_round_or_name(key): plain_entry(item, where) for key, item in value.items()}, where)
+    return Entry([plain_entry(item, where) for item in value] if isinstance(value, list) else value, where)
+
+
+def _round_or_name(key: object) -> object:
+    return int(key) if isinstance(key, str) and re.fullmatch(r"\d{1,4000}", key, re.ASCII) else key
 
 
 def _read_text(path: Path) -> str:

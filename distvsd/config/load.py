@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from distvsd.config.canonical import diff, digest, to_dict, to_yaml
-from distvsd.config.document import Entry, read_document, read_override, shown_path
+from distvsd.config.document import Entry, plain_entry, read_document, read_override, shown_path
 from distvsd.config.relations import RELATIONS
 from distvsd.config.scalars import SHOWN, printable
-from distvsd.config.schema import Config, Schedule
+from distvsd.config.schedule import Schedule
+from distvsd.config.schema import Config
 from distvsd.config.values import Mistake, convert, named, nearest
 from distvsd.errors import ConfigError
 
-__all__ = ["diff", "digest", "load_config", "to_dict", "to_yaml"]
+__all__ = ["config_from", "diff", "digest", "load_config", "to_dict", "to_yaml"]
 
 # What a message shows; a file of another kind can hold thousands of mistakes.
 MAX_MISTAKES = 100
@@ -35,6 +36,19 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         entry = read_override(text, mistakes)
         if entry is not None:
             layers.append(entry)
+    return _config_of(layers, mistakes, shown_path(Path(path)), "; nothing was started")
+
+
+def config_from(plain: Mapping[str, Any], where: str) -> Config:
+    """The configuration that `to_dict` made plain, also after a way through JSON; where: names it in errors.
+
+    Raises ConfigError as `load_config` does.
+    """
+    return _config_of([plain_entry(plain, where)], [], where, "")
+
+
+def _config_of(layers: Sequence[Entry], mistakes: list[str], where: str, consequence: str) -> Config:
+    """The configuration of all layers, the last one winning. Raises ConfigError with `mistakes` and those it finds."""
     reader = _Reader(mistakes)
     config = reader.section(Config, "", layers)
     reader.relations(config)
@@ -42,9 +56,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         noun = "mistake" if len(mistakes) == 1 else "mistakes"
         listed = "".join(f"\n  {mistake}" for mistake in mistakes[:MAX_MISTAKES])
         more = f"\n  and {len(mistakes) - MAX_MISTAKES} more" if len(mistakes) > MAX_MISTAKES else ""
-        raise ConfigError(
-            f"{len(mistakes)} {noun} in the configuration {shown_path(Path(path))}; nothing was started:{listed}{more}"
-        )
+        raise ConfigError(f"{len(mistakes)} {noun} in the configuration {where}{consequence}:{listed}{more}")
     assert isinstance(config, Config), "the outermost section is the configuration"
     return config
 

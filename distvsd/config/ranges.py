@@ -1,9 +1,10 @@
-"""What a field's annotation says beside its type: which values are allowed."""
+"""What a field's annotation says beside its type: which values are allowed; and the types that fields share."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 
 @dataclass(frozen=True)
@@ -51,3 +52,12 @@ class Increasing:
 @dataclass(frozen=True)
 class PathText:
     """Marks a text that names a file or a folder: at least one character, none of them NUL."""
+
+
+Count = Annotated[int, Range(0, 10**9)]
+Positive = Annotated[int, Range(1, 10**9)]
+Share = Annotated[float, Range(0, 1)]
+Weight = Annotated[float, Range(low=0)]
+Rate = Annotated[float, Range(0, 10, above=True)]
+Betas = Annotated[tuple[float, float], Range(0, 1, below=True)]
+Angles = Annotated[tuple[float, float], Range(-360, 360), Increasing()]

@@ -15,7 +15,8 @@ from distvsd.config import schema
 from distvsd.config.canonical import to_dict
 from distvsd.config.load import dotted_keys, hints, is_section
 from distvsd.config.ranges import Increasing, PathText, Range
-from distvsd.config.schema import Config, Schedule
+from distvsd.config.schedule import Schedule
+from distvsd.config.schema import Config
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from distvsd.config.schema import Config, Schedule
+from distvsd.config.schedule import Schedule
+from distvsd.config.schema import Config
+from distvsd.errors import ConfigError
 
 # What the fixed-point sum of `numerics: exact` can add without wrapping: `parallel.reduce.MAX_ADDENDS`, by a test.
 MOST_EXACT_ROWS = 2**13 - 1
@@ -126,3 +128,15 @@ RELATIONS = (
     ),
     Relation(("score.micro_batch", "parallel.strategy"), _micro_batch),
 )
+
+
+def refuse_small_latents(config: Config, native: int) -> None:
+    """Raises ConfigError where the UNet would see less than a quarter of the edge it was trained at, in pixels."""
+    edge = min(config.encoded_edge(resolution, native) for resolution in config.render.corners(config.schedule.rounds))
+    if 4 * edge >= native or config.render.small_latents:
+        return
+    raise ConfigError(
+        f"the UNet of {config.prior.path} was trained on images of {native} pixels a side, but would see latents of "
+        f"{edge} pixels a side, of which it knows nothing; set render.encode_resolution=native, a render.resolution "
+        f"of at least {-(-native // 32) * 8}, or render.small_latents=true if this is what you want"
+    )

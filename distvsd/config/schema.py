@@ -6,45 +6,11 @@ is one line here with its docstring below it. Nothing in this package imports to
 
 from __future__ import annotations
 
-import bisect
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from distvsd.config.ranges import Increasing, PathText, Range
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """A number that depends on the round: a step or a linear function of it.
-
-    YAML: `0.5`, `{0: 0.98, 5000: 0.5}` for steps, `{linear: {0: 64, 5000: 512}}`. points: (round, value),
-    rounds increasing from 0. A step holds until the next point; linear interpolates between points; both keep the last
-    value for ever.
-    """
-
-    points: tuple[tuple[int, float], ...]
-    kind: Literal["step", "linear"] = "step"
-
-    @staticmethod
-    def constant(value: float) -> Schedule:
-        return Schedule(((0, float(value)),))
-
-    def at(self, round: int) -> float:
-        """The value in this round; rounds count from 0."""
-        last = max(bisect.bisect_right(self.points, round, key=lambda point: point[0]) - 1, 0)
-        start, value = self.points[last]
-        if self.kind == "step" or last + 1 == len(self.points):
-            return value
-        end, target = self.points[last + 1]
-        return value + (target - value) * (round - start) / (end - start)
-
-
-Count = Annotated[int, Range(0, 10**9)]
-Positive = Annotated[int, Range(1, 10**9)]
-Share = Annotated[float, Range(0, 1)]
-Weight = Annotated[float, Range(low=0)]
-LearningRate = Annotated[float, Range(0, 10, above=True)]
-Angles = Annotated[tuple[float, float], Range(-360, 360), Increasing()]
+from distvsd.config.ranges import Angles, Betas, Count, Increasing, PathText, Positive, Range, Rate, Share, Weight
+from distvsd.config.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -132,7 +98,9 @@ class NerfConfig:
     density_noise: Weight = 0.0
     """Standard deviation of the noise added to the density before its activation."""
     entropy: Weight = 0.0
-    """Weight of the entropy of the opacity (pushes it to 0 or 1)."""
+    """Weight of a binary entropy that pushes what entropy_of names to 0 or 1."""
+    entropy_of: Literal["opacity", "weights"] = "opacity"
+    """opacity: of each ray, in nats; weights: of each sample on a ray, in bits, as the paper's code has it."""
     sparsity: Weight = 0.0
     """Weight of the opacity's mean over its root mean square (pushes faint matter away, solid matter not)."""
     coverage: Weight = 0.0
@@ -179,7 +147,7 @@ class ParticlesConfig:
     """Adam's rate for grids and pixels."""
     network_learning_rate: Annotated[Schedule, Range(0, 10)] = Schedule(((0, 0.001),))
     """Adam's rate for the small networks of a particle."""
-    betas: Annotated[tuple[float, float], Range(0, 1, below=True)] = (0.9, 0.99)
+    betas: Betas = (0.9, 0.99)
     """Adam's decay rates of the two moments."""
     eps: Annotated[float, Range(0, 1, above=True)] = 1e-15
     """Adam's epsilon."""
@@ -211,12 +179,22 @@ class RenderConfig:
 
     resolution: Annotated[Schedule, Range(8, 4096, multiple_of=8, integer=True)] = Schedule(((0, 64.0),))
     """Edge of the rendered image, pixels; a linear schedule is rounded down to a multiple of 8."""
+    encode_resolution: Literal["native", "render"] = "native"
+    """native: renders are resized to the edge that the prior was trained at before they are encoded; render: they are
+    encoded as they are. Particles that are latents are not encoded."""
+    small_latents: bool = False
+    """Allows latents with less than a quarter of the edge that the prior was trained at; it draws nothing there."""
     backend: Literal["auto", "torch", "nerfacc"] = "auto"
     """auto takes the fastest installed one that supports parallel.numerics."""
 
     def resolution_at(self, round: int) -> int:
         """Pixels along an edge in this round, always a multiple of 8."""
         return int(self.resolution.at(round)) // 8 * 8
+
+    def corners(self, rounds: int) -> list[int]:
+        """Pixels along an edge where the schedule has a point and in the last round: its extremes are among them."""
+        starts = [start for start, _ in self.resolution.points if start < rounds]
+        return [self.resolution_at(round) for round in (*starts, rounds - 1)]
 
 
 @dataclass(frozen=True)
@@ -225,17 +203,24 @@ class ScoreConfig:
 
     rank: Annotated[int, Range(1, 1024)] = 4
     """Rank of the adapter."""
+    init: Literal["normal", "kaiming"] = "normal"
+    """How the adapter's first factor begins. normal: standard deviation 1 / rank, as in the paper's code; kaiming:
+    uniform with standard deviation 1 / sqrt(3 inputs), peft's own, which learns more slowly at first."""
     steps_per_round: Positive = 1
     """Optimiser steps of the adapter per round (K)."""
     batch_size: Count = 0
     """Renders of a round that each of its steps trains on, dealt so that steps take different ones; 0 is all, in every
     step. K steps on a K-th each cost what one step on all does, and the score follows the particles sooner."""
-    learning_rate: LearningRate = 1e-4
+    learning_rate: Rate = 1e-4
     """AdamW's rate after the warm-up."""
     warmup: Count = 500
     """Steps over which the rate grows linearly from 0."""
     weight_decay: Annotated[float, Range(0, 1)] = 1e-2
     """AdamW's weight decay."""
+    betas: Betas = (0.9, 0.999)
+    """AdamW's decay rates of the two moments."""
+    eps: Annotated[float, Range(0, 1, above=True)] = 1e-8
+    """AdamW's epsilon."""
     camera_drop: Share = 0.1
     """Probability with which the camera condition is zeroed in training."""
     replay_rounds: Count = 8
@@ -348,3 +333,14 @@ class Config:
         """One prompt per particle, in the order of their ids."""
         texts = (self.prompt,) if isinstance(self.prompt, str) else self.prompt
         return texts * self.particles.count if len(texts) == 1 else texts
+
+    @property
+    def reads_cameras(self) -> bool:
+        """Whether the score network is told the camera: an image looks the same from all, and a camera that is always
+        dropped would train nothing but an offset."""
+        return self.particles.kind != "image" and self.score.camera_drop < 1
+
+    def encoded_edge(self, resolution: int, native: int) -> int:
+        """Edge in pixels of the image that latents stand for when renders have `resolution`; native: the prior's."""
+        is_latent = self.particles.kind == "image" and self.particles.image.space == "latent"
+        return resolution if is_latent or self.render.encode_resolution == "render" else native

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from distvsd.config.document import Entry
 from distvsd.config.ranges import Increasing, PathText, Range
 from distvsd.config.scalars import SHOWN, Unread, printable, quoted
-from distvsd.config.schema import Schedule
+from distvsd.config.schedule import Schedule
 
 # With these a configuration as the program writes it stays within the limits of `document.py`, whatever the characters.
 MAX_TEXT = 100_000  # characters of one text

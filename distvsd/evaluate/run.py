@@ -29,6 +29,8 @@ from distvsd.evaluate.labels import (
 )
 from distvsd.evaluate.views import Restored, groups, render_group, ring
 from distvsd.prior.shapes.classifier import SCENES, Classifier, Predictions, load_classifier
+from distvsd.runtime import inside
+from distvsd.runtime.paths import RunPaths
 
 # Mean opacity over all views below which nothing, above which only fog is there: of 80 objects the largest covered 0.47
 # of its views, and two fogs 0.97 and 0.98.
@@ -48,14 +50,16 @@ class Readings:
 def evaluate_run(run_dir: Path, report: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """Evaluates the newest checkpoint of `run_dir`, writes `evaluation.json` there, and returns what it wrote.
 
-    Raises what loading raises: RunError for a folder that is no run, CheckpointError where none can be read.
+    Raises what loading raises: RunError for a folder that is no run, CheckpointError where none can be read. RunError
+    also where it cannot be written.
     """
     from distvsd.restored import load_particles  # the builder imports this package's rooms, so it is looked up late
 
+    paths = RunPaths(run_dir)
+    paths.prove_writable()  # before the work
+    inside.expect_file(run_dir, paths.evaluation.name)
     result = evaluate_particles(load_particles(run_dir), load_classifier(), report)
-    staged = run_dir / "evaluation.json.staged"
-    staged.write_text(json.dumps(result, indent=2) + "\n")
-    staged.replace(run_dir / "evaluation.json")
+    inside.write(run_dir, paths.evaluation.name, json.dumps(result, indent=2) + "\n")
     return result
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import subprocess
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from distvsd.errors import BackendError
+from distvsd.errors import BackendError, RunError
+from distvsd.runtime import inside
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -83,11 +85,12 @@ def to_image(image: Tensor) -> Image:
     return Image.fromarray((shown.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().numpy())
 
 
-def save_png(image: Image, path: Path) -> Path:
-    """Writes a PNG, making the folder; returns the path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, format="PNG", optimize=True)
-    return path
+def save_png(image: Image, root: Path, name: str) -> Path:
+    """Writes a PNG, making the folders of its name below `root`; returns the path. Raises RunError, see
+    `runtime.inside`."""
+    with inside.replacing(root, name) as stream:
+        image.save(stream, format="PNG", optimize=True)
+    return root / name
 
 
 def mosaic(images: Tensor, edge: int = 2 * VIDEO_EDGE) -> Tensor:
@@ -106,31 +109,35 @@ def mosaic(images: Tensor, edge: int = 2 * VIDEO_EDGE) -> Tensor:
     return torch.nn.functional.interpolate(grid, size, mode="bilinear", antialias=True, align_corners=False)
 
 
-def turntable(frames: Tensor, path: Path) -> Path:
-    """Writes frames `[F, 3, H, W]` in [0, 1] as an H.264 MP4 of even size, small frames enlarged; returns the path.
+def turntable(frames: Tensor, root: Path, name: str) -> Path:
+    """Writes frames `[F, 3, H, W]` in [0, 1] as an H.264 MP4 of even size, small frames enlarged, making the folders of
+    its name below `root`; returns the path.
 
-    Raises BackendError where imageio's ffmpeg is not installed.
+    Raises BackendError where imageio's ffmpeg is not installed, and RunError where the file cannot be written.
     """
     try:
-        from imageio_ffmpeg import write_frames
-    except ImportError as error:
-        raise BackendError(
-            f"turntables need ffmpeg, and {error.name} is not installed; pip install 'imageio[ffmpeg]'"
-        ) from error
+        from imageio_ffmpeg import get_ffmpeg_exe
+
+        program = get_ffmpeg_exe()
+    except (ImportError, RuntimeError) as error:
+        raise BackendError(f"turntables need ffmpeg ({error}); pip install 'imageio[ffmpeg]'") from error
     scale = max(1, VIDEO_EDGE // max(frames.shape[-2:]))
     width, height = (edge * scale // 2 * 2 for edge in (frames.shape[-1], frames.shape[-2]))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A block size of 2 keeps the size as it is: the writer would stretch to multiples of 16.
-    writer = write_frames(
-        str(path), (width, height), fps=FRAMES_PER_SECOND, codec="libx264", quality=8, macro_block_size=2
-    )
-    writer.send(None)
-    try:
-        for frame in frames:
-            writer.send(to_image(frame).resize((width, height), _filter(scale)).tobytes())
-    finally:
-        writer.close()
-    return path
+    pixels = b"".join(to_image(frame).resize((width, height), _filter(scale)).tobytes() for frame in frames)
+    given = f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {FRAMES_PER_SECOND} -i -"
+    with inside.replacing(root, name) as stream:
+        # Its own calls of ffmpeg would open a path, and hide whether ffmpeg could write all of it.
+        wanted = f"-an -c:v libx264 -crf 10 -pix_fmt yuv420p -f mp4 /dev/fd/{stream.fileno()}"
+        done = subprocess.run(
+            [program, "-y", "-v", "error", *given.split(), *wanted.split()],
+            input=pixels,
+            capture_output=True,
+            pass_fds=[stream.fileno()],
+        )
+        if done.returncode:
+            said = done.stderr.decode("utf-8", "replace").split("\n")[0] or f"exit code {done.returncode}"
+            raise RunError(f"{root / name} cannot be written: ffmpeg failed ({said:.300}); free space, or try again")
+    return root / name
 
 
 def _filter(scale: float) -> int:

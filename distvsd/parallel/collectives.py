@@ -11,6 +11,7 @@ longer, and is for a device that hangs while its host is well.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 MAX_FLAG_BITS = 62
+_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.05
+_meanwhile: Callable[[], None] | None = None
 
 T = TypeVar("T")
 
@@ -53,7 +56,7 @@ class GatheredRows:
         if self._work is not None:
             meet(self._world, self._gathered.device, "the gather of rows")
             with talking(self._world, "the gather of rows"):
-                self._work.wait()
+                _finish(self._work, self._gathered.device)
             self._work = self._source = None
         return self._gathered
 
@@ -136,11 +139,18 @@ def meet(world: World, device: torch.device, what: str) -> None:
     """
     if _waits_for_device(world, device):
         with talking(world, what):
-            dist.all_reduce(torch.zeros(1))
+            flag = torch.zeros(1)
+            _finish(dist.all_reduce(flag, async_op=True), flag.device)
 
 
-def set_timeout(world: World, timeout_s: float) -> None:
-    """How long any later collective of this rank waits for the others before it fails. Does not communicate."""
+def set_timeout(world: World, timeout_s: float, meanwhile: Callable[[], None] | None = None) -> None:
+    """How long any later collective of this rank waits for the others before it fails. Does not communicate.
+
+    meanwhile: for a long timeout, called again and again while a collective waits on the host; what it raises ends the
+    waiting.
+    """
+    global _meanwhile
+    _meanwhile = meanwhile
     if world.size > 1:
         # There is no public setter yet (torch 2.13), only an argument at the opening of a group.
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s))
@@ -159,8 +169,18 @@ def _all_reduce_(world: World, tensor: Tensor, operation: Any, what: str) -> Ten
     if world.size > 1:
         meet(world, tensor.device, what)
         with talking(world, what):
-            dist.all_reduce(tensor, op=operation)
+            _finish(dist.all_reduce(tensor, op=operation, async_op=True), tensor.device)
     return tensor
+
+
+def _finish(work: Any, device: torch.device) -> None:
+    """Waits for a collective on tensors of that device; on the host, calls meanwhile what `set_timeout` was given."""
+    pause = _SHORTEST_PAUSE_S
+    while _meanwhile is not None and device.type == "cpu" and not work.is_completed():
+        _meanwhile()
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE_S)
+    work.wait()
 
 
 def _waits_for_device(world: World, device: torch.device) -> bool:

@@ -7,12 +7,8 @@ is dead. So all ranks first agree on a name that nobody has used, and the group 
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import Protocol
 
@@ -68,24 +64,6 @@ def agreed_name(store: Store, rank: int, size: int, timeout_s: float) -> str:
         if name is not None and store.check([all_of_them]) and mine in store.get(all_of_them).decode().split():
             return name
         _pause(deadline, f"rank 0 of {size} did not come, or waits for others")
-
-
-@contextmanager
-def mortal() -> Iterator[None]:
-    """For the block SIGTERM and SIGINT end the process at once, whatever handlers there are.
-
-    A process that waits for the others inside torch never gets to its handlers, and has nothing to save yet; a launcher
-    that gives up would otherwise wait until it may kill it.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _pause(deadline: float, problem: str) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from distvsd.errors import RankError
 from distvsd.parallel.collectives import barrier, gather_objects, set_timeout
 from distvsd.parallel.launch import Launch, how_to_start_on_cpu, read_launch
-from distvsd.parallel.opening import fresh_store, mortal
+from distvsd.parallel.opening import fresh_store
 
 # Ranks reach the opening at very different times (imports from a shared disk); only a later silence is a failure.
 OPENING_TIMEOUT_S = 600.0
@@ -48,12 +48,15 @@ class World:
 
 
 @contextmanager
-def open_world(timeout_s: float) -> Iterator[World]:
+def open_world(
+    timeout_s: float, while_waiting: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> Iterator[World]:
     """Opens the group of all ranks for the length of the block; every rank calls it, and it communicates.
 
-    timeout_s: how long a collective waits for the others. Alone it opens nothing. A group that is open already is used
-    and left open, with its own timeout. Raises `RankError` for a world other than the environment promises, and for
-    ranks that share a CUDA device.
+    timeout_s: how long a collective waits for the others. while_waiting: what surrounds the wait for all ranks to come,
+    which is inside torch, where no handler of a signal is reached. Alone it opens nothing. A group that is open already
+    is used and left open, with its own timeout. Raises `RankError` for a world other than the environment promises, and
+    for ranks that share a CUDA device.
     """
     launch = read_launch(os.environ, torch.cuda.is_available())
     if dist.is_initialized():
@@ -63,7 +66,7 @@ def open_world(timeout_s: float) -> Iterator[World]:
         yield World(0, 1, 0, 1, _device(launch))
     else:
         _share_cores(launch.local_size)
-        with _told_to_the_launcher(), _group_of_accelerate(launch) as (device, num_processes):
+        with _told_to_the_launcher(), _group_of_accelerate(launch, while_waiting) as (device, num_processes):
             world = _audited(launch, device, num_processes)
             set_timeout(world, timeout_s)
             yield world
@@ -120,7 +123,9 @@ def _audited(launch: Launch, device: torch.device, num_processes: int) -> World:
 
 
 @contextmanager
-def _group_of_accelerate(launch: Launch) -> Iterator[tuple[torch.device, int]]:
+def _group_of_accelerate(
+    launch: Launch, while_waiting: Callable[[], AbstractContextManager[None]]
+) -> Iterator[tuple[torch.device, int]]:
     """The device and the number of processes, as accelerate sees them, while its group is open."""
     from accelerate import PartialState
 
@@ -131,7 +136,7 @@ def _group_of_accelerate(launch: Launch) -> Iterator[tuple[torch.device, int]]:
         for name, value in _NCCL.items():
             os.environ.setdefault(name, value)
     try:
-        with mortal():
+        with while_waiting():
             state = PartialState(
                 cpu=launch.use_cpu,
                 backend=backend,

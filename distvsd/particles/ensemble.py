@@ -16,19 +16,16 @@ import torch
 from torch import Tensor
 
 from distvsd.cameras import Cameras, OrbitSampler
-from distvsd.errors import CheckpointError
 from distvsd.particles.adam import ParticleAdam
 from distvsd.particles.base import Keys, Parameters, Particle, Rendered
-from distvsd.particles.good import GOOD_EVERY, GoodStates, saved_place
+from distvsd.particles.good import GOOD_EVERY, GoodStates
 from distvsd.particles.group import Group
 from distvsd.particles.health import DefaultHealth, Health, HealthOptions, Update
 from distvsd.particles.recompute import forgetful
+from distvsd.particles.stored import GOOD, read_particle
 from distvsd.testing.faults import fault, poison
 
 __all__ = ["Ensemble", "Group", "Update", "Views"]
-
-# A particle's last good state lies in the checkpoint beside its present one, under this prefix, where they differ.
-GOOD = "good/"
 
 
 @dataclass(frozen=True)
@@ -263,15 +260,11 @@ class Ensemble:
     def load_state(self, particle_id: int, tensors: dict[str, Tensor], health: dict[str, Any] | None = None) -> None:
         """Restores one particle bit for bit. health: its record in the manifest, None for one that never failed.
 
-        Raises CheckpointError where names or shapes are not this ensemble's.
+        Raises CheckpointError, and changes nothing, where `read_particle` refuses it.
         """
         group, row = self._find(particle_id)
-        record = Health.from_json(health)
         targets = group.state_of(row)
-        good = {name.removeprefix(GOOD): value for name, value in tensors.items() if name.startswith(GOOD)}
-        place = saved_place(health, bool(good))
-        for found in (tensors, good) if place == "beside" else (tensors,):
-            _refuse_others(particle_id, targets, found)
+        record, place, good = read_particle(particle_id, targets, tensors, health)
         for name, target in targets.items():
             target.copy_(tensors[name])
         self._health[particle_id] = record
@@ -290,14 +283,3 @@ class Ensemble:
             if particle_id in group.own:
                 return group, group.own.index(particle_id)
         raise KeyError(f"particle {particle_id} is not on this rank, which owns {self.ids}")
-
-
-def _refuse_others(particle_id: int, targets: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
-    """Nothing is copied before all of it is known to fit."""
-    for name, target in targets.items():
-        if name not in tensors or tensors[name].shape != target.shape:
-            found = tuple(tensors[name].shape) if name in tensors else "nothing"
-            raise CheckpointError(
-                f"particle {particle_id}: {name} should be {tuple(target.shape)} but the checkpoint holds {found}; "
-                "resume with the particles' configuration of that run"
-            )

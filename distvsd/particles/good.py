@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from distvsd.errors import CheckpointError
+from distvsd.particles.health import shown
 
 # Where a particle's last good state is: its present one, in the checkpoint beside that, or how it began.
 Place = Literal["present", "beside", "initial"]
@@ -80,7 +81,7 @@ def saved_place(record: Mapping[str, Any] | None, is_beside: bool) -> Place:
     place: Place = record.get("good", "beside" if is_beside else "initial" if record.get("bad") else "present")
     if place not in get_args(Place):
         raise CheckpointError(
-            f"the manifest says good = {place!r} of a particle's health, which must be one of "
-            f"{', '.join(get_args(Place))}; the checkpoint was altered: resume from an earlier one"
+            f"the manifest says good = {shown(place)} of a particle's health, which must be one of "
+            f"{', '.join(get_args(Place))}; the checkpoint was altered: delete it to go on from an older one"
         )
     return place

@@ -69,7 +69,7 @@ class Group:
             ),
         )
 
-    def state_of(self, row: int) -> dict[str, Tensor]:
+    def state_of(self, row: int | slice) -> dict[str, Tensor]:
         """All that a particle needs to go on: param/*, adam_m/*, adam_v/* and adam_step; views of live tensors, which
         may be written to."""
         tensors = {f"param/{name}": value.detach()[row] for name, value in self.parameters.items()}

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
 from distvsd.errors import CheckpointError
+from distvsd.vsd.wanted import MOST
 
 Verdict = Literal["healthy", "unhealthy", "restore", "quarantine"]
 
@@ -76,20 +77,28 @@ class Health:
         return asdict(self)
 
     @staticmethod
-    def from_json(record: Mapping[str, Any] | None) -> Health:
+    def from_json(record: Mapping[str, Any] | None, rounds: int = MOST) -> Health:
         """Inverse of `to_json`; what is missing has its initial value, so that manifests without health can be read.
 
-        Raises CheckpointError for a value that no particle can have.
+        rounds: completed when it was saved; every count is of rounds. Raises CheckpointError for a value that no
+        particle can have.
         """
         initial = asdict(Health())
         values = {name: (record or {}).get(name, value) for name, value in initial.items()}
         for name, value in values.items():
-            if type(value) is not type(initial[name]) or value < 0:
+            kind = type(initial[name])
+            if type(value) is not kind or (kind is int and not 0 <= value <= rounds):
+                wanted = "true or false" if kind is bool else f"an integer from 0 to {rounds}"
                 raise CheckpointError(
-                    f"the manifest says {name} = {value!r} of a particle's health, which no particle can have; the "
-                    "checkpoint was altered: resume from an earlier one"
+                    f"the manifest says {name} = {shown(value)} of a particle's health, which must be {wanted}; the "
+                    "checkpoint was altered: delete it to go on from an older one"
                 )
         return Health(**values)
+
+
+def shown(value: object) -> str:
+    """A value of a manifest as a message shows it: short, whatever it is."""
+    return f"a {type(value).__name__}" if isinstance(value, list | dict) else f"{value!r:.40}"
 
 
 @dataclass(frozen=True)

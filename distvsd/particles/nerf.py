@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from distvsd.cameras import Cameras, rays
 from distvsd.particles.base import Keys, Parameters, Rendered
 from distvsd.render import HashGrid, composite, sample_intervals
-from distvsd.render.volume import VolumeBackend
+from distvsd.render.volume import Composited, VolumeBackend
 from distvsd.vsd.rng import Purpose, normal, uniform
 
 _DIRECTION_BANDS = 4
@@ -29,9 +30,10 @@ class NerfParticle:
     density_scale: factor on the softplus that gives the density. blob_density, blob_radius: lambda and r of
     lambda (1 - |x| / r), added before it. init_scale: range of the initial features. init_color: range of each
     particle's own initial colour before the sigmoid. density_noise: standard deviation of the training noise before the
-    softplus. entropy, sparsity, coverage: weights of the regularisers; coverage_range: mean opacity between which the
-    last of them rests. learned_background: a small network of the ray's direction; without it the background is black.
-    random_background: share of the training views on a random plain colour, of which `random_grey` makes a grey.
+    softplus. entropy, sparsity, coverage: weights of the regularisers. entropy_of: the "opacity" of rays (entropy in
+    nats) or the "weights" of the samples on them (in bits). coverage_range: mean opacity between which coverage rests.
+    learned_background: a small network of the ray's direction; without it the background is black. random_background:
+    share of the training views on a random plain colour, of which `random_grey` makes a grey.
     """
 
     grid: HashGrid
@@ -44,6 +46,7 @@ class NerfParticle:
     init_color: float
     density_noise: float
     entropy: float
+    entropy_of: Literal["opacity", "weights"]
     sparsity: float
     coverage: float
     coverage_range: tuple[float, float]
@@ -134,9 +137,7 @@ class NerfParticle:
             learned = self._background(parameters, directions.reshape(particles, -1, 3)).reshape(directions.shape)
             background = torch.where(is_plain_PV[..., None, None, None], background, learned)
         images = out.color + (1 - out.opacity) * background
-        return Rendered(
-            images.permute(0, 1, 4, 2, 3), out.opacity.permute(0, 1, 4, 2, 3), self._penalty(out.opacity, particles)
-        )
+        return Rendered(images.permute(0, 1, 4, 2, 3), out.opacity.permute(0, 1, 4, 2, 3), self.penalty(out, particles))
 
     def _background(self, parameters: Parameters, directions_PR3: Tensor) -> Tensor:
         """Colours `[P, R, 3]` of the learned background along unit directions."""
@@ -154,14 +155,15 @@ class NerfParticle:
             )
         )
 
-    def _penalty(self, opacity_PVHW1: Tensor, particles: int) -> Tensor:
-        """Of each particle `[P]`, over its rays: entropy of the opacity (clear or solid, not fog), its sparsity (no
+    def penalty(self, rendered: Composited, particles: int) -> Tensor:
+        """Of each particle `[P]`, over its rays: entropy (clear or solid, not fog), sparsity of the opacity (no
         clutter), and coverage (of a view neither all nor nothing)."""
-        opacity = opacity_PVHW1.reshape(particles, -1)
+        opacity = rendered.opacity.reshape(particles, -1)
         penalty = torch.zeros(particles, device=opacity.device)
         if self.entropy > 0:
-            safe = opacity.clamp(1e-5, 1 - 1e-5)
-            penalty = penalty - self.entropy * (safe * safe.log() + (1 - safe) * (1 - safe).log()).mean(1)
+            of_rays = self.entropy_of == "opacity"
+            of = opacity if of_rays else rendered.weights.reshape(particles, -1)
+            penalty = penalty + self.entropy * _binary_entropy(of) / (1 if of_rays else math.log(2))
         if self.sparsity > 0:
             # Mean over root mean square (Hoyer 2004): its gradient is zero on solid rays and on the particle's overall
             # strength, so it takes fog away and can be had neither by thinning the object nor by fading out altogether.
@@ -174,6 +176,12 @@ class NerfParticle:
             inside = ((covered + 1e-4) / low).clamp_max(1) * ((1 - covered + 1e-4) / (1 - high)).clamp_max(1)
             penalty = penalty - self.coverage * inside.log()
         return penalty
+
+
+def _binary_entropy(share_PN: Tensor) -> Tensor:
+    """Mean entropy `[P]` of coins that fall with these probabilities, nats."""
+    safe = share_PN.clamp(1e-5, 1 - 1e-5)
+    return -(safe * safe.log() + (1 - safe) * (1 - safe).log()).mean(1)
 
 
 def _linear_init(seed: int, ids: Tensor, rows: int, columns: int, lane: int) -> Tensor:

@@ -30,8 +30,11 @@ class Prior(Protocol):
         """(C, h, w) of a square image of `resolution` pixels a side. Raises PriorError if it has no latents."""
         ...
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Images `[N, 3, H, W]` in [0, 1] to latents `[N, C, h, w]` float32; deterministic, differentiable."""
+    def encode(self, images: Tensor, edge: int | None = None) -> Tensor:
+        """Images `[N, 3, H, W]` in [0, 1] to latents `[N, C, h, w]` float32; deterministic, differentiable.
+
+        edge: the pixels a side to which they are resized first.
+        """
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -57,5 +60,9 @@ class Prior(Protocol):
         ...
 
     def identity(self) -> str:
-        """SHA-256 of what the prior is made of, the same for every path, device, dtype and prompt."""
+        """A hash of what the prior is made of, the same for every path, device, dtype and prompt."""
+        ...
+
+    def is_identified_by(self, stored: str) -> bool:
+        """Whether the identity that a checkpoint holds is this prior's, by this version's rule or an older one's."""
         ...

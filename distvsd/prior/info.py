@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from distvsd.errors import PriorError
+from distvsd.prior.files import Weights
 from distvsd.prior.folder import PipelineFolder, open_folder
+from distvsd.prior.identity import Identity
 from distvsd.prior.load import build_scheduler, load_prior, prediction_type_of
 
 
@@ -21,6 +22,7 @@ def describe(path: str) -> dict[str, Any]:
     Raises PriorError as `load_prior` does.
     """
     folder = open_folder(path)
+    folder.check_weights()
     scheduler = build_scheduler(folder)
     schedule = scheduler.alphas_cumprod
     components = {name: _component(folder, name) for name in ("unet", "vae", "text_encoder")}
@@ -28,7 +30,7 @@ def describe(path: str) -> dict[str, Any]:
     return {
         "path": str(folder.path),
         "pipeline": folder.index.get("_class_name"),
-        "identity": folder.identity(),
+        "identity": Identity(folder).current(),
         "parameters": sum(component["parameters"] for component in components.values()),
         "bytes": sum(component["bytes"] for component in components.values()),
         "components": components,
@@ -37,6 +39,7 @@ def describe(path: str) -> dict[str, Any]:
         "timesteps": len(schedule),
         "zero_terminal_snr": bool(schedule[-1] < 1e-6),
         "resolution": folder.native_resolution,
+        "renders_encoded_at": folder.native_resolution,
         "latent_shape": [folder.latent_channels, side, side],
     }
 
@@ -67,24 +70,15 @@ def sample(
 
 
 def _component(folder: PipelineFolder, name: str) -> dict[str, Any]:
-    files = folder.weights.get(name, ())
-    parameters, dtypes = 0, set()
-    for file in files:
-        try:
-            with safe_open(file, "pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 - not a dict, and not iterable
-                    part = tensors.get_slice(key)
-                    if part.get_dtype().startswith(("F", "BF")):  # position ids and other integers are no parameters
-                        parameters += math.prod(part.get_shape())
-                        dtypes.add(part.get_dtype())
-        except SafetensorError as error:
-            raise PriorError(f"{file} cannot be read ({error}); fetch or save the pipeline again") from error
+    weights = folder.weights.get(name, Weights({}))
+    # Position ids and other integers are no parameters.
+    floats = [header for header in weights.headers.values() if header.dtype.startswith(("F", "BF"))]
     named = folder.index.get(name)
     return {
         "class": folder.configs[name].get("_class_name") or (named[1] if isinstance(named, list) else None),
-        "parameters": parameters,
-        "bytes": sum(file.stat().st_size for file in files),
-        "dtype": "+".join(sorted(dtypes)) or None,
+        "parameters": sum(math.prod(header.shape) for header in floats),
+        "bytes": weights.num_bytes,
+        "dtype": "+".join(sorted({header.dtype for header in floats})) or None,
     }
 
 

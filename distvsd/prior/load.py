@@ -12,10 +12,12 @@ from distvsd.errors import PriorError
 from distvsd.prior.autoencoder import Codec, VaeCodec
 from distvsd.prior.codec import PatchCodec
 from distvsd.prior.components import load_model, quiet
+from distvsd.prior.files import shown
 from distvsd.prior.folder import PipelineFolder, open_folder
 from distvsd.prior.pipeline import Pipeline
 from distvsd.prior.prompts import PromptTable
-from distvsd.prior.text import encode_texts
+from distvsd.prior.settings import foreign
+from distvsd.prior.text import attended_widths, encode_texts
 from distvsd.vsd.diffusion import PredictionType
 
 
@@ -39,6 +41,7 @@ def load_prior(
     configurations tell.
     """
     folder = open_folder(path)
+    folder.check_weights()
     place = torch.device(device)
     precision: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     scheduler = build_scheduler(folder)
@@ -59,26 +62,22 @@ def build_scheduler(folder: PipelineFolder) -> Any:
     """The scheduler, of the diffusers class its configuration names; it has the schedule `alphas_cumprod` `[T]`."""
     import diffusers
 
-    config = folder.configs["scheduler"]
-    name = str(config.get("_class_name"))
-    scheduler_class = getattr(diffusers, name, None)
-    if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, diffusers.SchedulerMixin)):
-        raise PriorError(
-            f"{folder.path}/scheduler/scheduler_config.json names the scheduler {name!r}, which diffusers "
-            f"{diffusers.__version__} does not have; name one of its own, such as DDIMScheduler"
-        )
-    try:
-        with quiet():
-            scheduler: Any = scheduler_class.from_config(dict(config))  # type: ignore[attr-defined]
-    except (ValueError, TypeError, NotImplementedError) as error:
-        raise PriorError(f"{folder.path}/scheduler cannot be built as a {name}: {error}") from error
+    name = str(folder.configs["scheduler"].get("_class_name"))
+    with foreign(f"{folder.path}/scheduler cannot be built as a {shown(name)}"), quiet():
+        scheduler_class = getattr(diffusers, name, None)
+        if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, diffusers.SchedulerMixin)):
+            raise PriorError(
+                f"{folder.path}/scheduler/scheduler_config.json names the scheduler {shown(name)}, which diffusers "
+                f"{diffusers.__version__} does not have; name one of its own, such as DDIMScheduler"
+            )
+        scheduler: Any = scheduler_class.from_config(folder.settings("scheduler"))  # type: ignore[attr-defined]
     schedule = getattr(scheduler, "alphas_cumprod", None)
     if not isinstance(schedule, Tensor):
         raise PriorError(
             f"the scheduler of {folder.path} is a {name}, which has no alphas_cumprod: models trained by flow matching "
             "are not supported"
         )
-    if not bool(((schedule >= 0) & (schedule <= 1)).all()):
+    if schedule.ndim != 1 or not bool(((schedule >= 0) & (schedule <= 1)).all()):
         raise PriorError(f"the schedule of {folder.path} (alphas_cumprod) leaves [0, 1]; check scheduler_config.json")
     return scheduler
 
@@ -98,7 +97,17 @@ def prediction_type_of(scheduler: Any, folder: PipelineFolder) -> PredictionType
 def _load_unet(folder: PipelineFolder, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
     from diffusers import UNet2DConditionModel
 
-    return load_model(folder, "unet", UNet2DConditionModel, dtype, device)
+    # The fewest latent pixels of which its deepest level still has several, as in training.
+    side = min(folder.native_resolution // folder.downscale, 2 ** len(folder.configs["unet"]["block_out_channels"]))
+
+    def predict(unet: torch.nn.Module) -> None:
+        like = next(unet.parameters())
+        noisy = like.new_zeros(1, folder.latent_channels, side, side)
+        text = like.new_zeros(1, 2, min(attended_widths(folder)))
+        output = unet(noisy, like.new_zeros(1, dtype=torch.int64), encoder_hidden_states=text).sample
+        _check_shape("unet", folder, output, noisy)
+
+    return load_model(folder, "unet", UNet2DConditionModel, dtype, device, predict)
 
 
 def _load_codec(folder: PipelineFolder, dtype: torch.dtype, device: torch.device) -> Codec:
@@ -109,4 +118,18 @@ def _load_codec(folder: PipelineFolder, dtype: torch.dtype, device: torch.device
         )
     from diffusers import AutoencoderKL
 
-    return VaeCodec(load_model(folder, "vae", AutoencoderKL, dtype, device))
+    def there_and_back(vae: torch.nn.Module) -> None:
+        codec, like, side = VaeCodec(vae), next(vae.parameters()), 2 * folder.downscale
+        latents, images = like.new_zeros(1, folder.latent_channels, 2, 2), like.new_zeros(1, 3, side, side)
+        _check_shape("vae", folder, codec.encode(images), latents)
+        _check_shape("vae", folder, codec.decode(latents), images)
+
+    return VaeCodec(load_model(folder, "vae", AutoencoderKL, dtype, device, there_and_back))
+
+
+def _check_shape(component: str, folder: PipelineFolder, found: Tensor, wanted: Tensor) -> None:
+    if found.shape != wanted.shape:
+        raise PriorError(
+            f"the {component} in {folder.path} returns the shape {tuple(found.shape)} where its configuration promises "
+            f"{tuple(wanted.shape)}; fetch or save the pipeline again"
+        )

@@ -11,7 +11,9 @@ from torch import Tensor
 from distvsd.errors import PriorError
 from distvsd.prior.autoencoder import Codec
 from distvsd.prior.folder import PipelineFolder
+from distvsd.prior.identity import Identity
 from distvsd.prior.prompts import PromptTable
+from distvsd.prior.resize import resized
 from distvsd.vsd.diffusion import PredictionType, to_eps
 from distvsd.vsd.samples import slices
 
@@ -43,7 +45,7 @@ class Pipeline:
         self.micro_batch = micro_batch
         self.dtype, self.device = next(unet.parameters()).dtype, device
         self.alphas_cumprod: Tensor = scheduler.alphas_cumprod.to(self.device, torch.float32)
-        self._identity: str | None = None
+        self._identity = Identity(folder)
 
     @property
     def num_timesteps(self) -> int:
@@ -64,11 +66,14 @@ class Pipeline:
             )
         return self.folder.latent_channels, side, side
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor, edge: int | None = None) -> Tensor:
         """Images `[N, 3, H, W]` in [0, 1] to latents `[N, C, h, w]` float32; deterministic, differentiable to images.
 
-        H and W are multiples of a latent pixel. No gradient is kept for anything but the images.
+        edge: the pixels a side to which they are resized first. H and W, or edge, are multiples of a latent pixel. No
+        gradient is kept for anything but the images.
         """
+        if edge is not None:
+            images = resized(images, edge)
         if len(images) == 0:
             shape = (size // self.folder.downscale for size in images.shape[2:])
             return images.new_zeros((0, self.folder.latent_channels, *shape), dtype=torch.float32)
@@ -147,7 +152,9 @@ class Pipeline:
         return torch.tensor(self.texts.ids_of(texts) if texts else [int(prompt) for prompt in prompts])
 
     def identity(self) -> str:
-        """SHA-256 over the pipeline's configurations and weight files; the first call reads them all."""
-        if self._identity is None:
-            self._identity = self.folder.identity()
-        return self._identity
+        """A hash of everything the prior is made of, `v2:` and 64 hex digits; the first call reads all files."""
+        return self._identity.current()
+
+    def is_identified_by(self, stored: str) -> bool:
+        """Whether an identity in a checkpoint, also of one written by an older version, is that of this prior."""
+        return self._identity.fits(stored)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from distvsd.errors import PriorError
+from distvsd.prior.components import quiet
+from distvsd.prior.settings import foreign
 from distvsd.vsd.rng import Purpose, generator, normal
 
 if TYPE_CHECKING:
@@ -49,15 +52,24 @@ def ancestral(
 def _denoise(
     prior: Pipeline, noise: Tensor, text: Tensor, guidance_scale: float, steps: int, draws: list[torch.Generator]
 ) -> Tensor:
-    scheduler: Any = type(prior.scheduler).from_config(prior.scheduler.config)
-    scheduler.set_timesteps(steps, device=prior.device)
-    # Schedulers that add no noise of their own take no generator.
-    extra = {"generator": draws} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    latents: Tensor = noise * scheduler.init_noise_sigma
-    for timestep in scheduler.timesteps:
-        scaled = scheduler.scale_model_input(latents, timestep)
+    def library() -> AbstractContextManager[None]:
+        """Around what the scheduler does, and not around the network: a wrong configuration may show only here."""
+        what = f"the {type(prior.scheduler).__name__} of {prior.folder.path} cannot draw in {steps} steps"
+        return foreign(what, "try another number of steps, and check scheduler_config.json")
+
+    with library(), quiet():
+        scheduler: Any = type(prior.scheduler).from_config(prior.scheduler.config)
+        scheduler.set_timesteps(steps, device=prior.device)
+        # Schedulers that add no noise of their own take no generator.
+        extra = {"generator": draws} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        latents: Tensor = noise * scheduler.init_noise_sigma
+        timesteps = list(scheduler.timesteps)
+    for timestep in timesteps:
+        with library():
+            scaled = scheduler.scale_model_input(latents, timestep)
         output = prior.guided_output(scaled, timestep.expand(len(latents)), text, guidance_scale)
-        latents = scheduler.step(output, timestep, latents, **extra).prev_sample
+        with library():
+            latents = scheduler.step(output, timestep, latents, **extra).prev_sample
     return latents
 
 

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from distvsd.errors import PriorError
-from distvsd.prior.components import load_model, quiet
+from distvsd.prior.components import load_model, load_tokenizer, quiet
+from distvsd.prior.files import shown
 from distvsd.prior.folder import PipelineFolder
+from distvsd.prior.settings import foreign
 
 _BATCH = 64  # texts a call of the encoder
+_MAX_LENGTH = 4096  # tokens of a text
 
 
 @torch.no_grad()
@@ -23,16 +26,17 @@ def encode_texts(folder: PipelineFolder, texts: Sequence[str], dtype: torch.dtyp
     The encoder runs in float32 whatever `dtype`, and nothing holds it afterwards. Warns of every text that is cut.
     Raises PriorError where the encoder cannot be loaded or its width is not what the UNet attends to.
     """
-    tokenizer = _load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     encoder = _load_encoder(folder, device)
-    length = _length(tokenizer, encoder)
-    with quiet():
+    with quiet(), foreign(f"the text encoder of {folder.path} cannot encode with its tokenizer"):
+        length = _length(tokenizer, encoder, folder)
         _warn_of_cut(tokenizer, texts, length)
         parts = [
-            _encode(encoder, tokenizer, list(texts[first : first + _BATCH]), length)
+            _encode(encoder, tokenizer, list(texts[first : first + _BATCH]), length, folder)
             for first in range(0, len(texts), _BATCH)
         ]
-    embeddings = torch.cat(parts).to(dtype)
+        embeddings = torch.cat(parts).to(dtype)
+        _check_shape(embeddings, folder)
     if not bool(torch.isfinite(embeddings).all()):
         raise PriorError(
             f"the text encoder of {folder.path} gives values that are not finite in {dtype}; try prior.dtype=float32"
@@ -40,8 +44,15 @@ def encode_texts(folder: PipelineFolder, texts: Sequence[str], dtype: torch.dtyp
     return embeddings
 
 
-def _encode(encoder: Any, tokenizer: Any, texts: list[str], length: int) -> Tensor:
+def _encode(encoder: Any, tokenizer: Any, texts: list[str], length: int, folder: PipelineFolder) -> Tensor:
     batch = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    known, highest = encoder.get_input_embeddings().num_embeddings, int(batch.input_ids.max())
+    # Here, and not in the encoder: on a GPU a number without a row ends the process.
+    if int(batch.input_ids.min()) < 0 or highest >= known:
+        raise PriorError(
+            f"the tokenizer of {folder.path} gives a token the number {highest}, but the text encoder knows {known} "
+            "tokens; they are from different models"
+        )
     ids = batch.input_ids.to(encoder.device)
     # Most pipelines let the encoder attend to the padding too; the few that do not say so in its configuration.
     masked = getattr(encoder.config, "use_attention_mask", False)
@@ -50,31 +61,19 @@ def _encode(encoder: Any, tokenizer: Any, texts: list[str], length: int) -> Tens
     return output.last_hidden_state  # type: ignore[no-any-return]
 
 
-def _load_tokenizer(folder: PipelineFolder) -> Any:
-    from transformers import AutoTokenizer
-
-    path = folder.path / "tokenizer"
-    try:
-        with quiet():
-            return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PriorError(
-            f"the tokenizer in {path} cannot be loaded: {error}; fetch or save the pipeline again"
-        ) from error
-
-
 def _load_encoder(folder: PipelineFolder, device: torch.device) -> Any:
     import transformers
 
-    library, name = folder.index.get("text_encoder", (None, None))
-    model_class = getattr(transformers, str(name), None) if library == "transformers" else None
+    name = folder.text_encoder_class
+    with foreign(f"transformers {transformers.__version__} cannot import the text encoder of {folder.path}"):
+        model_class = getattr(transformers, name, None)
     if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
         raise PriorError(
-            f"the text encoder of {folder.path} is {library}.{name} by its model_index.json; known are the text "
-            "encoders of transformers, as CLIPTextModel and CLIPTextModelWithProjection"
+            f"the text encoder of {folder.path} is transformers.{shown(name)} by its model_index.json; known are the "
+            "text encoders of transformers, as CLIPTextModel and CLIPTextModelWithProjection"
         )
     encoder = load_model(folder, "text_encoder", model_class, torch.float32, device)
-    width, attended = getattr(encoder.config, "hidden_size", None), _attended_widths(folder)
+    width, attended = getattr(encoder.config, "hidden_size", None), attended_widths(folder)
     if attended != {width}:
         raise PriorError(
             f"the UNet of {folder.path} attends to texts of width {', '.join(map(str, sorted(attended)))} "
@@ -84,15 +83,34 @@ def _load_encoder(folder: PipelineFolder, device: torch.device) -> Any:
     return encoder
 
 
-def _attended_widths(folder: PipelineFolder) -> set[int]:
+def _check_shape(embeddings: Tensor, folder: PipelineFolder) -> None:
+    if embeddings.ndim != 3 or {embeddings.shape[2]} != attended_widths(folder):
+        raise PriorError(
+            f"the text encoder of {folder.path} gives texts of shape {tuple(embeddings.shape[1:])}, which its UNet "
+            f"cannot attend to; it attends to width {', '.join(map(str, attended_widths(folder)))}"
+        )
+
+
+def attended_widths(folder: PipelineFolder) -> set[int]:
     width = folder.configs["unet"].get("cross_attention_dim", 1280)
     return set(width) if isinstance(width, list) else {width}
 
 
-def _length(tokenizer: Any, encoder: Any) -> int:
+def _length(tokenizer: Any, encoder: Any, folder: PipelineFolder) -> int:
     """Tokens a text is padded or cut to; a tokenizer without a length of its own reports a very large one."""
-    longest = getattr(encoder.config, "max_position_embeddings", None)
-    return min(tokenizer.model_max_length, longest) if longest else int(tokenizer.model_max_length)
+    if tokenizer.pad_token_id is None:
+        raise PriorError(
+            f"the tokenizer in {folder.path / 'tokenizer'} has no token to pad with; name one as pad_token in "
+            "tokenizer_config.json, the one the text encoder was trained with"
+        )
+    lengths = [tokenizer.model_max_length, getattr(encoder.config, "max_position_embeddings", None)]
+    shortest = min(length for length in lengths if length is not None)
+    if not 1 <= shortest <= _MAX_LENGTH:
+        raise PriorError(
+            f"the tokenizer of {folder.path} gives texts a length of {shown(shortest)} tokens; allowed: 1 to "
+            f"{_MAX_LENGTH}, by model_max_length in tokenizer_config.json"
+        )
+    return int(shortest)
 
 
 def _warn_of_cut(tokenizer: Any, texts: Sequence[str], length: int) -> None:

@@ -8,16 +8,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
-from distvsd.errors import RankError
+from distvsd.errors import RankError, RunError
+from distvsd.runtime import inside
+from distvsd.runtime.peers import Peers
 from distvsd.runtime.process import is_from_here, may_live, process_state, system_id
 
 _POLL_S: Final = 0.1
@@ -27,11 +29,12 @@ _RECORD_BYTES: Final = 8192
 # A record that is being written over may be read half old and half new.
 _READS: Final = 5
 _REREAD_S: Final = 0.02
+_FILE: Final = re.compile(r"rank-\d+\.json", re.ASCII)
 _MAX_HOSTS: Final = 16  # that one message names
 
 
 @dataclass(frozen=True)
-class _Beat:
+class Beat:
     """One rank's file, as read."""
 
     rank: int
@@ -48,6 +51,9 @@ class _Beat:
     def place(self) -> tuple[int, str]:
         return self.round, self.phase
 
+    def is_lost(self) -> bool:
+        return not self.ended and self.process() in ("gone", "stopped")
+
     def process(self) -> str:
         """What is known of the process: "gone", "stopped", "exists", or "" where it cannot be seen from here."""
         name = f"{self.host}:{self.pid}:{self.start}:{self.system}".rstrip(":")
@@ -62,16 +68,22 @@ class _Beat:
         return f"rank {self.rank} ({where}, last seen in phase {self.phase!r} of round {self.round})"
 
 
+def forget_ranks(folder: Path) -> None:
+    """Deletes what the ranks of an earlier start have left there; for the holder of the run's lock, before any rank of
+    this start beats."""
+    with contextlib.suppress(RunError):
+        for name in inside.names(folder.parent, folder.name):
+            if _FILE.fullmatch(name):
+                inside.delete(folder.parent, f"{folder.name}/{name}")
+
+
 class Heartbeat:
     """One rank's sign of life while entered, `RUN/heartbeats/rank-00003.json`; a daemon thread writes it.
 
     The file holds rank, host, pid, start (of the process, in ticks since boot), system (see `system_id`), round, phase,
     beats (a count) and, once the block was left by an error, `ended`. Left without an error it is deleted. It is
-    written over in place, which takes no space: a rank beats on when the disk is full. Nothing here raises: a full disk
-    must not end a run. Under a launcher (WORLD_SIZE above 1 in the environment) the thread also watches the parent:
-    once the launcher has died, `on_orphan` is called, on that thread, and a process that then gets nowhere for
-    `grace_s`, or for as long as it has told `at`, ends with code 1, so that no device stays taken by processes that
-    nobody can stop.
+    written over in place, which takes no space: a rank beats on when the disk is full. A full disk must not end a run,
+    and raises nothing here.
     """
 
     def __init__(
@@ -79,27 +91,25 @@ class Heartbeat:
         folder: Path,
         rank: int,
         size: int,
-        on_orphan: Callable[[], None],
+        timeout_s: float = 120.0,
         interval_s: float = 1.0,
         grace_s: float = 120.0,
     ) -> None:
-        """folder: on a disk that all ranks share."""
-        self._folder, self._rank, self._size = folder, rank, size
-        self._on_orphan, self._interval_s, self._grace_s = on_orphan, interval_s, grace_s
+        """folder: on a disk that all ranks share. timeout_s: see `refuse_lost`. grace_s: see `is_stuck`."""
+        self._root, self._folder, self._rank, self._size = folder.parent, folder, rank, size
+        self._interval_s, self._grace_s = interval_s, grace_s
         self._place: tuple[int, str] = (0, "start")
         self._arrived, self._patience_s = time.monotonic(), grace_s
         self._beats, self._ended = 0, ""
-        self._parent = os.getppid() if os.environ.get("WORLD_SIZE", "1") not in ("", "1") else None
-        self._orphan_since: float | None = None
+        self._written = self._looked = 0
+        self._peers = Peers(rank, size, timeout_s)
         self._leaving = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def __enter__(self) -> Heartbeat:
-        with contextlib.suppress(OSError):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            for left_over in self._folder.glob("rank-*.json") if self._rank == 0 else ():
-                if left_over not in map(self._path, range(self._size)):  # a run on more ranks before this one
-                    left_over.unlink()
+        with contextlib.suppress(OSError, RunError):
+            self._root.mkdir(parents=True, exist_ok=True)
+            inside.make_folder(self._root, self._folder.name)
         self._write()
         self._thread.start()
         return self
@@ -110,8 +120,8 @@ class Heartbeat:
         self._leaving.set()
         self._thread.join(self._interval_s)  # it may hang on a disk that does not answer; leave it to its daemon's end
         if value is None:
-            with contextlib.suppress(OSError):
-                self._path(self._rank).unlink()
+            with contextlib.suppress(OSError, RunError):
+                inside.delete(self._root, self._name(self._rank))
                 self._folder.rmdir()  # fails until the last rank leaves
             return
         # A lost peer is the consequence of what another rank's file tells.
@@ -121,10 +131,26 @@ class Heartbeat:
     def at(self, round: int, phase: str, takes_s: float = 0.0) -> None:
         """Where this rank is from now on. Cheap: nothing is written before the next beat.
 
-        takes_s: how long it may be there, if that is longer than the grace of an orphan.
+        takes_s: how long it may be there, if that is longer than the grace of `is_stuck`.
         """
         self._place = round, phase
         self._arrived, self._patience_s = time.monotonic(), max(self._grace_s, takes_s)
+
+    def is_stuck(self, since: float) -> bool:
+        """Whether this rank has been in one place for longer than its grace, or than it has told `at`; counted from
+        `since` (`time.monotonic`) at the earliest. May be called from any thread."""
+        return time.monotonic() - max(since, self._arrived) > self._patience_s
+
+    def refuse_lost(self) -> None:
+        """For a rank that waits for the others for long: called again and again, it raises RankError once one of them
+        is lost (`Peers`), and `silent` says which one. Cheap: it looks after each beat of this rank."""
+        if self._looked != self._written:
+            self._looked = self._written
+            if self._peers.is_one_lost(self._read, self._written * self._interval_s):
+                raise RankError(
+                    f"rank {self._rank} of {self._size} gave up waiting: another rank has ended, or gives no sign of "
+                    "life any more"
+                )
 
     def silent(self, wait_s: float = 3.0) -> str:
         """Which ranks do not beat any more, in one sentence; "" if all do and all are at the same place.
@@ -137,7 +163,7 @@ class Heartbeat:
         self._write()  # so that the others see at once where this rank waits
         others = [rank for rank in range(self._size) if rank != self._rank]
         before = {rank: self._read(rank) for rank in others}
-        if any(beat is not None and _is_plainly_lost(beat) for beat in before.values()):
+        if any(beat is not None and beat.is_lost() for beat in before.values()):
             before = {}  # the others had no time to beat again, and are not judged by it
         else:
             time.sleep(wait_s)
@@ -146,7 +172,7 @@ class Heartbeat:
         found = [text for text in lost if text] or self._elsewhere(after) or _apart(after)
         return "; ".join(found)
 
-    def _elsewhere(self, beats: dict[int, _Beat | None]) -> list[str]:
+    def _elsewhere(self, beats: dict[int, Beat | None]) -> list[str]:
         round, phase = self._place
         return [
             f"{beat} still beats while this rank waits in phase {phase!r} of round {round}"
@@ -160,23 +186,9 @@ class Heartbeat:
             if time.monotonic() >= next_beat:
                 self._write()
                 next_beat = time.monotonic() + self._interval_s
-            self._watch_parent()
 
-    def _watch_parent(self) -> None:
-        if self._parent is None or os.getppid() == self._parent:
-            return
-        now = time.monotonic()
-        if self._orphan_since is None:
-            self._orphan_since = now
-            self._on_orphan()
-        elif now - max(self._orphan_since, self._arrived) > self._patience_s:
-            text = f"rank {self._rank}: its launcher died {now - self._orphan_since:.0f} s ago; ending\n"
-            with contextlib.suppress(OSError):
-                os.write(2, text.encode())
-            os._exit(1)
-
-    def _path(self, rank: int) -> Path:
-        return self._folder / f"rank-{rank:05d}.json"
+    def _name(self, rank: int) -> str:
+        return f"{self._folder.name}/rank-{rank:05d}.json"
 
     def _write(self) -> None:
         round, phase = self._place
@@ -192,27 +204,42 @@ class Heartbeat:
             "ended": self._ended,
             "system": system_id(),
         }
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, RunError):
             # Closed after every beat: network file systems show others what was written by then.
-            handle = os.open(self._path(self._rank), os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            handle = inside.open_file(self._root, self._name(self._rank))
             try:
                 os.pwrite(handle, json.dumps(record).encode().ljust(_RECORD_BYTES), 0)
+                self._written += 1
             finally:
                 os.close(handle)
 
-    def _read(self, rank: int) -> _Beat | None:
+    def _read(self, rank: int) -> Beat | None:
         """None where the file is missing or is not one of ours. Waits a moment for one that is being written."""
         for _ in range(_READS):
             try:
-                return _Beat(**json.loads(self._path(rank).read_text(encoding="utf-8")))
-            except OSError:
+                content = inside.read(self._root, self._name(rank))
+            except RunError:
                 return None
-            except (ValueError, TypeError):
-                time.sleep(_REREAD_S)
+            if content is None:
+                return None
+            if beat := _parsed(content):
+                return beat
+            time.sleep(_REREAD_S)
         return None
 
 
-def _apart(beats: dict[int, _Beat | None]) -> list[str]:
+def _parsed(content: bytes) -> Beat | None:
+    """None for what is not a whole record."""
+    try:
+        beat = Beat(**json.loads(content))
+    except (ValueError, TypeError, RecursionError):
+        return None
+    # The annotations are the names of the types, see the import of `annotations`.
+    kinds = {field.name: field.type for field in fields(Beat)}
+    return beat if all(type(value).__name__ == kinds[name] for name, value in vars(beat).items()) else None
+
+
+def _apart(beats: dict[int, Beat | None]) -> list[str]:
     """What is left where no rank is lost and all wait for each other."""
     hosts = sorted({socket.gethostname(), *(beat.host for beat in beats.values() if beat is not None)})
     if len(hosts) == 1:
@@ -221,11 +248,7 @@ def _apart(beats: dict[int, _Beat | None]) -> list[str]:
     return [f"no rank is lost, so the network between hosts {named} is cut, or slower than parallel.timeout_s"]
 
 
-def _is_plainly_lost(beat: _Beat) -> bool:
-    return not beat.ended and beat.process() in ("gone", "stopped")
-
-
-def _describe(rank: int, before: _Beat | None, after: _Beat | None) -> str:
+def _describe(rank: int, before: Beat | None, after: Beat | None) -> str:
     """Why a rank counts as lost, "" if it does not. Without `before` nothing is concluded from a count."""
     if after is None:
         return f"rank {rank} left no sign of life (it has no heartbeat file: it ended, or never began)"

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from distvsd.errors import RunError
+from distvsd.runtime import inside
 from distvsd.testing.faults import fault
 
 _log = logging.getLogger("distvsd")
@@ -29,12 +30,13 @@ class JsonLines:
         """Opens the file, made if missing. keep_bytes: what a resumed checkpoint counted; the rest was written after it
         by the run that died, will be written again, and is cut off. None keeps every whole line. Raises RunError."""
         self._path, self.dropped = path, 0
+        # Not opened for appending: after a cut the position has to be the cut.
+        self._handle = inside.open_file(path.parent, path.name)
         try:
-            # Not O_APPEND: after a cut the position has to be the cut.
-            self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             self.bytes = self._cut(keep_bytes)
         except OSError as error:
-            raise RunError(f"{path} cannot be opened for writing ({error}); choose another run.dir") from error
+            os.close(self._handle)
+            raise RunError(f"{path} cannot be written to ({error}); choose another run.dir") from error
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Writes one line. Numbers that are not finite become null. Raises RunError for what is not JSON."""
@@ -76,14 +78,16 @@ class JsonLines:
         keep = size if keep_bytes is None else min(keep_bytes, size)
         if keep_bytes is not None and size < keep_bytes:
             _log.warning("%s has %d bytes and the checkpoint counted %d: lines were lost", self._path, size, keep_bytes)
-        # What a write left of a line when the power went; no line of ours is longer than this.
-        tail = os.pread(self._handle, min(keep, _LONGEST), keep - min(keep, _LONGEST))
-        keep -= len(tail) - (tail.rfind(b"\n") + 1)
+        end = 0
+        while keep and not end:  # what a write left of a line when the power went, however long
+            start = max(0, keep - _PART)
+            end = os.pread(self._handle, keep - start, start).rfind(b"\n") + 1
+            keep = start + end
         os.ftruncate(self._handle, keep)
         return keep
 
 
-_LONGEST = 2**20
+_PART = 2**20
 
 
 def _finite(value: Any) -> Any:

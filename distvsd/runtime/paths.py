@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Literal
 
 from distvsd.errors import RunError
+from distvsd.runtime import inside
 from distvsd.runtime.process import is_from_here, may_live, process_name
 
 Resume = Literal["auto", "must", "never"]
@@ -74,26 +75,49 @@ class RunPaths:
     def evaluation(self) -> Path:
         return self.root / "evaluation.json"
 
+    @property
+    def wandb(self) -> Path:
+        return self.root / "wandb"
+
     def create(self) -> None:
-        """Makes the directory where it is missing and proves that it can be written to. Raises RunError."""
-        probe = self.root / f".probe-{uuid.uuid4().hex}"
+        """Makes the directory where it is missing, proves that it can be written to, and looks at what has the names of
+        a run. Raises RunError."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            probe.touch(exist_ok=False)
-            probe.unlink()
         except (FileExistsError, NotADirectoryError) as error:
             raise RunError(f"run.dir {self.root} cannot be a directory: {error.filename} is a file") from error
         except (OSError, ValueError) as error:
             raise RunError(f"run.dir {self.root} cannot be written to ({error}); choose another run.dir") from error
+        self.prove_writable()
+        for file in (self.status, self.config, self.metrics, self.health, self.lock, self.evaluation):
+            inside.expect_file(self.root, file.name)
+        for folder in (self.heartbeats, self.checkpoints, self.renders, self.exports, self.gallery, self.wandb):
+            inside.expect_folder(self.root, folder.name)
+        for name in inside.names(self.root, self.heartbeats.name):
+            inside.expect_file(self.root, f"{self.heartbeats.name}/{name}")
+
+    def prove_writable(self) -> None:
+        """Raises RunError where no file can be made in the directory."""
+        probe = self.root / f".probe-{uuid.uuid4().hex}"
+        try:
+            probe.touch(exist_ok=False)
+            probe.unlink()
+        except OSError as error:
+            raise RunError(f"run.dir {self.root} cannot be written to ({error}); choose another run.dir") from error
 
     def previous_config(self) -> str | None:
         """The configuration the directory was used with before, None for a fresh one. Raises RunError."""
+        data = inside.read(self.root, self.config.name)
         try:
-            return self.config.read_text(encoding="utf-8")
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except (OSError, UnicodeDecodeError) as error:
-            raise RunError(f"{self.config} cannot be read ({error}); restore it, or choose another run.dir") from error
+            return None if data is None else data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise RunError(f"{self.config} is not UTF-8 ({error}); restore it, or choose another run.dir") from error
+
+    def known_config(self) -> Path:
+        """config.yaml, after a look at it. Raises RunError where there is none: the directory is no run."""
+        if self.previous_config() is None:
+            raise RunError(f"{self.root} is not a run: it has no config.yaml; give the run.dir of a training")
+        return self.config
 
     def claim(self, config: str, resume: Resume, differences: Sequence[str] | None = None) -> None:
         """Makes sure that the directory belongs to this run, and writes config.yaml into a fresh one; a changed one is
@@ -116,12 +140,12 @@ class RunPaths:
                     f"run.dir, or continue that run with the new values by --resume must"
                 )
         if before is None:
-            write_atomically(self.config, config)
+            inside.write(self.root, self.config.name, config)
 
     def adopt(self, config: str) -> None:
         """Writes config.yaml if it says something else. Raises RunError."""
         if self.previous_config() != config:
-            write_atomically(self.config, config)
+            inside.write(self.root, self.config.name, config)
 
 
 class RunLock:
@@ -148,6 +172,7 @@ class RunLock:
 
     def acquire(self) -> None:
         """Takes the lock or raises RunError with the name of its holder."""
+        inside.expect_file(self._path.parent, self._path.name)
         try:
             for attempt in range(_ATTEMPTS):
                 if self._try(empty_is_free=attempt == _ATTEMPTS - 1):
@@ -159,8 +184,8 @@ class RunLock:
 
     def release(self) -> None:
         """Gives the lock back if this process still holds it."""
-        with contextlib.suppress(OSError):
-            if self._path.read_text(encoding="utf-8") == process_name():
+        with contextlib.suppress(OSError, RunError):
+            if inside.read(self._path.parent, self._path.name) == process_name().encode():
                 self._path.unlink()
 
     def _try(self, empty_is_free: bool) -> bool:
@@ -210,23 +235,6 @@ class RunLock:
         return True
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file in one step: a reader, or a power cut, finds the old text or the new. Raises RunError."""
-    staged = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-    try:
-        with staged.open("x", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        staged.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            staged.unlink()
-        raise RunError(
-            f"{path} cannot be written ({error}); free space or mend the permissions of its folder"
-        ) from error
-
-
 def _changed_lines(before: str, after: str) -> list[str]:
     lines = difflib.ndiff(before.splitlines(), after.splitlines())
     return [f"{'was' if line[0] == '-' else 'is'} {line[2:].strip()}" for line in lines if line[0] in "-+"]
@@ -234,15 +242,15 @@ def _changed_lines(before: str, after: str) -> list[str]:
 
 def _contents(folder: Path) -> dict[str, bytes]:
     found = {}
-    for path in folder.glob("*.json"):
-        with contextlib.suppress(OSError):
-            found[path.name] = path.read_bytes()
+    for name in inside.names(folder.parent, folder.name):
+        with contextlib.suppress(RunError):
+            found[name] = inside.read(folder.parent, f"{folder.name}/{name}") or b""
     return found
 
 
 def _is_at(handle: int, path: Path) -> bool:
     """Whether an open file still is the one at this path."""
     try:
-        return os.path.samestat(os.fstat(handle), path.stat())
+        return os.path.samestat(os.fstat(handle), path.lstat())
     except FileNotFoundError:
         return False

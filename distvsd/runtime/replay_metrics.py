@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from distvsd.errors import RunError
+from distvsd.runtime import inside
 from distvsd.runtime.paths import RunPaths
 from distvsd.runtime.tracker import Limits, Mode, Tracker, open_tracker
 
 # Shares by head (colour, shape, ...): a sweep needs one number, so their mean has the name itself.
 SHARES = ("label_accuracy", "view_accuracy")
+DEEPEST = 16  # levels of lists and objects in what is read; what a run writes has four
 
 
 def replay(
@@ -32,18 +34,21 @@ def replay(
     Round by round: metrics.jsonl and the pictures of that round. Then, one step later: the last pictures, a table of
     the particles with their health and labels, and the numbers of evaluation.json as `evaluation/...` in the summary.
     results_only: the latter alone, for a run that was tracked while it trained. It is the same run in wandb: its id is
-    in RUN/wandb.json, and lines it has already are skipped there. Raises RunError for a folder that is no run, or where
-    wandb took nothing.
+    in RUN/wandb.json, and lines it has already are skipped there. Raises RunError for a folder that is no run, for
+    files that are damaged, before anything is sent, or where wandb took nothing.
     """
     paths = RunPaths(run_dir)
-    lines = list(_lines(paths.metrics))
+    lines = list(_lines(paths.metrics, "round"))
     if not lines:
         raise RunError(f"{paths.metrics} has no line; give the directory of a run that has trained")
-    pictures = _pictures(paths.renders)
+    events = list(_lines(paths.health, "round", "particle"))
+    evaluation = _evaluation(paths.evaluation)
+    pictures = _pictures(paths)
     room = Limits(queue=len(lines) + len(pictures) + 8)  # for everything: nothing is dropped for being quick
     tracker = open_tracker(mode, run_dir, project, name, group, config, note, room)
     sent = 0 if results_only else _send_rounds(tracker, lines, pictures)
-    sent += _send_results(tracker, paths, pictures.get(None, []), int(lines[-1]["round"]) + 1)
+    rows = particle_rows(evaluation.get("particles_detail", []), events)
+    sent += _send_results(tracker, rows, summary_of(evaluation), pictures.get(None, []), lines[-1]["round"] + 1)
     tracker.close(timeout_s)
     if tracker.run_id is None or tracker.dropped >= sent:
         raise RunError(f"wandb took nothing of {run_dir}; see the messages above, and {run_dir / 'wandb/console.log'}")
@@ -52,7 +57,7 @@ def replay(
 
 def _send_rounds(tracker: Tracker, lines: list[dict[str, Any]], pictures: dict[int | None, list[Path]]) -> int:
     """Every round with a line or a picture, in order, because wandb takes no step back."""
-    records = {int(line["round"]): line for line in lines}
+    records = {line["round"]: line for line in lines}
     sent = 0
     for round in sorted(records.keys() | {round for round in pictures if round is not None}):
         if round in records:
@@ -64,18 +69,17 @@ def _send_rounds(tracker: Tracker, lines: list[dict[str, Any]], pictures: dict[i
     return sent
 
 
-def _send_results(tracker: Tracker, paths: RunPaths, pictures: list[Path], round: int) -> int:
-    evaluation: dict[str, Any] = {}
-    if paths.evaluation.is_file():
-        evaluation = _json(paths.evaluation.read_text(encoding="utf-8"), paths.evaluation)
+def _send_results(
+    tracker: Tracker, rows: list[dict[str, Any]], numbers: dict[str, float], pictures: list[Path], round: int
+) -> int:
     sent = 0
     if pictures:
         tracker.images(pictures, round)
         sent += 1
-    if rows := particle_rows(evaluation.get("particles_detail", []), list(_lines(paths.health))):
+    if rows:
         tracker.particles(rows, round)
         sent += 1
-    if numbers := summary_of(evaluation):
+    if numbers:
         tracker.summary(numbers)
         sent += 1
     return sent
@@ -88,14 +92,14 @@ def particle_rows(details: list[dict[str, Any]], events: list[dict[str, Any]]) -
     """
     rows: dict[int, dict[str, Any]] = {}
     for detail in details:
-        row = _healthy(int(detail["id"])) | {key: detail.get(key) for key in ("prompt", "empty", "diverged", "opacity")}
+        row = _healthy(detail["id"]) | {key: detail.get(key) for key in ("prompt", "empty", "diverged", "opacity")}
         for kind, labels in (("label", detail["labels"]), ("expected", detail.get("expected", {}))):
             row |= {f"{kind}/{head}": word for head, word in labels.items()}
         rows[row["particle"]] = row
     for event in events:
-        row = rows.setdefault(int(event["particle"]), _healthy(int(event["particle"])))
+        row = rows.setdefault(event["particle"], _healthy(event["particle"]))
         row["events"] += 1
-        row["last_event"], row["last_event_round"] = event["event"], event["round"]
+        row["last_event"], row["last_event_round"] = event.get("event"), event["round"]
     return [rows[i] for i in sorted(rows)]
 
 
@@ -107,7 +111,8 @@ def summary_of(evaluation: dict[str, Any]) -> dict[str, float]:
     """The numbers of evaluation.json by path, without its entries per particle: `evaluation/diversity/vendi`."""
     numbers = dict(_numbers("evaluation", {k: v for k, v in evaluation.items() if k != "particles_detail"}))
     for name in SHARES:
-        shares = [value for value in (evaluation.get(name) or {}).values() if isinstance(value, int | float)]
+        found = evaluation.get(name)
+        shares = [value for _, value in _numbers("", found)] if isinstance(found, dict) else []
         if shares:
             numbers[f"evaluation/{name}"] = sum(shares) / len(shares)
     return numbers
@@ -121,28 +126,60 @@ def _numbers(path: str, value: Any) -> Iterator[tuple[str, float]]:
         yield path, value
 
 
-def _pictures(renders: Path) -> dict[int | None, list[Path]]:
-    """Pictures and turntables by the round in their folder's name; None: those of the end."""
+def _pictures(paths: RunPaths) -> dict[int | None, list[Path]]:
+    """Pictures and turntables by the round in their folder's name; None: those of the end. Raises RunError."""
     found: dict[int | None, list[Path]] = {}
-    for path in sorted(path for kind in ("*.png", "*.mp4") for path in renders.rglob(kind)):
-        match = re.match(r"round-(\d+)$", path.relative_to(renders).parts[0])
-        found.setdefault(int(match.group(1)) if match else None, []).append(path)
+    for name in inside.files(paths.root, paths.renders.name, (".png", ".mp4")):
+        match = re.match(r"round-(\d{1,12})$", name.split("/")[1], re.ASCII)
+        found.setdefault(int(match.group(1)) if match else None, []).append(paths.root / name)
     return found
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a file, none if there is no file; half a line at the end is left out. Raises RunError."""
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n"):
-                yield _json(line, path)
+def _lines(path: Path, *counts: str) -> Iterator[dict[str, Any]]:
+    """The lines of a file, none if there is no file; half a line at the end, as a killed run leaves it, is left out.
+
+    counts: keys that every line must have, with a whole number. Raises RunError with the number of a damaged line.
+    """
+    *whole, _ = (inside.read(path.parent, path.name) or b"").split(b"\n")
+    for number, line in enumerate(whole, 1):
+        record = _json(line, f"line {number} of {path}")
+        for key in counts:
+            _expect_count(record, key, f"line {number} of {path}")
+        yield record
 
 
-def _json(text: str, path: Path) -> dict[str, Any]:
+def _evaluation(path: Path) -> dict[str, Any]:
+    """evaluation.json, empty where there is none. Raises RunError where the particles in it are none."""
+    data = inside.read(path.parent, path.name)
+    if data is None:
+        return {}
+    evaluation = _json(data, str(path))
+    details = evaluation.get("particles_detail", [])
+    for detail in details if isinstance(details, list) else [details]:
+        texts = isinstance(detail, dict) and [detail.get("labels"), detail.get("expected", {})]
+        if not texts or not all(isinstance(entry, dict) for entry in texts):
+            raise RunError(f"{path} has particles_detail that is not a list of particles; evaluate the run again")
+        _expect_count(detail, "id", str(path))
+    return evaluation
+
+
+def _expect_count(record: dict[str, Any], key: str, where: str) -> None:
+    value = record.get(key)
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise RunError(f"{where} has no whole number as {key!r} ({value!r:.40}); mend it, or delete the damaged part")
+
+
+def _json(data: bytes, where: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise RunError(f"{path} holds what is not JSON ({error}); mend or delete that line") from error
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{where} is not JSON ({str(error)[:200]}); mend it, or delete the damaged part") from error
     if not isinstance(value, dict):
-        raise RunError(f"{path} holds {text.strip()[:80]!r} where an object was expected; mend or delete that line")
+        raise RunError(f"{where} is {value!r:.80} and not a JSON object; mend it, or delete the damaged part")
+    level: list[Any] = [value]
+    for _ in range(DEEPEST):
+        lists = [entry.values() if isinstance(entry, dict) else entry for entry in level]
+        level = [inner for entries in lists for inner in entries if isinstance(inner, dict | list)]
+    if level:
+        raise RunError(f"{where} is nested more than {DEEPEST} deep; mend it, or delete the damaged part")
     return value

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from distvsd.errors import RunError
-from distvsd.runtime.paths import write_atomically
+from distvsd.runtime import inside
 
 State = Literal["running", "done", "preempted", "failed"]
 
@@ -21,17 +21,18 @@ def write_status(path: Path, state: State, round: int, rounds: int, message: str
     if state not in get_args(State):
         raise RunError(f"{state!r} is no state of a run; known are {', '.join(get_args(State))}")
     record = {"state": state, "round": round, "rounds": rounds, "time": time.time(), "message": message}
-    write_atomically(path, json.dumps(record, indent=1) + "\n")
+    inside.write(path.parent, path.name, json.dumps(record, indent=1) + "\n")
 
 
 def read_status(path: Path) -> dict[str, Any] | None:
     """The last status, None if the run has none yet. Raises RunError for a file that is not a status."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    data = inside.read(path.parent, path.name)
+    if data is None:
         return None
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read ({error}); delete it, the run writes a new one") from error
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{path} is not JSON ({error}); delete it, the run writes a new one") from error
     if not isinstance(record, dict) or record.get("state") not in get_args(State):
         raise RunError(f"{path} is not the status of a run; delete it, the run writes a new one")
     return record

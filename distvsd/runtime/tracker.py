@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distvsd.errors import RunError
-from distvsd.runtime.paths import write_atomically
+from distvsd.runtime import inside
 from distvsd.runtime.wandb_child import Child, Gone
 
 Mode = Literal["off", "offline", "online"]
 Outcome = Literal["done", "failed", "preempted"]
+RUN_ID = "wandb.json"
 
 
 @dataclass(frozen=True)
@@ -225,6 +226,12 @@ class Tracker:
 
     def _start(self, opening: Opening) -> str | None:
         """A fresh process for each attempt: a failed one leaves wandb in a state in which it may not start again."""
+        try:
+            # wandb opens what it finds in its folder; the rest of it lies in new folders.
+            inside.make_folder(opening.run_dir, "wandb")
+            inside.expect_file(opening.run_dir, "wandb/console.log")
+        except RunError as error:
+            return str(error)
         self._child = Child(opening.run_dir / "wandb")
         if self._abandoned:
             raise Gone("was ended")
@@ -274,15 +281,14 @@ def _lowered(mode: Mode) -> Mode:
 
 def _run_id(run_dir: Path, note: Callable[[str], None]) -> str:
     """The id of the sweep's trial, else the one this run directory had before, else a new one; kept on the disk."""
-    path = run_dir / "wandb.json"
     kept = None
-    with contextlib.suppress(OSError, ValueError):
-        content = json.loads(path.read_text(encoding="utf-8"))
+    with contextlib.suppress(RunError, ValueError, RecursionError):
+        content = json.loads(inside.read(run_dir, RUN_ID) or b"{}")
         kept = content.get("run_id") if isinstance(content, dict) else None
     run_id = os.environ.get("WANDB_RUN_ID") or (kept if isinstance(kept, str) and kept else uuid.uuid4().hex[:12])
     if run_id != kept:
         try:
-            write_atomically(path, json.dumps({"run_id": run_id}) + "\n")
+            inside.write(run_dir, RUN_ID, json.dumps({"run_id": run_id}) + "\n")
         except RunError as error:
             note(f"wandb: a resumed run will begin as a new one there: {error}")
     return run_id

@@ -11,7 +11,10 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from distvsd.errors import RunError
+from distvsd.runtime import inside
 
 PROCESS = Path(__file__).with_name("wandb_process.py")
 
@@ -43,7 +46,7 @@ class Child:
         assert self._process.stdin is not None and self._process.stdout is not None, "both are pipes"
         try:
             line = json.dumps(request, default=str).encode() + b"\n"
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             return {"error": f"cannot be written as JSON ({error})"}
         watchdog = threading.Timer(limit_s, self._expire)
         watchdog.daemon = True
@@ -81,14 +84,14 @@ class Child:
 
 
 @contextlib.contextmanager
-def _console(folder: Path) -> Iterator[IO[bytes] | int]:
+def _console(folder: Path) -> Iterator[int]:
     """Where wandb's own messages go: RUN/wandb/console.log, or nowhere if that cannot be written."""
-    stream: IO[bytes] | int = subprocess.DEVNULL
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        stream = (folder / "console.log").open("ab")
     try:
-        yield stream
+        handle = inside.open_file(folder.parent, f"{folder.name}/console.log", os.O_APPEND)
+    except RunError:
+        yield subprocess.DEVNULL
+        return
+    try:
+        yield handle
     finally:
-        if not isinstance(stream, int):
-            stream.close()
+        os.close(handle)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,18 @@ from distvsd.vsd.rng import Purpose
 TARGET_MODULES = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
-def adapted_unet(unet: nn.Module, rank: int, seed: int, device: torch.device | str) -> tuple[Any, CameraEmbedding]:
-    """A peft model around a structural copy of the UNet, and the camera embedding installed in it.
+Init = Literal["normal", "kaiming"]
+
+
+def adapted_unet(
+    unet: nn.Module, rank: int, init: Init, seed: int, reads_cameras: bool, device: torch.device | str
+) -> tuple[Any, CameraEmbedding | None]:
+    """A peft model around a structural copy of the UNet, and the camera embedding installed in it, if it has one.
 
     lora_A is drawn here rather than by peft, in the order of the names, so that it does not depend on peft's order of
-    modules nor is rounded to the base's dtype. lora_B is zero: the adapter starts as nothing.
+    modules nor is rounded to the base's dtype. init "normal" has the standard deviation 1 / rank of diffusers'
+    LoRALinearLayer, which the paper's code uses; "kaiming" is peft's uniform, with 1 / sqrt(3 inputs). lora_B is zero:
+    the adapter starts as nothing.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -30,15 +37,21 @@ def adapted_unet(unet: nn.Module, rank: int, seed: int, device: torch.device | s
     settings = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGET_MODULES))
     with rng.seeded(seed, Purpose.SCORE_INIT):
         adapted = get_peft_model(_structural_copy(unet), settings).eval()  # type: ignore[arg-type]
-        camera = CameraEmbedding(width)
-        for name, parameter in adapter_parameters(adapted).items():
+        camera = CameraEmbedding(width) if reads_cameras else None
+        for index, (name, parameter) in enumerate(adapter_parameters(adapted).items()):
             parameter.data = parameter.data.to(device, torch.float32)
             if ".lora_A." in name:
-                drawn = nn.init.kaiming_uniform_(torch.empty(parameter.shape), a=math.sqrt(5))
-                parameter.data.copy_(drawn)
-    camera = camera.to(device)
-    attach_camera(adapted.get_base_model(), camera)
+                parameter.data.copy_(_first_factor(parameter.shape, rank, init, seed, index))
+    if camera is not None:
+        attach_camera(adapted.get_base_model(), camera.to(device))
     return adapted, camera
+
+
+def _first_factor(shape: torch.Size, rank: int, init: Init, seed: int, lane: int) -> Tensor:
+    """Inside `rng.seeded`, from which the older of the two draws."""
+    if init == "normal":
+        return rng.normal(seed, Purpose.SCORE_INIT, [0], 0, shape, lane)[0] / rank
+    return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5))
 
 
 def _structural_copy(module: nn.Module) -> nn.Module:

@@ -11,20 +11,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from distvsd.errors import CheckpointError
-from distvsd.score.adapter import AsPrior, adapted_unet, adapter_parameters
+from distvsd.score.adapter import AsPrior, Init, adapted_unet, adapter_parameters
 from distvsd.score.base import Optimizer
 from distvsd.score.camera import CAMERA_FEATURES
 from distvsd.score.optimizer import AdapterOptimizer
 from distvsd.score.replay import Replay
+from distvsd.score.stored import (
+    ADAPTER_CONFIG_FILE,
+    OPTIMIZER_FILE,
+    REPLAY_FILE,
+    files_of,
+    place,
+    refuse_unfit,
+)
 from distvsd.vsd.diffusion import PredictionType, add_noise, target, to_eps
 from distvsd.vsd.samples import Samples, slices
-
-ADAPTER_FILE = "score/adapter_model.safetensors"
-ADAPTER_CONFIG_FILE = "score/adapter_config.json"
-CAMERA_FILE = "score/camera.safetensors"
-OPTIMIZER_FILE = "score/optimizer.safetensors"
-REPLAY_FILE = "score/replay.safetensors"
 
 
 class LoraOptions(Protocol):
@@ -32,6 +33,12 @@ class LoraOptions(Protocol):
 
     @property
     def rank(self) -> int: ...
+    @property
+    def init(self) -> Init: ...
+    @property
+    def betas(self) -> tuple[float, float]: ...
+    @property
+    def eps(self) -> float: ...
     @property
     def warmup(self) -> int: ...
     @property
@@ -48,6 +55,7 @@ class LoraScore:
     unet: the prior's frozen UNet2DConditionModel; its tensors are shared, never copied and never changed.
     alphas_cumprod: [T]. text_of: particle ids [N] -> text embeddings [N, L, D], the bare prompts. seed: of the
     adapter's initial values, equal on every rank. micro_batch: samples per UNet call in `eps` and `loss`, 0 = all.
+    reads_cameras: without it the network has no camera condition, and no call reads the cameras that it is given.
     Raises BackendError for a UNet with class conditioning. Nothing here communicates, unless a strategy has spread the
     network or the optimiser over ranks: then every call of the network, or `state`, is every rank's.
 
@@ -66,19 +74,23 @@ class LoraScore:
         seed: int,
         device: torch.device | str,
         micro_batch: int = 0,
+        reads_cameras: bool = True,
     ) -> None:
         self._alphas_cumprod = alphas_cumprod.to(device=device, dtype=torch.float32)
         self._prediction_type = prediction_type
         self._text_of = text_of
         self._micro_batch = micro_batch
         self._dtype = next(unet.parameters()).dtype
-        self._peft, camera = adapted_unet(unet, config.rank, seed, device)
+        self._peft, camera = adapted_unet(unet, config.rank, config.init, seed, reads_cameras, device)
         self._unet: Any = self._peft.get_base_model()
         self._adapter = adapter_parameters(self._peft)
-        self._camera = {f"camera.{name}": parameter for name, parameter in camera.named_parameters()}
+        named = camera.named_parameters() if camera is not None else ()
+        self._camera = {f"camera.{name}": parameter for name, parameter in named}
         self.trainable: dict[str, Parameter] = self._adapter | self._camera
         self._base_class = type(self._unet)  # sharding puts another in its place
-        self.local = AdapterOptimizer(self.trainable, config.weight_decay, config.warmup, config.max_grad_norm)
+        self.local = AdapterOptimizer(
+            self.trainable, config.weight_decay, config.betas, config.eps, config.warmup, config.max_grad_norm
+        )
         self.holder: Optimizer = self.local
         self.replay = Replay(config.replay_rounds, device)
         self.left_out = 0
@@ -186,10 +198,10 @@ class LoraScore:
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """See `Score.state`. `score/adapter_model.safetensors` is what peft's save_pretrained writes."""
-        files: dict[str, dict[str, Tensor]] = {ADAPTER_FILE: {}, CAMERA_FILE: {}}
+        files: dict[str, dict[str, Tensor]] = {}
         for name, value in self.holder.values().items():
-            file, stored_as = _place(name)
-            files[file][stored_as] = value
+            file, stored_as = place(name)
+            files.setdefault(file, {})[stored_as] = value
         counts = {"num_steps": self.num_steps, "left_out": self.left_out}
         files[OPTIMIZER_FILE] = {name: torch.tensor(count, dtype=torch.int64) for name, count in counts.items()} | {
             f"{name}.{moment}": value
@@ -214,18 +226,22 @@ class LoraScore:
         return {ADAPTER_CONFIG_FILE: text}
 
     def load_state(self, files: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """See `Score.load_state`. Files that are not the score's are ignored; nothing changes when it raises."""
-        values = {name: _read(files, *_place(name), parameter) for name, parameter in self.trainable.items()}
-        num_steps = int(_read(files, OPTIMIZER_FILE, "num_steps", torch.tensor(0)))
-        left_out = int(files[OPTIMIZER_FILE].get("left_out", 0))  # checkpoints did not always have it
-        moments = {name: self._read_moments(files, name) for name in self.trainable} if num_steps else {}
+        """See `Score.load_state`. What is not this network's is ignored; nothing changes when it raises."""
+        shapes = {name: parameter.shape for name, parameter in self.trainable.items()}
+        for file in files_of(shapes):
+            if file != REPLAY_FILE:  # whose owner looks at it
+                refuse_unfit(file, shapes, files.get(file, {}))
+        optimizer = files[OPTIMIZER_FILE]
+        num_steps = int(optimizer["num_steps"])
+        moments = {
+            name: {moment: optimizer[f"{name}.{moment}"] for moment in ("step", "exp_avg", "exp_avg_sq")}
+            for name in (shapes if num_steps else ())
+        }
+        places = {name: place(name) for name in shapes}
+        values = {name: files[file][stored_as] for name, (file, stored_as) in places.items()}
         self.replay.load_state(files.get(REPLAY_FILE, {}))
         self.holder.restore(values, moments, num_steps)
-        self.left_out = left_out
-
-    def _read_moments(self, files: Mapping[str, Mapping[str, Tensor]], name: str) -> dict[str, Tensor]:
-        likes = {"step": torch.tensor(0.0)} | dict.fromkeys(("exp_avg", "exp_avg_sq"), self.trainable[name])
-        return {moment: _read(files, OPTIMIZER_FILE, f"{name}.{moment}", like) for moment, like in likes.items()}
+        self.left_out = int(optimizer.get("left_out", 0))
 
     def _loss(self, samples: Samples, timesteps: Tensor, noise: Tensor, keep_camera: Tensor) -> Tensor:
         valid = samples.weight > 0
@@ -240,36 +256,10 @@ class LoraScore:
             noisy.to(self._dtype),
             timesteps,
             encoder_hidden_states=self._text_of(ids).to(self._dtype),
-            class_labels=cameras.float(),
+            class_labels=cameras.float() if self._camera else None,
             return_dict=False,
         )[0]
         return output.float()
-
-
-def _place(name: str) -> tuple[str, str]:
-    """The file a trainable parameter is saved in, and its name there."""
-    if name.startswith("camera."):
-        return CAMERA_FILE, name.removeprefix("camera.")
-    return ADAPTER_FILE, name
-
-
-def _read(files: Mapping[str, Mapping[str, Tensor]], file: str, name: str, like: Tensor) -> Tensor:
-    value = files.get(file, {}).get(name)
-    if value is None:
-        raise CheckpointError(_missing(file, name))
-    if value.shape != like.shape:
-        raise CheckpointError(
-            f"{file} holds {name} of shape {list(value.shape)}, but this run's score network has {list(like.shape)}: "
-            "the checkpoint was written with another prior or score.rank; resume with the configuration it came from."
-        )
-    return value
-
-
-def _missing(file: str, name: str) -> str:
-    return (
-        f"{file} holds no tensor {name}, which this run's score network needs: the checkpoint is torn or was written "
-        "with another prior; resume from an earlier checkpoint or with the configuration it was saved with."
-    )
 
 
 def _snapshot(value: Tensor) -> Tensor:

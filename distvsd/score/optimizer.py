@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -17,14 +18,23 @@ class AdapterOptimizer:
     """
 
     def __init__(
-        self, trainable: Mapping[str, Parameter], weight_decay: float, warmup: int, max_grad_norm: float
+        self,
+        trainable: Mapping[str, Parameter],
+        weight_decay: float,
+        betas: tuple[float, float],
+        eps: float,
+        warmup: int,
+        max_grad_norm: float,
     ) -> None:
         self.trainable = trainable
-        self.weight_decay = weight_decay
         self.max_grad_norm = max_grad_norm
         self.num_steps = 0
         self._warmup = warmup
-        self._adamw = torch.optim.AdamW(trainable.values(), weight_decay=weight_decay)
+        # torch's AdamW with these settings, also for a strategy that takes the parameters over.
+        self.new_adamw: Callable[[Iterable[Tensor]], torch.optim.AdamW] = functools.partial(
+            torch.optim.AdamW, betas=betas, eps=eps, weight_decay=weight_decay
+        )
+        self._adamw = self.new_adamw(trainable.values())
 
     def rate(self, learning_rate: float) -> float:
         """The rate of the next step: multiplied by (steps taken + 1) / warmup, up to 1."""

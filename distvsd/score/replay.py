@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from distvsd.errors import CheckpointError
 from distvsd.score.base import Score
+from distvsd.score.camera import CAMERA_FEATURES
 from distvsd.vsd import rng
 from distvsd.vsd.objectives import draw_timesteps
 from distvsd.vsd.rng import Purpose
 from distvsd.vsd.samples import Samples
+from distvsd.vsd.wanted import MOST, Wanted, refuse_misfits
+
+_NAME = "the replay buffer"
+_ADVICE = "the checkpoint is torn or was altered: delete it to go on from an older one"
 
 
 @dataclass(frozen=True)
@@ -84,15 +90,9 @@ class Replay:
         return tensors
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Inverse of `state`; of a longer ring it keeps the newest. Raises CheckpointError for a missing name."""
-        names = ["rounds", "counts"]
-        if "counts" in tensors and len(tensors["counts"]):
-            names += [field.name for field in fields(Samples)]
-        if missing := [name for name in names if name not in tensors]:
-            raise CheckpointError(
-                f"the replay buffer's file lacks {', '.join(missing)}: the checkpoint is torn or was written by "
-                "another version; resume from an earlier checkpoint."
-            )
+        """Inverse of `state`; of a longer ring it keeps the newest. Raises CheckpointError, and changes nothing, for
+        what `Limits` refuses."""
+        Limits().refuse_unfit(tensors)
         counts = tensors["counts"].tolist()
         self._ring = []
         if counts:
@@ -100,6 +100,58 @@ class Replay:
             batches = [Samples(*rows).to(self._device) for rows in zip(*split.values(), strict=True)]
             ring = [Stored(int(at), batch) for at, batch in zip(tensors["rounds"].tolist(), batches, strict=True)]
             self._ring = ring[max(len(ring) - self._rounds, 0) :]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a stored replay buffer may hold; the defaults are those of any run.
+
+    kept: rounds in the ring. rounds: completed when it was saved. particles, views: ids and named views are below.
+    channels: of the latents, None where the prior is not known. The rows of a round have no limit of their own: a
+    resume may change particles.views, and the rows of the rounds before it stay.
+    """
+
+    kept: int = MOST
+    rounds: int = MOST
+    particles: int = MOST
+    views: int = MOST
+    channels: int | None = None
+
+    def refuse_unfit(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raises CheckpointError unless `tensors` is a state that `Replay.load_state` reads."""
+        num_rounds = tensors["counts"].numel() if "counts" in tensors else 0
+        self._refuse(
+            tensors,
+            {
+                "rounds": Wanted(torch.int64, (num_rounds,), 0, self.rounds - 1),
+                "counts": Wanted(torch.int64, (num_rounds,), 1, MOST),
+            },
+        )
+        if num_rounds > self.kept:
+            raise CheckpointError(
+                f"{_NAME}: rounds has {num_rounds} rounds, and must have at most {self.kept}; {_ADVICE}"
+            )
+        if any(earlier >= later for earlier, later in pairwise(tensors["rounds"].tolist())):
+            raise CheckpointError(f"{_NAME}: rounds does not increase, and must; {_ADVICE}")
+        if num_rounds:
+            latents = tensors.get("latents")
+            shape = tuple(latents.shape[1:]) if latents is not None and latents.ndim == 4 else (1, 1, 1)
+            self._refuse(tensors, self._columns(sum(tensors["counts"].tolist()), shape))
+
+    def _columns(self, rows: int, shape: tuple[int, ...]) -> dict[str, Wanted]:
+        """shape: of one stored latent. Its height and width may be any: after a change of resolution it is dropped."""
+        channels, height, width = shape
+        latent = (self.channels or max(channels, 1), max(height, 1), max(width, 1))
+        return {
+            "latents": Wanted(torch.float32, (rows, *latent), finite=True),
+            "cameras": Wanted(torch.float32, (rows, CAMERA_FEATURES), finite=True),
+            "ids": Wanted(torch.int64, (rows,), 0, self.particles - 1),
+            "views": Wanted(torch.int64, (rows,), 0, self.views - 1),
+            "weight": Wanted(torch.float32, (rows,), low=0, finite=True),
+        }
+
+    def _refuse(self, tensors: Mapping[str, Tensor], wanted: Mapping[str, Wanted]) -> None:
+        refuse_misfits(_NAME, wanted, tensors, _ADVICE)
 
 
 def on_policy_lag(score: Score, current: Samples, old: Samples, seed: int, round: int) -> float | None:

@@ -29,6 +29,7 @@ from distvsd.errors import UsageError
 VARIABLE: Final = "DISTVSD_FAULTS"
 
 POINTS: Final = {
+    "load": "before a rank loads its prior and makes its particles",
     "round": "a round begins",
     "render": "before a group of particles is rendered; nan: in the images of a particle",
     "latent": "nan: in the latents of a particle's views",

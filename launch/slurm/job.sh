@@ -70,6 +70,11 @@ status_field() {
     sed -n 's/^ *"'"$1"'": "\{0,1\}\([a-z0-9]*\).*/\1/p' "$run/STATUS.json" 2>/dev/null || true
 }
 
+# failed_with: the kind of the error that ended a failed run, such as PriorError; empty if it was none of the program's.
+failed_with() {
+    sed -n 's/^ *"message": "\([A-Za-z]*\): .*/\1/p' "$run/STATUS.json" 2>/dev/null || true
+}
+
 # supervise COMMAND: runs the ranks and passes signals on to them. Returns when the run is done; otherwise the job is
 # requeued, or not, and this shell ends.
 supervise() {
@@ -113,11 +118,23 @@ settle() {
     is_new=yes
     if [ "$(cat "$run/STATUS.json" 2>/dev/null)" = "$before" ]; then is_new=no; fi
     case $is_new-$state in
-    no- | no-done) stop "nothing was begun in $run (exit code $code): the lines above say why; not requeued" ;;
+    no- | no-done)
+        [ -n "$early" ] && [ -z "$state" ] ||
+            stop "nothing was begun in $run (exit code $code): the lines above say why; not requeued"
+        # Told to stop before it had begun. Counted like a failure: in a job shorter than its signal that is each start.
+        mkdir -p "$run" || stop "$run cannot be made; not requeued"
+        state=unbegun
+        ;;
     no-*) state=unchanged ;; # this start came to nothing, and what the file says is about an earlier one
     yes-done)
         say "the run in $run is done, though its launcher ended with $code"
         exit 0
+        ;;
+    esac
+    # What the program calls wrong usage (exit code 2) would end in the same way however often it is tried.
+    case $is_new-$state-$(failed_with) in
+    yes-failed-ConfigError | yes-failed-UsageError | yes-failed-PriorError)
+        stop "refused: $run/STATUS.json says why; the same line would end in the same way, not requeued"
         ;;
     esac
     # A failure is forgotten once a later start has saved a later round: nodes die now and then in a long run.

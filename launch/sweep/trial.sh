@@ -40,8 +40,9 @@ esac
 launcher=$!
 
 # The agent signals this script, not its children. A signal also ends the first wait, while the ranks are still saving.
-trap 'kill -TERM "$launcher" 2>/dev/null || true' TERM INT HUP
-trap 'kill -USR1 "$launcher" 2>/dev/null || true' USR1
+told=
+trap 'told=yes; kill -TERM "$launcher" 2>/dev/null || true' TERM INT HUP
+trap 'told=yes; kill -USR1 "$launcher" 2>/dev/null || true' USR1
 code=0
 wait "$launcher" || code=$?
 while kill -0 "$launcher" 2>/dev/null; do
@@ -51,10 +52,10 @@ done
 trap - TERM INT HUP USR1
 
 # A launcher ends with 1 after a clean preemption too; the run itself says how it stands.
-state=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["state"])' "$run/STATUS.json" 2>/dev/null || echo failed)
-case $state in
-done) ;;
-preempted) exit 3 ;;
+state=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["state"])' "$run/STATUS.json" 2>/dev/null || echo none)
+case $state-$told in
+done-*) ;;
+preempted-* | none-yes) exit 3 ;; # none: it was told to stop before it had begun
 *) exit $((code > 0 ? code : 1)) ;;
 esac
 distvsd evaluate "$run"

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from distvsd.checkpoint.reader import steps
-from distvsd.checkpoint.verify import verify_run
 from distvsd.config import Config, load_config
+from distvsd.contents import verify as verify_run
 from distvsd.errors import ConfigError, RankError
 from distvsd.testing.faults import injected
 from distvsd.testing.ranks import run_ranks

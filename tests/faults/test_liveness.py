@@ -134,11 +134,46 @@ def test_a_rank_lost_inside_another_librarys_collectives_is_named_too(
 
 
 @pytest.mark.guarantee("G20")
+@pytest.mark.parametrize(("point", "place"), [("load", "'start' of round 0"), ("reduce", "'score' of round 0")])
+def test_a_rank_that_is_stopped_before_the_end_of_the_first_round_is_named_as_soon_as_later(
+    tmp_path: Path, prior: Path, figure: Figure, point: str, place: str
+) -> None:
+    """A rank that was stopped while ranks load or in the first round, which may take them very different times, is
+    named when parallel.timeout_s is over."""
+    run = config(tmp_path / "run", prior, **{"parallel.timeout_s": 3})
+    began = time.time()
+    found = reports(tmp_path / "said", run, f"sleep@{point}:rank=1:ms=1500; stop@{point}:rank=1", 4)
+    assert sorted(found) == [0, 2, 3]
+    for report in found.values():
+        assert report["kind"] == "RankError"
+        named = re.search(r"rank 1 \(host \S+, pid \d+, last seen in phase (.+)\) is stopped", report["text"])
+        assert named and named[1] == place, report["text"]
+        assert not re.search(r"; rank [023] \(", report["text"]), "a living rank is accused"
+    seconds = max(report["time"] for report in found.values()) - began
+    assert 4 < seconds < 45
+    status = json.loads((tmp_path / "run/STATUS.json").read_text())
+    assert status["state"] == "failed" and "rank 1" in status["message"]
+    figure(f"stopped in {point} of the start: the others ended after {seconds - 1.5:.1f} s, timeout 3 s")
+
+
+@pytest.mark.guarantee("G20")
+def test_a_rank_that_loads_slowly_is_waited_for(tmp_path: Path, prior: Path) -> None:
+    """A rank that takes longer to load, or in the first round, than parallel.timeout_s ends nothing: it beats."""
+    run = config(tmp_path / "run", prior, **{"parallel.timeout_s": 1, "schedule.rounds": 2})
+
+    def slowly(world: World) -> int:
+        with injected("sleep@load:rank=1:ms=2500; sleep@render:rank=0:step=0:nth=1:ms=2500"):
+            return train(run)
+
+    assert run_ranks(slowly, 3) == [0] * 3
+
+
+@pytest.mark.guarantee("G20")
 def test_a_rank_beats_on_when_the_disk_is_full(tmp_path: Path) -> None:
     """On a full disk living ranks still give signs of life, so that none of them is taken for a silent one."""
     with small_disk(tmp_path / "disk", 1):
         file, others = tmp_path / "disk/heartbeats/rank-00000.json", tmp_path / "disk/others"
-        with Heartbeat(file.parent, 0, 1, lambda: None, 0.01):
+        with Heartbeat(file.parent, 0, 1, 120.0, 0.01):
             with others.open("wb", buffering=0) as rest, pytest.raises(OSError, match="No space left"):
                 while True:
                     rest.write(bytes(4096))

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from distvsd.checkpoint.verify import verify_run
 from distvsd.config import Config
+from distvsd.contents import verify as verify_run
 from distvsd.parallel.world import World
 from distvsd.particles import ensemble
 from distvsd.testing.faults import injected

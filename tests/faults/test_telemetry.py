@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from distvsd.checkpoint.verify import verify_run
 from distvsd.cli import main
 from distvsd.config import Config
+from distvsd.contents import verify as verify_run
 from distvsd.errors import RankError
 from distvsd.parallel.world import World
 from distvsd.runtime.tracker import Tracker

@@ -25,7 +25,8 @@ def nerf(table_size: int = 2**14, gather: bool = False, **changes: Any) -> NerfP
     grid = HashGrid(2, 4, table_size, 8, 16, smoothstep=True, gather=gather)
     settings: dict[str, Any] = {
         "grid": grid, "samples_per_ray": 24, "bound": 0.6, "density_scale": 1.0, "blob_density": 10.0,
-        "blob_radius": 0.4, "init_scale": 0.5, "init_color": 0.5, "density_noise": 0.0, "entropy": 0.1, "sparsity": 0.1,
+        "blob_radius": 0.4, "init_scale": 0.5, "init_color": 0.5, "density_noise": 0.0, "entropy": 0.1,
+        "entropy_of": "opacity", "sparsity": 0.1,
         "coverage": 0.1, "coverage_range": (0.4, 0.6),
         "learned_background": True,
         "random_background": 0.5, "random_grey": False, "backend": "torch", "grid_learning_rate": rate,

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from distvsd.build import build_run
-from distvsd.checkpoint.verify import verify_run
 from distvsd.config import Config, load_config
+from distvsd.contents import verify as verify_run
 from distvsd.parallel.world import World
 from distvsd.restored import load_particles
 from distvsd.testing.pipelines import tiny_pipeline

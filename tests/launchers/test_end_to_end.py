@@ -21,8 +21,8 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from distvsd.checkpoint.verify import verify_run
 from distvsd.config import load_config
+from distvsd.contents import verify as verify_run
 from distvsd.train import train
 from tests.small_run import overrides
 

@@ -25,7 +25,8 @@ import psutil
 import pytest
 import torch
 
-from distvsd.checkpoint.verify import verify_run
+from distvsd import errors
+from distvsd.contents import verify as verify_run
 from distvsd.runtime.status import State, write_status
 from tests.small_run import overrides
 
@@ -121,12 +122,15 @@ def slurm(tmp_path: Path) -> Slurm:
     return Slurm(tmp_path, 1)
 
 
-def ends_with(slurm: Slurm, run: Path, state: State | None, round: int, code: int) -> None:
+MESSAGE = 'a "message": with "state": "done" in it'
+
+
+def ends_with(slurm: Slurm, run: Path, state: State | None, round: int, code: int, message: str = MESSAGE) -> None:
     """From now on the ranks leave this STATUS.json, the real one, and their launcher ends with this code."""
     leave = ""
     if state is not None:
         run.mkdir(exist_ok=True)
-        write_status(slurm.state / "next", state, round, 10, 'a "message": with "state": "done" in it')
+        write_status(slurm.state / "next", state, round, 10, message)
         leave = f"cp '{slurm.state}/next' '{run}/STATUS.json'"
     slurm.program("accelerate", leave, f"exit {code}")
 
@@ -156,6 +160,14 @@ def test_what_the_run_says_decides_whether_the_job_is_queued_again(
     ends_with(slurm, run, state, 4, code)
     assert slurm.run("train", "config.yaml", f"run.dir={run}") == exit_code, slurm.output
     assert slurm.requeued == ([slurm.id] if is_requeued else []), slurm.output
+
+
+@pytest.mark.parametrize("kind", [kind for kind in vars(errors).values() if isinstance(kind, type)])
+def test_a_run_that_was_refused_is_not_queued_again(slurm: Slurm, run: Path, kind: type[errors.DistvsdError]) -> None:
+    """What ends a process with 2 is wrong usage; a launcher says 1 for all of it, so the message decides."""
+    ends_with(slurm, run, "failed", 4, 1, f"{kind.__name__}: there is no folder 'PriorError: x'")
+    slurm.run("train", "config.yaml", f"run.dir={run}")
+    assert slurm.requeued == ([] if kind.exit_code == 2 else [slurm.id]), slurm.output
 
 
 @pytest.mark.guarantee("G25")
@@ -207,6 +219,23 @@ def test_sigterm_to_the_job_lets_the_ranks_save_and_ends_it(slurm: Slurm, run: P
     assert job.wait(PATIENCE_S) == 3, slurm.output
     assert status(run)["state"] == "preempted"
     assert slurm.requeued == [] and "SIGTERM asked for an end" in slurm.output
+
+
+def test_a_job_that_is_told_to_stop_before_it_has_begun_is_queued_again_but_not_for_ever(
+    slurm: Slurm, run: Path
+) -> None:
+    """Ranks that get the signal while they import leave no STATUS.json; the same line starts the run later."""
+    leave = "trap 'exit 1' USR1"
+    slurm.program("accelerate", leave, f"touch '{slurm.state}/began'", "while :; do sleep 0.05; done")
+    codes = []
+    for _ in range(4):
+        job = slurm.start("train", "config.yaml", f"run.dir={run}")
+        wait_for((slurm.state / "began").exists, job, slurm)
+        (slurm.state / "began").unlink()
+        job.send_signal(signal.SIGUSR1)
+        codes.append(job.wait(PATIENCE_S))
+    assert codes == [0, 0, 0, 1], slurm.output
+    assert len(slurm.requeued) == 3 and "given up" in slurm.output
 
 
 @pytest.mark.parametrize("job", ["train", "elastic"])

@@ -188,6 +188,26 @@ def test_a_trial_that_is_stopped_ends_as_preempted_and_goes_on_when_queued_again
     assert [line["round"] for line in lines] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize(("is_told", "code"), [(True, 3), (False, 1)])
+def test_a_trial_that_never_began_counts_as_preempted_only_if_it_was_told_to_stop(
+    tmp_path: Path, is_told: bool, code: int
+) -> None:
+    (tmp_path / "launcher").write_text(
+        f"trap 'exit 1' TERM\ntouch {tmp_path}/began\n{'sleep 20 & wait' * is_told}\nexit 1"
+    )
+    environment = {"DISTVSD_LAUNCHER": f"sh {tmp_path / 'launcher'}", "DISTVSD_SWEEP_DIR": str(tmp_path / "sweep")}
+    trial = subprocess.Popen(
+        ["sh", "launch/sweep/trial.sh", "config.yaml"], cwd=ROOT, env=os.environ | environment | {"DISTVSD_RANKS": "1"}
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "began").exists():
+        assert time.monotonic() < deadline, "the launcher was not started"
+        time.sleep(0.01)
+    if is_told:
+        trial.terminate()
+    assert trial.wait(60) == code
+
+
 def test_a_trial_without_a_configuration_says_how_it_is_called() -> None:
     done = subprocess.run(["sh", "launch/sweep/trial.sh"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "usage: sh launch/sweep/trial.sh CONFIG" in done.stderr

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 import torch
 
-from distvsd.checkpoint.verify import verify_run
 from distvsd.config import load_config
+from distvsd.contents import verify as verify_run
 from distvsd.train import train
 from tests.launchers.two_hosts import CABLE, ROOT, Host, missing, two_hosts
 from tests.small_run import SMOKE, overrides

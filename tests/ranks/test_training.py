@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from distvsd.build import build_run
-from distvsd.checkpoint.verify import verify_run
 from distvsd.config import load_config
+from distvsd.contents import verify as verify_run
 from distvsd.parallel.exchange import Exchange, slice_for
 from distvsd.parallel.reduce import reduce_gradients
 from distvsd.parallel.strategies.flat import Flat

@@ -261,21 +261,23 @@ def test_a_run_that_is_not_there_is_wrong_usage(
 ) -> None:
     assert main([command, str(tmp_path / "nowhere")]) == 2
     assert "nowhere is not a directory" in capsys.readouterr().err
+    assert main([command, "x" * 300]) == 2
+    assert "xxx cannot be looked at" in capsys.readouterr().err
 
 
 def test_verify_prints_its_lines_and_passes_digest(
     tmp_path: Path, room: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    room("distvsd.checkpoint.verify", verify_run=lambda run, digest: [f"digest {digest}", "whole"])
+    room("distvsd.contents", verify=lambda run, digest: [f"digest {digest}", "whole"])
     assert main(["verify", str(tmp_path), "--digest"]) == 0
     assert capsys.readouterr().out == "digest True\nwhole\n"
 
 
 def test_a_damaged_checkpoint_ends_with_1(tmp_path: Path, room: Callable[..., None]) -> None:
-    def verify_run(run: Path, digest: bool) -> list[str]:
+    def verify(run: Path, digest: bool) -> list[str]:
         raise CheckpointError("particles/000003.safetensors does not match its manifest")
 
-    room("distvsd.checkpoint.verify", verify_run=verify_run)
+    room("distvsd.contents", verify=verify)
     assert main(["verify", str(tmp_path)]) == 1
 
 

@@ -19,7 +19,7 @@ from distvsd.vsd.samples import Samples
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "configs" / "smoke.yaml"
-PRIOR = {"latent_channels": 48, "downscale": 4}
+PRIOR = {"latent_channels": 48, "downscale": 4, "resolution": 64}
 TRAIN = """
 import resource, sys
 from distvsd.config import load_config

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distvsd.config import Config, Schedule
+from distvsd.errors import ConfigError
 from distvsd.needs import grid_resolutions, particle_parameters
 from distvsd.parallel.assign import owners
 from distvsd.particles.good import GOOD_EVERY, most_copies
@@ -39,7 +40,7 @@ UNET = {
 def prior(tmp_path: Path) -> str:
     """A folder with a pipeline's configuration files, and weight files that nobody must read."""
     files: dict[str, Any] = {
-        "model_index.json": {"_class_name": "StableDiffusionPipeline"},
+        "model_index.json": {"text_encoder": ["transformers", "CLIPTextModel"]},
         "unet/config.json": {"_class_name": "UNet2DConditionModel", **UNET},
         "vae/config.json": {"_class_name": "PatchCodec", "patch_size": 4, "scaling_factor": 1.0},
         "text_encoder/config.json": {},
@@ -201,7 +202,7 @@ def test_the_counts_are_what_the_score_network_really_has(prior: str, depths: An
     from distvsd.score.adapter import adapter_parameters as parameters_of
 
     shape = UNET | {"transformer_layers_per_block": depths}
-    adapted, camera = adapted_unet(UNet2DConditionModel(**shape), 3, 0, "cpu")
+    adapted, camera = adapted_unet(UNet2DConditionModel(**shape), 3, "normal", 0, True, "cpu")
     assert adapter_parameters(shape, 3) == sum(value.numel() for value in parameters_of(adapted).values())
     plan = make_plan(config(prior))
     assert plan["prior"]["camera_parameters"] == sum(value.numel() for value in camera.parameters())
@@ -221,17 +222,48 @@ def test_a_rank_sends_its_padded_rows_to_every_other_rank(prior: str) -> None:
 
 
 def test_the_wire_carries_renders_at_their_largest_and_gradients(prior: str) -> None:
-    render = {"resolution": Schedule(((0, 64.0), (100, 128.0)))}
+    render = {"resolution": Schedule(((0, 64.0), (100, 128.0))), "encode_resolution": "render"}
     plan = make_plan(config(prior, render=render, particles={"count": 4}), nodes=2, gpus_per_node=2)
     each = 3 * (48 * 32 * 32 + 21) * 4 + 2 * 3 * plan["score"]["gradient"] // 4
     assert plan["wire"] == {"rank": each, "all": 4 * each}
 
 
 def test_each_resolution_of_the_schedule_has_its_own_bytes(prior: str) -> None:
-    render = {"resolution": Schedule(((0, 64.0), (100, 128.0)))}
+    render = {"resolution": Schedule(((0, 64.0), (100, 128.0))), "encode_resolution": "render"}
     phases = make_plan(config(prior, render=render), nodes=2)["phases"]
     assert [(phase["round"], phase["latent_shape"]) for phase in phases] == [(0, [48, 16, 16]), (100, [48, 32, 32])]
     assert phases[1]["sent_a_round"] == 4 * (48 * 32 * 32 + 21) * 4
+
+
+def test_the_unet_sees_its_own_size_whatever_the_render(prior: str) -> None:
+    # 16 latents a side of 4 pixels: 64 pixels.
+    plan = make_plan(config(prior, render={"resolution": Schedule(((0, 16.0), (100, 128.0)))}), nodes=2)
+    seen = [(phase["resolution"], phase["encoded_at"], phase["latent_shape"]) for phase in plan["phases"]]
+    assert seen == [(16, 64, [48, 16, 16]), (128, 64, [48, 16, 16])]
+    assert "renders of 16 pixels; the UNet sees latents 48 x 16 x 16 of 64 pixels" in draw(plan)
+
+
+@pytest.mark.parametrize("space", ["pixel", "latent"])
+def test_a_plan_with_latents_of_less_than_a_quarter_of_the_native_edge_is_refused_unless_asked_for(
+    prior: str, space: str
+) -> None:
+    image = replace(Config().particles.image, space=space)
+    kind = {"kind": "image", "image": image, "count": 2}
+    for edge, allowed, is_refused in ((8, False, True), (8, True, False), (16, False, False)):
+        render = {"resolution": Schedule.constant(edge), "encode_resolution": "render", "small_latents": allowed}
+        run = config(prior, render=render, particles=kind)
+        if not is_refused:
+            assert make_plan(run)["phases"][0]["latent_shape"] == [48, edge // 4, edge // 4]
+            continue
+        with pytest.raises(ConfigError, match=r"64 pixels.*8 pixels.*small_latents"):
+            make_plan(run)
+
+
+def test_without_cameras_no_camera_network_is_counted(prior: str) -> None:
+    with_cameras = make_plan(config(prior))["score"]["parameters"]
+    for changed in ({"particles": {"kind": "image"}}, {"score": {"camera_drop": 1.0}}):
+        without = make_plan(config(prior, **changed))["score"]["parameters"]
+        assert with_cameras - without == 16 * 128 + 128 + 128 * 128 + 128
 
 
 def test_one_rank_sends_nothing(prior: str) -> None:
@@ -311,7 +343,7 @@ def test_a_checkpoint_holds_values_and_moments_and_the_replay(prior: str) -> Non
     run = config(prior, particles={"kind": "image", "count": 5}, score={"replay_rounds": 2, "rank": 3})
     checkpoint = make_plan(run)["checkpoint"]
     assert checkpoint["particles"] == 5 * 3 * (3 * 64 * 64) * 4
-    assert checkpoint["score"] == 3 * (4 * 3 * 944 + 18_688) * 4
+    assert checkpoint["score"] == 3 * (4 * 3 * 944) * 4  # an image has no camera
     assert checkpoint["replay"] == 2 * 5 * (48 * 16 * 16 + 21) * 4
     # Nothing is replayed, so that of many samples a round 64 are kept, for the lag.
     many = config(prior, particles={"kind": "image", "count": 500}, score={"replay_rounds": 2})

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import distvsd.trainer as trainer_module
 from distvsd.build import Run, build_run
-from distvsd.checkpoint.verify import verify_run
 from distvsd.config import Config, load_config
+from distvsd.contents import verify as verify_run
 from distvsd.errors import CheckpointError, ConfigError, PriorError, RunError
 from distvsd.loop import Round
 from distvsd.parallel.world import World
@@ -159,6 +159,53 @@ def test_a_score_that_is_never_shown_a_camera_is_never_asked_with_one(
     asked = run.score.eps(samples.latents, t, samples.ids, samples.cameras)
     assert torch.equal(asked, run.score.eps(samples.latents, t, samples.ids, None))
     assert not torch.equal(asked, run.prior.eps(samples.latents, t, samples.ids, samples.views, 1.0))
+
+
+@pytest.mark.parametrize("recompute", ["false", "true"])
+@pytest.mark.parametrize(("asked", "edge"), [("native", 64), ("render", 16)])
+def test_a_render_is_encoded_at_the_edge_that_the_prior_was_trained_at(
+    configured: Callable[..., Config], tmp_path: Path, asked: str, edge: int, recompute: str
+) -> None:
+    """Stable Diffusion's layout, 64 pixels natively: renders of 16 come to the UNet as 8 x 8 latents, not as 2 x 2."""
+    place = tiny_pipeline(tmp_path / "sd15", "sd15")
+    config = configured(prior__path=place, render__encode_resolution=asked, particles__recompute=recompute)
+    run = build_run(config, ALONE, lambda done: False)
+    views = run.ensemble.render(0, 16)
+    samples = run.loop.encode(views, 16)
+    assert samples.latents.shape == (2, 4, edge // 8, edge // 8)
+    images = views[0].rendered.images.flatten(0, 1)
+    enlarged = torch.nn.functional.interpolate(images, (edge, edge), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(samples.latents, run.prior.encode(enlarged), rtol=0, atol=1e-5)
+    (gradient,) = torch.autograd.grad(samples.latents.square().sum(), views[0].rendered.images)
+    assert gradient.isfinite().all() and (gradient != 0).flatten(1).any(1).all()
+    # What a rank without particles gives to the exchange has the same width.
+    assert run.loop.encode([], 16).latents.shape[1:] == samples.latents.shape[1:]
+
+
+def test_latents_of_which_the_prior_knows_nothing_are_refused_unless_asked_for(
+    configured: Callable[..., Config], tmp_path: Path
+) -> None:
+    place = tiny_pipeline(tmp_path / "sd15", "sd15")
+    small = {"prior__path": place, "render__resolution": 8, "render__encode_resolution": "render"}
+    with pytest.raises(ConfigError, match=r"64 pixels.*small_latents"):
+        train(configured(**small))
+    run = build_run(configured(**small, render__small_latents="true"), ALONE, lambda done: False)
+    assert run.loop.encode(run.ensemble.render(0, 8), 8).latents.shape[2:] == (1, 1)
+
+
+def test_a_run_of_a_version_without_newer_fields_goes_on_with_todays_values_and_says_so(
+    configured: Callable[..., Config], caplog: pytest.LogCaptureFixture
+) -> None:
+    train(configured(score__init="kaiming"))
+    longer = configured(score__init="kaiming", schedule__rounds=3)
+    stored = Path(longer.run.dir) / "config.yaml"
+    newer = ("  init:", "  betas:", "  eps:", "  encode_resolution:", "  small_latents:", "    entropy_of:")
+    lines = [line for line in stored.read_text().splitlines() if not line.startswith(newer) or line == "  eps: 1.0e-15"]
+    stored.write_text("\n".join(lines).replace("rounds: 2", "rounds: 3") + "\n")
+    assert train(longer) == 0
+    assert "score.init='kaiming'" in caplog.text and "encode_resolution" not in caplog.text
+    rounds = (Path(longer.run.dir) / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["round"] for line in rounds] == [1, 2, 3]
 
 
 def test_an_image_is_asked_for_without_a_side(configured: Callable[..., Config]) -> None:

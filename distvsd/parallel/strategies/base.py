@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -59,9 +59,9 @@ class Local(Held, Protocol):
     """The optimiser of one rank that holds everything: `score.optimizer.AdapterOptimizer`."""
 
     trainable: Mapping[str, Parameter]
-    weight_decay: float
     max_grad_norm: float
     num_steps: int
+    new_adamw: Callable[[Iterable[Tensor]], torch.optim.AdamW]
 
     def rate(self, learning_rate: float) -> float: ...
     def step(self, flat_gradient: Tensor, learning_rate: float) -> None: ...

@@ -137,7 +137,7 @@ class DeepSpeed:
                 buffer.data = buffer.data.to(self._world.device)
         engine, *_ = deepspeed.initialize(
             model=model,
-            optimizer=torch.optim.AdamW(trained, weight_decay=local.weight_decay),
+            optimizer=local.new_adamw(trained),
             config=config,
             dist_init_required=False,
         )

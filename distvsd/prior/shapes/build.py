@@ -22,7 +22,8 @@ from torch import Tensor
 from distvsd.cameras import Cameras
 from distvsd.errors import UsageError
 from distvsd.prior.codec import PatchCodec
-from distvsd.prior.folder import open_folder
+from distvsd.prior.components import load_tokenizer
+from distvsd.prior.folder import PipelineFolder, open_folder
 from distvsd.prior.shapes import world
 from distvsd.prior.shapes.captions import (
     LEVELS,
@@ -94,7 +95,7 @@ def build_pipeline(
     Raises UsageError if the folder holds another configuration's state, or `config.start` another architecture, and
     PriorError if that is no pipeline's folder.
     """
-    start = open_folder(config.start).path if config.start else None
+    start = open_folder(config.start) if config.start else None
     folder.mkdir(parents=True, exist_ok=True)
     state = folder / "build-state"
     state.mkdir(exist_ok=True)
@@ -239,29 +240,27 @@ def _models(config: BuildConfig, tokenizer_folder: Path) -> torch.nn.ModuleDict:
     return torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
 
 
-def _begin_with(modules: torch.nn.ModuleDict, folder: Path, tokenizer_folder: Path) -> None:
-    """The weights of the pipeline in `folder`; the embedding of a word moves to its number in this build's tokenizer,
-    and a word that was not there keeps its random one."""
+def _begin_with(modules: torch.nn.ModuleDict, start: PipelineFolder, tokenizer_folder: Path) -> None:
+    """The weights of the pipeline `start`; the embedding of a word moves to its number in this build's tokenizer, and a
+    word that was not there keeps its random one."""
     from transformers import AutoTokenizer
 
-    old, new = (
-        AutoTokenizer.from_pretrained(path, local_files_only=True).get_vocab()
-        for path in (folder / "tokenizer", tokenizer_folder)
-    )
+    old = load_tokenizer(start).get_vocab()
+    new = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True).get_vocab()
     kept = [(number, old[word]) for word, number in new.items() if word in old]
     to, origin = torch.tensor(kept).unbind(1)
     for part, module in modules.items():
-        files = list((folder / part).glob("*.safetensors"))
-        if len(files) != 1:
-            raise UsageError(f"{folder / part} holds {len(files)} files of weights, not one: give a pipeline's folder")
-        weights, mine = load_file(files[0]), module.state_dict()
+        mine = module.state_dict()
+        weights = {
+            name: value for file in start.weights[part].files.values() for name, value in load_file(file).items()
+        }
         for name in weights:
             if name.endswith("token_embedding.weight"):
                 weights[name] = mine[name].index_copy(0, to, weights[name][origin].to(mine[name].dtype))
         try:
             module.load_state_dict(weights)
         except RuntimeError as problem:
-            raise UsageError(f"{files[0]} is of another architecture than this build: {problem}") from problem
+            raise UsageError(f"{start.path / part} is of another architecture than this build: {problem}") from problem
 
 
 def _scheduler() -> Any:

@@ -143,6 +143,10 @@ def test_a_signed_manifest_cannot_name_a_file_outside_the_layout(name: str) -> N
         {"step": -1},
         {"step": True},
         {"step": "12"},
+        {"step": 2**53 + 1},
+        {"health_bytes": "0"},
+        {"health_bytes": None},
+        {"health_bytes": -1},
         {"world_size": 1.5},
         {"config": []},
         {"versions": {"torch": 2}},
@@ -168,6 +172,14 @@ def test_a_signed_manifest_cannot_name_a_file_outside_the_layout(name: str) -> N
 def test_a_signed_manifest_with_wrong_content_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match=r"^m "):
         decode_manifest(signed({**content(), **change}), "m")
+
+
+def test_what_is_nested_too_deeply_to_be_walked_through_is_refused() -> None:
+    deep: Any = 0
+    for _ in range(300):
+        deep = [deep]
+    with pytest.raises(CheckpointError, match=r"^m is nested"):
+        decode_manifest(signed({**content(), "unknown": deep}), "m")
 
 
 @pytest.mark.guarantee("G36")

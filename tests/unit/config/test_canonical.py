@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import tempfile
 import types
@@ -14,9 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distvsd.config import Config, Schedule, diff, digest, document, load_config, to_dict, to_yaml
+from distvsd.config import Config, Schedule, config_from, diff, digest, document, load_config, to_dict, to_yaml
 from distvsd.config import values as values_module
 from distvsd.config.ranges import Increasing, Range
+from distvsd.errors import ConfigError
 
 LIMITS = ("MAX_TEXT", "MAX_PROMPTS", "MAX_PROMPT_CHARACTERS", "MAX_POINTS")
 TEXTS = st.text(max_size=40)
@@ -96,12 +98,13 @@ def configs(draw: st.DrawFn) -> Config:
 
 @given(configs())
 @settings(max_examples=30, deadline=None)
-def test_every_configuration_reads_back_from_its_yaml(config: Config) -> None:
+def test_every_configuration_reads_back_from_its_yaml_and_from_a_manifest(config: Config) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
         path.write_text(to_yaml(config), encoding="utf-8")
         again = load_config(path)
     assert again == config
+    assert config_from(json.loads(json.dumps(to_dict(config))), "the manifest") == config
     assert digest(again) == digest(config)
     assert diff(config, again) == []
 
@@ -218,3 +221,18 @@ def changed(tmp_path: Path, *overrides: str) -> Config:
     path = tmp_path / "config.yaml"
     path.write_text("prompt: an object\n")
     return load_config(path, overrides)
+
+
+@pytest.mark.parametrize(
+    ("plain", "words"),
+    [
+        ({"particles": {"count": True}}, r"the manifest: particles\.count is the truth value true"),
+        ({"objective": {"t_max": {"0": 0.9, "later": 0.5}}}, r"objective\.t_max has a point at the text 'later'"),
+        ({"seed": 3}, "unknown key seed"),
+        ({"run": [1]}, "run is a list of 1, but it is a section"),
+        ({"render": {"resolution": {"0": 64, "5": {"0": 64}}}}, r"render\.resolution at round 5 is a mapping"),
+    ],
+)
+def test_plain_data_that_is_no_configuration_is_refused_with_its_key(plain: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        config_from(plain, "the manifest")

@@ -56,6 +56,9 @@ def test_prolificdreamer_has_the_papers_numbers() -> None:
     assert [config.objective.t_max.at(round) for round in (4999, 5000)] == [0.98, 0.5]
     assert [config.render.resolution_at(round) for round in (4999, 5000)] == [64, 512]
     # All else that the paper fixes is what the defaults are.
-    paper = replace(config.particles.nerf, density_noise=0.0, entropy=0.0)
-    assert paper == Config().particles.nerf
-    assert (config.particles.nerf.density_noise, config.particles.nerf.entropy) == (1, 10)
+    nerf = config.particles.nerf
+    assert replace(nerf, density_noise=0.0, entropy=0.0, entropy_of="opacity") == Config().particles.nerf
+    assert (nerf.density_noise, nerf.entropy, nerf.entropy_of) == (1, 10, "weights")
+    assert (config.score.init, config.score.betas, config.score.eps) == ("normal", (0.9, 0.999), 1e-8)
+    # Renders of 64 pixels are seen as what Stable Diffusion knows: images of 512.
+    assert [config.encoded_edge(resolution, 512) for resolution in (64, 512)] == [512, 512]

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from distvsd import restored
-from distvsd.config.schema import CamerasConfig, Config, ParticlesConfig, PriorConfig, Schedule
+from distvsd.config.schedule import Schedule
+from distvsd.config.schema import CamerasConfig, Config, ParticlesConfig, PriorConfig
 from distvsd.evaluate import run, views
 from distvsd.evaluate.run import evaluate_particles
 from distvsd.evaluate.views import groups, render_group, ring
@@ -136,7 +137,7 @@ def test_rendering_a_run_writes_a_sheet_and_a_turntable_each(tmp_path):
         particles.config,
         render=dataclasses.replace(particles.config.render, resolution=Schedule.constant(32)),
     )
-    paths = render_particles(particles, tmp_path / "renders")
+    paths = render_particles(particles, tmp_path)
     assert [path.name for path in paths] == ["contact-sheet.png", "particle-000000.mp4", "particle-000001.mp4"]
     assert all(path.stat().st_size > 0 for path in paths)
 
@@ -145,6 +146,8 @@ def test_many_particles_share_turntables_that_show_all_of_them_and_images_have_n
     monkeypatch.setattr("distvsd.render_run.SINGLE_TURNTABLES", 2)
     monkeypatch.setattr("distvsd.render_run.SHEET_ROWS", 2)
     monkeypatch.setattr("distvsd.render_run.FRAMES", 4)
+    for name in ("many", "more", "images"):
+        (tmp_path / name).mkdir()
     paths = render_particles(Drawings([None] * 3, ["a"] * 3), tmp_path / "many")
     sheets = ["contact-sheet-000.png", "contact-sheet-001.png"]
     assert [path.name for path in paths] == [*sheets, "turntable.mp4"]

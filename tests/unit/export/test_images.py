@@ -1,12 +1,14 @@
 """Contact sheets have their geometry, show their pixels, and turntables can be read back."""
 
 import math
+import resource
 
 import numpy
 import pytest
 import torch
 from PIL import Image
 
+from distvsd.errors import RunError
 from distvsd.export.images import GAP, PAPER, cell_scale, contact_sheet, mosaic, save_png, to_image, turntable
 
 
@@ -73,7 +75,7 @@ def test_values_are_clamped_rounded_and_broken_ones_are_magenta():
 
 def test_a_png_comes_back_as_it_was(tmp_path):
     picture = to_image(torch.rand(3, 5, 7, generator=torch.Generator()))
-    path = save_png(picture, tmp_path / "new" / "folder" / "a.png")
+    path = save_png(picture, tmp_path, "new/folder/a.png")
     assert Image.open(path).tobytes() == picture.tobytes()
 
 
@@ -92,7 +94,7 @@ def test_a_turntable_has_its_frames_in_order_and_an_even_size(tmp_path):
 
     levels = torch.linspace(0.2, 0.8, 6)
     frames = levels.reshape(6, 1, 1, 1).expand(6, 3, 385, 401)
-    path = turntable(frames, tmp_path / "videos" / "turn.mp4")
+    path = turntable(frames, tmp_path, "videos/turn.mp4")
     reader = read_frames(str(path))
     facts = next(reader)
     assert facts["size"] == (400, 384)
@@ -103,5 +105,19 @@ def test_a_turntable_has_its_frames_in_order_and_an_even_size(tmp_path):
 def test_small_frames_are_enlarged_to_be_seen(tmp_path):
     from imageio_ffmpeg import read_frames
 
-    path = turntable(torch.rand(2, 3, 64, 64, generator=torch.Generator()), tmp_path / "small.mp4")
+    path = turntable(torch.rand(2, 3, 64, 64, generator=torch.Generator()), tmp_path, "small.mp4")
     assert next(read_frames(str(path)))["size"] == (384, 384)
+
+
+def test_a_turntable_that_the_disk_does_not_take_is_an_error_and_leaves_the_old_one(tmp_path):
+    frames = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    before = turntable(frames, tmp_path, "renders/a.mp4").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(RunError, match=r"a\.mp4 cannot be written"):
+            turntable(frames, tmp_path, "renders/a.mp4")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in (tmp_path / "renders").iterdir()] == ["a.mp4"]
+    assert (tmp_path / "renders/a.mp4").read_bytes() == before

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from distvsd.errors import RankError
-from distvsd.parallel.opening import agreed_name, mortal
+from distvsd.parallel.opening import agreed_name
 
 
 def start(store: dist.Store, order: list[int]) -> list[str]:
@@ -45,32 +40,3 @@ def test_ranks_that_do_not_come_are_named() -> None:
     # Rank 0 of that start is gone: its name alone convinces nobody.
     with pytest.raises(RankError, match=r"^rank 0 of 3 did not come, or waits for others"):
         agreed_name(store, 1, 3, 0.3)
-
-
-def test_a_process_that_waits_for_the_others_can_be_ended_at_once() -> None:
-    """Whatever handler there is: inside torch it would not get to it."""
-    program = (
-        "import signal, sys, threading\n"
-        "from distvsd.parallel.opening import mortal\n"
-        "signal.signal(signal.SIGTERM, lambda *_: None)\n"
-        "with mortal():\n    print('in', flush=True)\n    threading.Event().wait(60)\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "in\n"
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == -signal.SIGTERM
-
-
-def test_the_handlers_are_put_back_and_other_threads_have_none() -> None:
-    seen: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
-    try:
-        with mortal():
-            assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-        thread = threading.Thread(target=lambda: mortal().__enter__())
-        thread.start()
-        thread.join()
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert seen == [signal.SIGTERM]
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -186,7 +186,7 @@ def test_manifests_from_before_good_states_had_a_schedule_mean_what_they_meant(r
 
 @pytest.mark.parametrize(
     ("record", "said"),
-    [({"good": "else"}, "good = 'else' .*altered"), ({"good": "beside"}, "should be .* holds nothing")],
+    [({"good": "else"}, "good = 'else' .*altered"), ({"good": "beside"}, "good/param/image is missing")],
 )
 def test_a_record_whose_good_state_is_nowhere_is_refused(record, said):
     particles = ensemble()

@@ -9,6 +9,7 @@ import torch
 from distvsd.cameras import Cameras, OrbitSampler
 from distvsd.particles import Keys, NerfParticle
 from distvsd.render import HashGrid
+from distvsd.render.volume import Composited
 
 NERF = NerfParticle(
     grid=HashGrid(2, 2, 4096, 4, 8, smoothstep=False),
@@ -21,6 +22,7 @@ NERF = NerfParticle(
     init_color=0.0,
     density_noise=0.0,
     entropy=0.0,
+    entropy_of="opacity",
     sparsity=0.0,
     coverage=0.0,
     coverage_range=(0.1, 0.7),
@@ -97,12 +99,14 @@ def test_a_particles_render_does_not_depend_on_its_neighbours(noise):
     torch.testing.assert_close(together[1], alone[0], rtol=0, atol=1e-6)
 
 
-def test_gradients_agree_with_finite_differences():
+@pytest.mark.parametrize("entropy_of", ["opacity", "weights"])
+def test_gradients_agree_with_finite_differences(entropy_of):
     small = replace(
         NERF,
         grid=HashGrid(1, 2, 4096, 3, 3, smoothstep=True),
         samples_per_ray=6,
         entropy=1.0,
+        entropy_of=entropy_of,
         sparsity=1.0,
         coverage=1.0,
         coverage_range=(0.01, 0.02),
@@ -145,19 +149,39 @@ def test_backgrounds_are_plain_in_the_asked_share_and_learned_otherwise():
     assert (grey.std(2) < 1e-6).all() and grey[:, 0, 0, 0, 0].std() > 0.2
 
 
+def drawn(opacity):
+    """What a render gives to the penalty: opacity `[P, V, H, W, 1]`, all of it in one sample a ray."""
+    weights = opacity
+    return Composited(torch.zeros(*opacity.shape[:-1], 3), opacity, weights, torch.zeros_like(weights))
+
+
 def test_penalties_prefer_clear_or_solid_pixels():
     entropy = replace(NERF, entropy=1.0)
     opacity = torch.tensor([[0.5], [0.0], [1.0]]).reshape(3, 1, 1, 1, 1).expand(3, 1, 4, 4, 1)
-    penalty = entropy._penalty(opacity, 3)
+    penalty = entropy.penalty(drawn(opacity), 3)
     assert penalty[0].item() == pytest.approx(math.log(2), abs=1e-5)
     assert penalty[1:].max() < 2e-4
+
+
+def test_the_papers_entropy_is_the_bits_of_each_samples_weight():
+    # Two rays of four samples. The paper's code: mean over samples of -w log2 w - (1 - w) log2 (1 - w), w clamped.
+    weights = torch.tensor([[0.5, 0.25, 0.0, 0.0], [0.125, 0.0, 0.875, 0.0]])
+    # Bits of 1/2: 1; of 1/4: 0.811278; of 1/8 and 7/8: 0.543564 each; of the clamped 0: 1.8052e-4 each.
+    expected = (1 + 0.811278 + 2 * 0.543564 + 4 * 1.8052e-4) / 8
+    opacity = weights.sum(1).reshape(1, 1, 1, 2, 1)
+    rendered = Composited(torch.zeros(1, 1, 1, 2, 3), opacity, weights.reshape(1, 1, 1, 2, 4), torch.zeros(4))
+    penalty = replace(NERF, entropy=10.0, entropy_of="weights").penalty(rendered, 1)
+    assert penalty.item() == pytest.approx(10 * expected, abs=1e-4)
+    # Of the rays' opacities, 3/4 and 1, in nats: (0.562335 + 1.2513e-4) / 2.
+    of_rays = replace(NERF, entropy=10.0).penalty(rendered, 1)
+    assert of_rays.item() == pytest.approx(10 * (0.562335 + 1.2513e-4) / 2, abs=1e-4)
 
 
 def test_sparsity_clears_fog_and_neither_thins_what_is_solid_nor_lets_a_particle_fade():
     # A quarter of the rays solid, a quarter fog, the rest clear; beside it the same, ten times fainter.
     rays = torch.tensor([1.0, 0.1, 0.0, 0.0])
     opacity = torch.stack((rays, rays / 10)).reshape(2, 1, 2, 2, 1).requires_grad_()
-    penalty = replace(NERF, sparsity=2.0)._penalty(opacity, 2)
+    penalty = replace(NERF, sparsity=2.0).penalty(drawn(opacity), 2)
     # Mean 0.275, mean square 0.2525 (+ 0.0001): 2 * 0.275 / 0.50259 = 1.0943.
     assert penalty[0].item() == pytest.approx(1.0943, abs=1e-4)
     (gradient,) = torch.autograd.grad(penalty.sum(), opacity)
@@ -166,14 +190,14 @@ def test_sparsity_clears_fog_and_neither_thins_what_is_solid_nor_lets_a_particle
     assert (solid.item(), fog.item()) == pytest.approx((-0.0882, 0.8865), abs=1e-3)
     # Ten times fainter: 2 * 0.0275 / sqrt(0.002525 + 0.0001) = 1.0735, where a mean would fall to a tenth.
     assert penalty[1].item() == pytest.approx(1.0735, abs=1e-4)
-    assert replace(NERF, sparsity=2.0)._penalty(torch.zeros(1, 1, 2, 2, 1), 1).item() == 0
+    assert replace(NERF, sparsity=2.0).penalty(drawn(torch.zeros(1, 1, 2, 2, 1)), 1).item() == 0
 
 
 def test_coverage_asks_only_of_objects_that_cover_too_much_or_too_little_of_their_view():
     # Covered on average: 0.95, 0.6 and 0.025.
     rays = [[1.0, 0.9, 0.9, 1.0], [1.0, 1.0, 0.4, 0.0], [0.05, 0.05, 0.0, 0.0]]
     opacity = torch.tensor(rays).reshape(3, 1, 2, 2, 1).requires_grad_()
-    penalty = replace(NERF, coverage=3.0, coverage_range=(0.1, 0.8))._penalty(opacity, 3)
+    penalty = replace(NERF, coverage=3.0, coverage_range=(0.1, 0.8)).penalty(drawn(opacity), 3)
     # 3 log(0.2 / 0.0501) = 4.1529 and 3 log(0.1 / 0.0251) = 4.1469.
     assert penalty.tolist() == pytest.approx([4.1529, 0, 4.1469], abs=1e-3)
     (gradient,) = torch.autograd.grad(penalty.sum(), opacity)

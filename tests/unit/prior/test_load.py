@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import warnings
 import weakref
 from collections.abc import Callable
@@ -13,8 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import distvsd.prior.text
-from distvsd.prior import Pipeline, load_prior
-from distvsd.prior.folder import open_folder
+from distvsd.prior import Pipeline, info, load_prior
 from distvsd.prior.prompts import VIEWS
 
 LAYOUTS = ("sd15", "sd21", "shapes")
@@ -165,15 +165,15 @@ def test_the_identity_follows_the_content_and_not_the_place_dtype_or_prompt(
     """A prior's identity is that of its weights, configuration and tokenizer, wherever they lie."""
     shared, own = shared_pipeline("shapes"), own_pipeline("shapes")
     identity = load_prior(str(shared), ["a red cube"]).identity()
-    assert len(identity) == 64
+    assert re.fullmatch("v2:[0-9a-f]{64}", identity)
     assert load_prior(str(own), ["another"], dtype="float16").identity() == identity
     words = own / "tokenizer/tokenizer.json"
     before = words.read_text(encoding="utf-8")
     assert '"cube"' in before
     words.write_text(before.replace('"cube"', '"cubes"'), encoding="utf-8")
-    assert open_folder(str(own)).identity() != identity
+    assert info.describe(str(own))["identity"] != identity
     words.write_text(before, encoding="utf-8")
-    assert open_folder(str(own)).identity() == identity
+    assert info.describe(str(own))["identity"] == identity
     weights = {
         name: value.clone() for name, value in load_file(own / "unet/diffusion_pytorch_model.safetensors").items()
     }

@@ -203,6 +203,12 @@ def test_a_weight_too_large_for_half_precision_is_refused_there_and_accepted_in_
 def test_a_damaged_weight_file_is_refused(own_pipeline: Callable[..., Path]) -> None:
     folder = own_pipeline("sd15")
     (folder / UNET).write_bytes((folder / UNET).read_bytes()[:1000])
+    assert f"{UNET} cannot be read as safetensors" in refusal(folder)
+
+
+def test_a_network_that_cannot_be_built_leaves_the_default_dtype_as_it_was(own_pipeline: Callable[..., Path]) -> None:
+    folder = own_pipeline("sd15")
+    change(folder / "unet/config.json", norm_num_groups=7)
     assert "the unet in" in refusal(folder, dtype="float16")
     assert torch.get_default_dtype() == torch.float32
 

@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 
 from distvsd.errors import RankError
-from distvsd.runtime.heartbeat import Heartbeat
+from distvsd.runtime.heartbeat import Heartbeat, forget_ranks
 
 FORK = multiprocessing.get_context("fork")
 
 
 def heartbeat(folder: Path, rank: int = 0, size: int = 2, interval_s: float = 0.01) -> Heartbeat:
-    return Heartbeat(folder, rank, size, lambda: None, interval_s)
+    return Heartbeat(folder, rank, size, 120.0, interval_s)
 
 
 def read(folder: Path, rank: int) -> dict[str, Any]:
@@ -97,11 +97,12 @@ def test_a_rank_that_failed_leaves_its_error(tmp_path: Path) -> None:
     assert read(tmp_path, 0)["ended"] == "ValueError: boom"
 
 
-def test_files_of_ranks_that_this_world_does_not_have_are_swept_away(tmp_path: Path) -> None:
+def test_what_the_ranks_of_an_earlier_start_left_can_be_swept_away(tmp_path: Path) -> None:
     for rank in (1, 2, 3):
         put(tmp_path, rank)
-    with heartbeat(tmp_path, size=2):
-        assert sorted(path.name for path in tmp_path.glob("rank-*")) == ["rank-00000.json", "rank-00001.json"]
+    forget_ranks(tmp_path)
+    forget_ranks(tmp_path / "missing")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_disk_that_takes_nothing_does_not_disturb(tmp_path: Path) -> None:
@@ -109,6 +110,30 @@ def test_a_disk_that_takes_nothing_does_not_disturb(tmp_path: Path) -> None:
     with heartbeat(tmp_path / "file" / "heartbeats") as beating:
         beating.at(1, "render")
         assert beating.silent(wait_s=0.05).startswith("rank 1 left no sign of life")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"ended": 5}, {"host": None}, {"pid": "x"}, {"round": []}, {"more": 1}, {"beats": 0.5}]
+)
+def test_a_file_with_other_types_than_a_rank_writes_is_no_sign_of_life(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with heartbeat(tmp_path) as beating:
+        put(tmp_path, 1, **changes)
+        assert beating.silent(wait_s=0.01).startswith("rank 1 left no sign of life")
+
+
+def test_a_link_or_a_pipe_in_its_place_is_neither_followed_nor_waited_for(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "rank-00009.json").write_text("mine")
+    (tmp_path / "linked").symlink_to(outside)
+    with heartbeat(tmp_path / "linked"):
+        pass
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/rank-00000.json").symlink_to(outside / "rank-00009.json")
+    os.mkfifo(tmp_path / "run/rank-00001.json")
+    with heartbeat(tmp_path / "run") as beating:
+        assert beating.silent(wait_s=0.01).startswith("rank 1 left no sign of life")
+    assert [(path.name, path.read_text()) for path in outside.iterdir()] == [("rank-00009.json", "mine")]
 
 
 def test_ranks_that_all_beat_in_one_place_are_no_news(tmp_path: Path) -> None:
@@ -229,66 +254,3 @@ def test_of_another_container_with_the_same_host_name_only_the_counts_are_judged
     with heartbeat(tmp_path) as beating:
         beating.at(7, "score")
         assert beating.silent(wait_s=0.01).endswith("does not beat any more")
-
-
-def orphaned(folder: Path, world_size: str, busy_s: float = 0.0, takes_s: float = 0.0) -> int:
-    """Ends the parent of a process that beats; returns the pipe into which that one writes when it notices.
-
-    For `busy_s` it is somewhere new again and again, then at a place where it says it may be for `takes_s`.
-    """
-    reader, writer = os.pipe()
-
-    def tell() -> None:
-        os.write(writer, b"orphan;")
-
-    def launcher() -> None:
-        os.environ["WORLD_SIZE"] = world_size
-        if os.fork() == 0:
-            with Heartbeat(folder, 0, 2, tell, 0.05, grace_s=0.3) as beating:
-                os.write(writer, b"ready;")
-                for step in range(round(busy_s / 0.05)):
-                    beating.at(step, "render")
-                    time.sleep(0.05)
-                beating.at(0, "save", takes_s)
-                time.sleep(20)
-            os._exit(0)
-        time.sleep(60)
-
-    process = FORK.Process(target=launcher)
-    process.start()
-    os.close(writer)
-    assert os.read(reader, 6) == b"ready;"
-    process.kill()
-    process.join()
-    return reader
-
-
-def test_a_worker_whose_launcher_was_killed_is_told_once_and_ends_after_its_grace(tmp_path: Path) -> None:
-    reader = orphaned(tmp_path, "2")
-    began = time.monotonic()
-    said = b""
-    while block := os.read(reader, 100):  # its end comes when the last process that holds the pipe has ended
-        said += block
-    assert said == b"orphan;"
-    assert 0.2 < time.monotonic() - began < 15
-    os.close(reader)
-
-
-@pytest.mark.parametrize(("busy_s", "takes_s"), [(1.5, 0.0), (0.0, 1.5)])
-def test_an_orphan_has_its_grace_after_the_last_progress_and_as_long_as_its_save_may_take(
-    tmp_path: Path, busy_s: float, takes_s: float
-) -> None:
-    reader = orphaned(tmp_path, "2", busy_s, takes_s)
-    began = time.monotonic()
-    while os.read(reader, 100):
-        pass
-    assert 1.2 < time.monotonic() - began < 16
-    os.close(reader)
-
-
-def test_without_a_launcher_the_end_of_the_parent_is_nothing(tmp_path: Path) -> None:
-    """As with nohup: the shell ends, the run goes on."""
-    reader = orphaned(tmp_path, "1")
-    assert not select.select([reader], [], [], 1.0)[0]
-    os.kill(read(tmp_path, 0)["pid"], signal.SIGKILL)
-    os.close(reader)

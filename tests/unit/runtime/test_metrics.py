@@ -109,5 +109,17 @@ def test_a_full_disk_drops_lines_and_does_not_end_the_run(
 
 
 def test_a_path_that_cannot_be_opened_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="cannot be opened"):
+    with pytest.raises(RunError, match="is a folder"):
         JsonLines(tmp_path)
+
+
+def test_what_is_left_of_a_line_is_cut_off_however_long_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"round": 1}\n' + b"x" * (5 * 2**20))
+    with JsonLines(path) as metrics:
+        metrics.append({"round": 2})
+    assert rounds(path) == [1, 2]
+    path.write_bytes(b"x" * (3 * 2**20))
+    with JsonLines(path) as metrics:
+        metrics.append({"round": 3})
+    assert rounds(path) == [3]

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from distvsd.errors import RunError
-from distvsd.runtime.paths import RunLock, RunPaths, write_atomically
+from distvsd.runtime import inside
+from distvsd.runtime.paths import RunLock, RunPaths
 
 
 def test_the_names_in_a_run_directory_are_the_documented_ones(tmp_path: Path) -> None:
@@ -203,7 +204,7 @@ def _race(path: Path, jobs: int) -> tuple[list[int], int]:
 
 def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
     path = tmp_path / "STATUS.json"
-    write_atomically(path, "a" * 100_000)
+    inside.write(path.parent, path.name, "a" * 100_000)
     seen: set[str] = set()
     done = threading.Event()
 
@@ -215,7 +216,7 @@ def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
     reader = threading.Thread(target=read)
     reader.start()
     for letter in "bcdefgh" * 5:
-        write_atomically(path, letter * 100_000)
+        inside.write(path.parent, path.name, letter * 100_000)
     done.set()
     reader.join()
     assert seen <= {f"100000{letter}" for letter in "abcdefgh"} and seen
@@ -224,10 +225,10 @@ def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
 
 def test_a_failed_write_leaves_the_old_text_and_no_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "STATUS.json"
-    write_atomically(path, "old")
+    inside.write(path.parent, path.name, "old")
     monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(RunError, match="No space left"):
-        write_atomically(path, "new")
+        inside.write(path.parent, path.name, "new")
     assert path.read_text() == "old" and [entry.name for entry in tmp_path.iterdir()] == ["STATUS.json"]
 
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import os
+import re
 import signal
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 
-from distvsd.runtime.preempt import ECHO_S, SIGNALS, Preemption
+from distvsd.runtime.preempt import ECHO_S, SIGNALS, NothingBegun, Preemption
+
+ROOT = Path(__file__).parents[3]
+SMOKE = str(ROOT / "configs/smoke.yaml")
 
 
 class Clock:
@@ -102,3 +111,71 @@ def test_on_another_thread_it_leaves_signals_alone_and_takes_requests() -> None:
     thread.start()
     thread.join()
     assert seen == [before, "the launcher died"]
+
+
+def said_and_ended(process: subprocess.Popen[str], name: str) -> None:
+    """One line, which names the signal and says that the same command starts it, and the code of what can go on."""
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 3, errors
+    assert re.fullmatch(rf"distvsd: .*{name}.* the same command .*\n", errors), errors
+
+
+@pytest.mark.guarantee("G24")
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_signal_before_training_has_begun_ends_with_3_and_one_line(tmp_path: Path, number: signal.Signals) -> None:
+    """SIGTERM, SIGUSR1 and SIGINT while a rank still imports: it ends at once with 3, says so in one line, and has
+    begun nothing."""
+    command = [sys.executable, "-m", "distvsd.train", SMOKE, f"run.dir={tmp_path / 'run'}"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    while process.poll() is None and not catches(process.pid, signal.SIGUSR1):  # Python itself catches SIGINT earlier
+        time.sleep(0.005)
+    time.sleep(0.05)
+    process.send_signal(number)
+    said_and_ended(process, number.name)
+    assert not (tmp_path / "run").exists()
+
+
+def catches(pid: int, number: int) -> bool:
+    masks = dict(line.split(":\t") for line in Path(f"/proc/{pid}/status").read_text().splitlines() if "Sig" in line)
+    return bool(int(masks["SigCgt"], 16) >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize("order", ["during", "before"])
+def test_a_process_that_waits_for_the_others_is_ended_at_once(order: str) -> None:
+    """In a lock, as in torch, the main thread gets to no handler of Python's; a request of a moment before counts."""
+    wait = "print('in', flush=True); threading.Lock().acquire() and lock.acquire()"
+    program = (
+        "import os, signal, threading\nfrom distvsd.runtime.preempt import Preemption\n"
+        "lock = threading.Lock()\nlock.acquire()\n"
+        "with Preemption() as preemption:\n"
+        f"    if {order == 'before'}: os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"    with preemption.nothing_begun(): {wait}\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert process.stdout is not None
+    if order == "during":
+        assert process.stdout.readline() == "in\n"
+        process.send_signal(signal.SIGTERM)
+    said_and_ended(process, "SIGTERM")
+
+
+def test_what_surrounds_it_hears_of_signals_again() -> None:
+    """Handlers, and the pipe by which an event loop learns of signals, are put back; other threads touch nothing."""
+    heard: list[int] = []
+
+    async def surround() -> None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, heard.append, signal.SIGUSR1)
+        before = [signal.getsignal(number) for number in SIGNALS]
+        with Preemption() as preemption, preemption.nothing_begun():
+            assert [signal.getsignal(number) for number in SIGNALS] != before
+        thread = threading.Thread(target=lambda: NothingBegun().__enter__())
+        thread.start()
+        thread.join()
+        assert [signal.getsignal(number) for number in SIGNALS] == before
+        send(signal.SIGUSR1)
+        await asyncio.sleep(0.05)
+
+    asyncio.run(surround())
+    assert heard == [signal.SIGUSR1]

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from distvsd.errors import RunError
 from distvsd.export.images import contact_sheet, save_png, turntable
-from distvsd.runtime.replay_metrics import particle_rows, replay
+from distvsd.runtime.replay_metrics import particle_rows, replay, summary_of
 from distvsd.runtime.tracker import open_tracker
 from tests.wandb_file import history_of, records_of
 
@@ -43,19 +44,27 @@ def no_settings_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """A run of 3 rounds and 2 particles, rendered and evaluated, as it lies on the disk."""
+def plain(tmp_path: Path) -> Path:
+    """A run of 3 rounds and 2 particles, evaluated, as it lies on the disk."""
     run = tmp_path / "run"
-    views = torch.rand(2, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    save_png(contact_sheet(views), run / "renders/contact-sheet.png")
-    save_png(contact_sheet(views), run / "renders/round-00000002/particles-000000-000001/contact-sheet.png")
-    turntable(views[1], run / "renders/particle-000001.mp4")
+    run.mkdir()
     lines = [{"round": number, "score_loss": 1 / number, "lag": None} for number in (1, 2, 3)]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    torn = '{"round": 4, "score_lo'  # as a kill leaves it
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + torn)
     (run / "health.jsonl").write_text("".join(json.dumps(event) + "\n" for event in EVENTS))
     evaluation = {"particles": 2, "label_accuracy": {"color": 0.5, "shape": 1.0}, "particles_detail": DETAILS}
     (run / "evaluation.json").write_text(json.dumps(evaluation))
     return run
+
+
+@pytest.fixture
+def run(plain: Path) -> Path:
+    """The same with pictures."""
+    views = torch.rand(2, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    save_png(contact_sheet(views), plain, "renders/contact-sheet.png")
+    save_png(contact_sheet(views), plain, "renders/round-00000002/particles-000000-000001/contact-sheet.png")
+    turntable(views[1], plain, "renders/particle-000001.mp4")
+    return plain
 
 
 def test_a_row_has_the_health_and_the_labels_of_a_particle() -> None:
@@ -66,6 +75,64 @@ def test_a_row_has_the_health_and_the_labels_of_a_particle() -> None:
     # A run that was not evaluated has a table of those to which something happened.
     (only,) = particle_rows([], EVENTS)
     assert only == {"particle": 1, "events": 2, "last_event": "quarantined", "last_event_round": 3}
+
+
+DAMAGED_LINES = {
+    "not JSON": b'{"round": 2,,}',
+    "not UTF-8": b'{"round": 2, "note": "\xff\xfe"}',
+    "zeros, as a power cut leaves them": b"\0" * 100,
+    "not an object": b"[2]",
+    "UTF-16": "[2]".encode("utf-16"),
+    "a round of another type": b'{"round": "2", "particle": 0}',
+    "a round that is no number": b'{"round": NaN, "particle": 0}',
+    "a round below zero": b'{"round": -2, "particle": 0}',
+    "a round beyond all": b'{"round": 1%s, "particle": 0}' % (b"0" * 30),
+    "more digits than a number may have": b'{"round": 1%s}' % (b"0" * 10_000),
+    "nothing of ours": b"{}",
+    "nested without end": b'{"round": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "nested deeply": b'{"round": 2, "particle": 0, "x": ' + b"[" * 300 + b"]" * 300 + b"}",
+    "an empty line": b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_LINES)
+@pytest.mark.parametrize("file", ["metrics.jsonl", "health.jsonl"])
+def test_a_damaged_line_is_named_before_anything_is_sent(plain: Path, file: str, damage: str) -> None:
+    first, rest = (plain / file).read_bytes().split(b"\n", 1)
+    (plain / file).write_bytes(first + b"\n" + DAMAGED_LINES[damage] + b"\n" + rest)
+    with pytest.raises(RunError, match=f"line 2 of .*{file}") as caught:
+        replay(plain, "offline", "", "", "", {}, lambda text: None)
+    assert len(str(caught.value)) < 1000
+    assert not (plain / "wandb.json").exists()
+
+
+DAMAGED_EVALUATIONS = {
+    "not JSON": b"{",
+    "not UTF-8": b'{"particles": "\xff"}',
+    "not an object": b"[]",
+    "particles that are none": b'{"particles_detail": 3}',
+    "a particle that is none": b'{"particles_detail": [3]}',
+    "a particle without an id": b'{"particles_detail": [{"labels": {}}]}',
+    "labels of another type": b'{"particles_detail": [{"id": 0, "labels": ["red"]}]}',
+    "expected labels of another type": b'{"particles_detail": [{"id": 0, "labels": {}, "expected": 3}]}',
+    "nested deeply": b'{"diversity": ' + b'{"a": ' * 500 + b"1" + b"}" * 501,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_EVALUATIONS)
+def test_a_damaged_evaluation_is_named_before_anything_is_sent(plain: Path, damage: str) -> None:
+    (plain / "evaluation.json").write_bytes(DAMAGED_EVALUATIONS[damage])
+    with pytest.raises(RunError, match=r"evaluation\.json"):
+        replay(plain, "offline", "", "", "", {}, lambda text: None)
+    assert not (plain / "wandb.json").exists()
+
+
+def test_numbers_of_other_types_in_an_evaluation_are_left_out() -> None:
+    assert summary_of({"label_accuracy": 3, "view_accuracy": {"a": "x", "b": 0.5}, "modes": None}) == {
+        "evaluation/label_accuracy": 3,
+        "evaluation/view_accuracy/b": 0.5,
+        "evaluation/view_accuracy": 0.5,
+    }
 
 
 @pytest.mark.guarantee("G27")

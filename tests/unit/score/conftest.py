@@ -23,6 +23,9 @@ class Options:
     """The fields of the configuration that the score network reads."""
 
     rank: int = 2
+    init: str = "kaiming"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
     warmup: int = 0
     weight_decay: float = 1e-2
     max_grad_norm: float = 0.0
@@ -87,11 +90,13 @@ def make_score() -> Callable[..., LoraScore]:
         seed: int = 5,
         micro_batch: int = 0,
         shaken: bool = False,
+        reads_cameras: bool = True,
         **options: Any,
     ) -> LoraScore:
         """shaken: every trained number is random, as if trained, so that no gradient is zero by initialisation."""
         abar = torch.linspace(0.99, 0.01, NUM_TIMESTEPS)
-        score = LoraScore(unet, abar, prediction_type, text_of, Options(**options), seed, "cpu", micro_batch)
+        settings = Options(**options)
+        score = LoraScore(unet, abar, prediction_type, text_of, settings, seed, "cpu", micro_batch, reads_cameras)
         if shaken:
             with torch.no_grad():
                 for index, parameter in enumerate(score.trainable.values()):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -134,6 +132,39 @@ def test_the_configuration_of_the_program_is_accepted(unet):
     assert score.num_timesteps == 100 and score.num_steps == 0
 
 
-def test_options_are_read_by_name_only(unet):
-    options = SimpleNamespace(rank=1, warmup=0, weight_decay=0.0, max_grad_norm=0.0, replay_rounds=0)
-    assert LoraScore(unet, torch.linspace(0.99, 0.01, 100), "epsilon", text_of, options, 0, "cpu").num_parameters[0] > 0
+@pytest.mark.parametrize("rank", [2, 8])
+def test_the_first_factor_begins_as_in_the_papers_code_or_as_in_pefts(make_unet, make_score, rank):
+    unet = make_unet(block_out_channels=(64, 128), cross_attention_dim=64)
+    spread: dict[str, torch.Tensor] = {}
+    for init in ("normal", "kaiming"):
+        first = {n: p for n, p in make_score(unet, rank=rank, init=init).trainable.items() if ".lora_A." in n}
+        # Each value in units of the deviation that is due: diffusers' LoRALinearLayer has 1 / rank, peft's kaiming
+        # uniform with a = sqrt(5) has 1 / sqrt(3 inputs).
+        due = {n: 1 / rank if init == "normal" else (3 * p.shape[1]) ** -0.5 for n, p in first.items()}
+        spread[init] = torch.cat([(p / due[n]).flatten() for n, p in first.items()])
+        # The deviation of n values is known to 1 / sqrt(2 n): five of those.
+        assert abs(spread[init].std().item() - 1) < 5 / (2 * len(spread[init])) ** 0.5
+    # A uniform ends at sqrt(3) deviations; of so many normal values some are beyond 3.
+    assert spread["kaiming"].abs().max() <= 3**0.5 * (1 + 1e-6) and spread["normal"].abs().max() > 3
+
+
+def test_without_cameras_there_is_no_camera_network_and_nothing_reads_one(unet, make_score, make_batch):
+    score, batch = make_score(unet, shaken=True, reads_cameras=False), make_batch()
+    assert all(".lora_" in name for name in score.trainable) and score.num_parameters[1] == 0
+    assert "score/camera.safetensors" not in score.state()
+    arguments = (batch.noise, batch.timesteps, batch.samples.ids)
+    eps = score.eps(*arguments, batch.samples.cameras)
+    assert torch.equal(eps, score.eps(*arguments, None))
+    # The same network as one whose camera network still is zero.
+    other = make_score(unet, reads_cameras=True)
+    with torch.no_grad():
+        for name, parameter in score.trainable.items():
+            other.trainable[name].copy_(parameter)
+    assert torch.equal(eps, other.eps(*arguments, batch.samples.cameras))
+
+
+def test_a_camera_network_of_an_older_checkpoint_is_left_out_where_no_camera_is_read(unet, make_score, make_batch):
+    old, new = make_score(unet, shaken=True), make_score(unet, reads_cameras=False)
+    new.load_state(old.state())
+    for name, parameter in new.trainable.items():
+        assert torch.equal(parameter, old.trainable[name])

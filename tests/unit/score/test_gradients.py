@@ -136,3 +136,20 @@ def test_float16_gradients_survive_a_large_denominator(make_unet, make_score, ma
     (exact,), _ = make_score(make_unet(), shaken=True).gradients(*batch.arguments(), 1e5, [slice(0, 2)])
     (half,), _ = make_score(make_unet().half(), shaken=True).gradients(*batch.arguments(), 1e5, [slice(0, 2)])
     assert (half - exact).norm() / exact.norm() < 0.05
+
+
+def test_the_optimiser_is_adamw_with_the_decay_rates_and_epsilon_that_were_asked_for(unet, make_score, make_batch):
+    """Against AdamW's formulas (arXiv 1711.05101, algorithm 2) in float64."""
+    beta1, beta2, eps, decay, rate = 0.5, 0.75, 1e-3, 0.1, 1e-2
+    score = make_score(unet, betas=(beta1, beta2), eps=eps, weight_decay=decay, shaken=True)
+    expected = torch.cat([p.detach().double().flatten() for p in score.trainable.values()])
+    first, second = torch.zeros_like(expected), torch.zeros_like(expected)
+    for step in (1, 2, 3):
+        gradient = torch.sin(torch.arange(len(expected), dtype=torch.float32) * step)
+        first = beta1 * first + (1 - beta1) * gradient.double()
+        second = beta2 * second + (1 - beta2) * gradient.double() ** 2
+        moved = (first / (1 - beta1**step)) / ((second / (1 - beta2**step)).sqrt() + eps)
+        expected = expected * (1 - rate * decay) - rate * moved
+        score.step(gradient, rate)
+    found = torch.cat([p.detach().double().flatten() for p in score.trainable.values()])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)

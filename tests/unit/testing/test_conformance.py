@@ -26,7 +26,7 @@ def nerf(table_size: int = 2**12, **changes: Any) -> NerfParticle:
     settings: dict[str, Any] = {
         "grid": grid, "samples_per_ray": 8, "bound": 1.0, "density_scale": 1.0, "blob_density": 10.0,
         "blob_radius": 0.5, "init_scale": 0.1, "init_color": 0.5,
-        "density_noise": 0.5, "entropy": 0.1, "sparsity": 0.1,
+        "density_noise": 0.5, "entropy": 0.1, "entropy_of": "opacity", "sparsity": 0.1,
         "coverage": 0.1, "coverage_range": (0.4, 0.6), "learned_background": True, "random_background": 0.5,
         "random_grey": False, "backend": "torch", "grid_learning_rate": rate, "network_learning_rate": rate,
         "deterministic": True,

@@ -1,0 +1,217 @@
+"""Files below a run directory, reached without following a link.
+
+Who can put a link into a run directory must not choose what else a run overwrites, deletes or sends. The directory
+itself may be reached through links. Below it every folder on the way must be a real one, and only regular files are
+read or written. A link, a named pipe, a folder in the place of a file: each is refused by its path, and not waited for.
+
+`name` is a path below `root`, with slashes. Every failure is a RunError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import IO, Final
+
+from distvsd.errors import RunError
+
+_Kind = Callable[[int], bool]
+_KINDS: Final[tuple[tuple[_Kind, str], ...]] = (
+    (stat.S_ISREG, "a regular file"),
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISLNK, "a symbolic link"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+)
+_TO_READ: Final = "mend its permissions, or restore it"
+_TO_WRITE: Final = "free space, or mend the permissions of its folder"
+
+
+def read(root: Path, name: str) -> bytes | None:
+    """The content of a file; None where there is none."""
+    path = root / name
+    with _told(path, "read", _TO_READ):
+        try:
+            with _parent(root, name) as (parent, last):
+                handle = _open(parent, last, path, os.O_RDONLY)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        with os.fdopen(handle, "rb") as stream:
+            return stream.read()
+
+
+def open_file(root: Path, name: str, flags: int = 0) -> int:
+    """A descriptor of a file for reading and writing; the file is made where it is missing. flags: more of `os.O_*`."""
+    with _told(root / name, "opened for writing", _TO_WRITE), _parent(root, name) as (parent, last):
+        return _open(parent, last, root / name, os.O_RDWR | os.O_CREAT | flags)
+
+
+@contextmanager
+def replacing(root: Path, name: str) -> Iterator[IO[bytes]]:
+    """A new file that takes the place of the old one in one step, when the block is left without an error.
+
+    A reader, or a power cut, finds the old content or the new. Folders below `root` are made. An OSError of the block
+    becomes a RunError too.
+    """
+    path = root / name
+    with _told(path, "written", _TO_WRITE), _parent(root, name, make=True) as (parent, last):
+        _refuse_others(path, _mode(parent, last), stat.S_ISREG)
+        staged = f".{last}-{uuid.uuid4().hex}"
+        try:
+            with os.fdopen(_open(parent, staged, path, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(staged, last, src_dir_fd=parent, dst_dir_fd=parent)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(staged, dir_fd=parent)
+            raise
+
+
+def write(root: Path, name: str, text: str) -> None:
+    """Replaces a file in one step, see `replacing`."""
+    with replacing(root, name) as stream:
+        stream.write(text.encode("utf-8"))
+
+
+def delete(root: Path, name: str) -> None:
+    """Deletes a file, or a link in its place, where there is one."""
+    with (
+        _told(root / name, "deleted", _TO_WRITE),
+        contextlib.suppress(FileNotFoundError),
+        _parent(root, name) as (parent, last),
+    ):
+        os.unlink(last, dir_fd=parent)
+
+
+def make_folder(root: Path, name: str) -> None:
+    """Makes a folder, and those on the way to it, where they are missing."""
+    with _told(root / name, "made", _TO_WRITE), _folder(root, name, make=True):
+        pass
+
+
+def names(root: Path, name: str) -> list[str]:
+    """What a folder holds, sorted; nothing where there is no folder."""
+    with (
+        _told(root / name, "listed", _TO_READ),
+        contextlib.suppress(FileNotFoundError),
+        _folder(root, name) as handle,
+        os.scandir(handle) as entries,
+    ):
+        return sorted(entry.name for entry in entries)
+    return []
+
+
+def files(root: Path, name: str, suffixes: tuple[str, ...]) -> list[str]:
+    """The files with these endings in a folder and in all below it, by their names below `root`, sorted. No other kind
+    of thing may be there."""
+    found: list[str] = []
+    waiting = [name]
+    while waiting:
+        folder = waiting.pop()
+        for below in (f"{folder}/{entry}" for entry in names(root, folder)):
+            with _told(root / below, "looked at", _TO_READ), _parent(root, below) as (parent, last):
+                is_folder = stat.S_ISDIR(_mode(parent, last) or 0)
+            if is_folder and not below.endswith(suffixes):
+                waiting.append(below)
+                continue
+            expect_file(root, below)
+            found += [below] if below.endswith(suffixes) else []
+    return sorted(found)
+
+
+def expect_file(root: Path, name: str) -> None:
+    """Raises RunError where something else than a regular file has this name; nothing may have it."""
+    _expect(root, name, stat.S_ISREG)
+
+
+def expect_folder(root: Path, name: str) -> None:
+    """Raises RunError where something else than a folder has this name; nothing may have it."""
+    _expect(root, name, stat.S_ISDIR)
+
+
+@contextmanager
+def _told(path: Path, done: str, advice: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{path} cannot be {done} ({error.strerror or error}); {advice}") from error
+
+
+@contextmanager
+def _folder(root: Path, name: str, make: bool = False) -> Iterator[int]:
+    """A descriptor of a folder. Raises OSError, and RunError where something on the way is no folder."""
+    handle = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    path = root
+    try:
+        for part in PurePosixPath(name).parts:
+            path = path / part
+            if make:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(part, dir_fd=handle)
+            below = _open(handle, part, path, os.O_RDONLY | os.O_DIRECTORY)
+            os.close(handle)
+            handle = below
+        yield handle
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _parent(root: Path, name: str, make: bool = False) -> Iterator[tuple[int, str]]:
+    """A descriptor of the folder that a name is in, and the last part of the name."""
+    path = PurePosixPath(name)
+    with _folder(root, str(path.parent), make) as handle:
+        yield handle, path.name
+
+
+def _open(parent: int, name: str, path: Path, flags: int) -> int:
+    """Opens a regular file, or with O_DIRECTORY a folder. Raises OSError, and RunError where it is something else."""
+    is_wanted = stat.S_ISDIR if flags & os.O_DIRECTORY else stat.S_ISREG
+    try:
+        # Non-blocking, because opening a named pipe would wait for ever; to files it means nothing.
+        handle = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666, dir_fd=parent)
+    except OSError:
+        _refuse_others(path, _mode(parent, name), is_wanted)
+        raise
+    try:
+        _refuse_others(path, os.fstat(handle).st_mode, is_wanted)
+    except RunError:
+        os.close(handle)
+        raise
+    return handle
+
+
+def _expect(root: Path, name: str, is_wanted: _Kind) -> None:
+    with (
+        _told(root / name, "looked at", _TO_READ),
+        contextlib.suppress(FileNotFoundError),
+        _parent(root, name) as (parent, last),
+    ):
+        _refuse_others(root / name, _mode(parent, last), is_wanted)
+
+
+def _mode(parent: int, name: str) -> int | None:
+    """What lies at a name, itself and not what a link leads to; None where there is nothing."""
+    try:
+        return os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode
+    except FileNotFoundError:
+        return None
+
+
+def _refuse_others(path: Path, mode: int | None, is_wanted: _Kind) -> None:
+    """Raises RunError for what is there and is not of the wanted kind."""
+    if mode is None or is_wanted(mode):
+        return
+    found = next((text for is_kind, text in _KINDS if is_kind(mode)), "a special file")
+    wanted = dict(_KINDS)[is_wanted]
+    raise RunError(
+        f"{path} is {found} and not {wanted}, and below a run directory no link is followed; move it away, or put "
+        f"{wanted} there"
+    )

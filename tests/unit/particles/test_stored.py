@@ -1,0 +1,71 @@
+"""What a checkpoint must hold of a particle is known without making one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from distvsd.build import make_particle
+from distvsd.cameras import OrbitSampler
+from distvsd.config import load_config
+from distvsd.errors import CheckpointError
+from distvsd.particles import Ensemble, ImageParticle
+from distvsd.particles.stored import blank_state, read_particle
+
+SAMPLER = OrbitSampler((0.0, 0.0), (0.0, 0.0), (1.0, 1.0), (50.0, 50.0))
+IMAGES = ImageParticle((3, 4, 4), is_latent=False, init_scale=0.1, learning_rate=lambda step: 0.1, init_color=0.2)
+LATENTS = ImageParticle(
+    (4, 2, 2), True, 0.1, lambda step: 0.1, 0.2, lambda colors: colors.mean(1, keepdim=True).expand(-1, 4, 2, 2)
+)
+SMOKE = Path(__file__).parents[3] / "configs" / "smoke.yaml"
+
+
+def nerf(**changes):
+    config = load_config(SMOKE, [f"particles.nerf.{key}={value}" for key, value in changes.items()])
+    return make_particle(config, None, torch.device("cpu"))
+
+
+def state_of(particle):
+    ensemble = Ensemble(particle, [3], SAMPLER, 1, 7, (0.9, 0.99), 1e-15, 0, "cpu")
+    return {name: value.clone() for name, value in ensemble.state()[3].items()}
+
+
+def layout(tensors):
+    return {name: (value.dtype, value.shape) for name, value in tensors.items()}
+
+
+@pytest.mark.parametrize("particle", [IMAGES, LATENTS, nerf(background="learned"), nerf(background="none")])
+def test_a_blank_state_has_the_names_dtypes_and_shapes_of_a_particle_that_is_there(particle):
+    assert layout(blank_state(particle)) == layout(state_of(particle))
+
+
+def test_a_blank_state_takes_no_memory_however_large_the_particle():
+    # 32 levels of 2^28 entries of 16 numbers: 550 GB of parameters.
+    huge = nerf(levels=32, features=16, log2_table_size=28, base_resolution=4096, max_resolution=65536)
+    state = blank_state(huge)
+    assert state["param/grid31"].shape == (16, 2**28)
+    assert sum(value.untyped_storage().nbytes() for value in state.values()) < 10_000
+
+
+def test_parameters_may_have_any_value_and_moments_may_not():
+    like = blank_state(IMAGES)
+    saved = state_of(IMAGES)
+    saved["param/image"].fill_(torch.nan)
+    health, place, beside = read_particle(3, like, saved, {"bad": 2, "total": 4, "good": "initial"}, rounds=9)
+    assert (health.bad, health.total, place, beside) == (2, 4, "initial", {})
+    for name, value in (("adam_m/image", torch.inf), ("adam_v/image", -1.0), ("adam_step", 10)):
+        wrong = {key: tensor.clone() for key, tensor in saved.items()}
+        wrong[name].fill_(value)
+        with pytest.raises(CheckpointError, match=f"particle 3: {name} has values"):
+            read_particle(3, like, wrong, {}, rounds=9)
+
+
+def test_a_good_state_beside_the_present_one_is_held_against_the_same():
+    saved = state_of(IMAGES)
+    both = saved | {f"good/{name}": value.clone() for name, value in saved.items()}
+    assert set(read_particle(3, saved, both, {"good": "beside"})[2]) == set(saved)
+    both["good/adam_v/image"] = both["good/adam_v/image"] - 1
+    with pytest.raises(CheckpointError, match="good/adam_v/image has values"):
+        read_particle(3, saved, both, {"good": "beside"})
+    # What is not read is not looked at.
+    assert read_particle(3, saved, both, {"good": "initial"})[1] == "initial"
