@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from distvsd.config.scalars import printable
 from distvsd.errors import UsageError
 from distvsd.parallel.launch import launched_rank
 
@@ -195,7 +196,7 @@ def _print_result(result: Mapping[str, Any], as_json: bool) -> None:
         if key == "particles_detail":
             print("\n".join(_particle_line(detail) for detail in value))
         else:
-            print(f"{key}: {json.dumps(value) if isinstance(value, list | Mapping) else value}")
+            print(f"{key}: {json.dumps(value) if isinstance(value, list | Mapping) else printable(str(value))}")
 
 
 def _particle_line(detail: Mapping[str, Any]) -> str:

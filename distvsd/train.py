@@ -17,6 +17,7 @@ from pathlib import Path
 
 from distvsd.config import Config, diff, load_config, to_dict, to_yaml
 from distvsd.config.canonical import BOOKKEEPING, recorded_keys
+from distvsd.config.scalars import printable
 from distvsd.errors import PREEMPTED, ConfigError, RankError, RunError
 from distvsd.parallel.collectives import agreed, gather_objects
 from distvsd.parallel.world import World, open_world
@@ -70,7 +71,11 @@ def _differing_keys(one: object, other: object, prefix: str = "") -> list[str]:
     if isinstance(one, dict) and isinstance(other, dict):
         keys = dict.fromkeys([*one, *other])
         return [text for key in keys for text in _differing_keys(one.get(key), other.get(key), f"{prefix}.{key}")]
-    return [] if one == other else [f"{prefix.removeprefix('.')} is {one!r} and {other!r}"]
+    return [] if one == other else [f"{prefix.removeprefix('.')} is {_shown(one)} and {_shown(other)}"]
+
+
+def _shown(value: object) -> str:
+    return printable(repr(value), 200)  # a list of prompts may be a megabyte
 
 
 @contextlib.contextmanager
@@ -136,10 +141,10 @@ def _differences(paths: RunPaths, config: Config) -> list[str]:
         return []
     before, recorded = load_config(paths.config), recorded_keys(text)
     changed = [each for each in diff(before, config) if not each[0].startswith(BOOKKEEPING)]
-    added = [f"{key}={new!r}" for key, _, new in changed if key not in recorded]
+    added = [f"{key}={_shown(new)}" for key, _, new in changed if key not in recorded]
     if added:
         _log.warning("%s was begun by a version without %s; it goes on with these", paths.root, ", ".join(added))
-    return [f"{key}: {old!r} became {new!r}" for key, old, new in changed if key in recorded]
+    return [f"{key}: {_shown(old)} became {_shown(new)}" for key, old, new in changed if key in recorded]
 
 
 class _CallableModule(types.ModuleType):

@@ -132,12 +132,6 @@ def test_text_that_is_not_utf8_is_wrong_usage(tmp_path: Path, capsys: pytest.Cap
     assert caught.value.code == 2 and "not UTF-8" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["evaluate", "render", "verify", "log"])
-def test_a_run_whose_name_is_too_long_is_wrong_usage(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([command, "a" * 300]) == 2
-    assert "is not a directory" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("name", ["a" * 300 + ".png", "/dev/null/a.png", "."])
 def test_a_picture_that_cannot_be_written_is_refused_before_anything_is_drawn(
     tmp_path: Path, name: str, room: Callable[..., None], capsys: pytest.CaptureFixture[str]

@@ -383,6 +383,9 @@ def test_a_directory_of_another_configuration_is_refused_with_what_differs(confi
     with pytest.raises(RunError, match=r"another configuration \(particles.learning_rate: .* became 0.5\)"):
         train(other)
     assert status_of(config)["state"] == "done"
+    with pytest.raises(RunError, match=r"prompt: .* became 'xxx") as refusal:
+        train(configured(prompt="x" * 90_000))
+    assert len(str(refusal.value)) < 2000
     longer = configured(schedule__rounds=3)
     with pytest.raises(RunError, match=r"schedule\.rounds: 2 became 3"):
         train(longer)
