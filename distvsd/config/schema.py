@@ -306,7 +306,8 @@ class Config:
     run: RunConfig = RunConfig()
     """Where the run lives and what makes its random numbers."""
     prompt: str | tuple[str, ...] = "an object"
-    """What is made: one text for all particles, or a list with exactly one per particle; any text is legal."""
+    """What is made: one text for all particles, or a list with exactly one per particle; any text of at most 100000
+    characters is legal, and lists of at most 20000 texts with 1000000 characters."""
     prior: PriorConfig = PriorConfig()
     """The frozen text-to-image diffusion model that teaches."""
     objective: ObjectiveConfig = ObjectiveConfig()
