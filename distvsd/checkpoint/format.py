@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Final
@@ -191,14 +192,22 @@ def encode_tensors(tensors: Mapping[str, Tensor], file: str) -> bytes:
 
 def decode_tensors(data: bytes, where: str) -> dict[str, Tensor]:
     """The tensors of a safetensors file, on the CPU. Raises CheckpointError when it is not one."""
-    import safetensors
     import safetensors.torch
 
-    try:
+    with as_safetensors(where):
         tensors: dict[str, Tensor] = safetensors.torch.load(data)
+    return tensors
+
+
+@contextmanager
+def as_safetensors(where: str) -> Iterator[None]:
+    """For a block that reads a file as one of tensors; `where` names it in the CheckpointError if it is not one."""
+    import safetensors
+
+    try:
+        yield
     except (safetensors.SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise _damaged(where, f"is not a safetensors file ({error})") from error
-    return tensors
 
 
 def content_digest(tensors: Mapping[str, Tensor]) -> str:

@@ -183,9 +183,8 @@ def _remove(draw: random.Random, tensors: dict[str, Tensor], name: str) -> None:
 
 def _rename(draw: random.Random, tensors: dict[str, Tensor], name: str) -> None:
     if name in tensors:
-        tensors[draw.choice([name + "x", "good/" + name, name.upper(), "", draw.choice(sorted(tensors))])] = (
-            tensors.pop(name)
-        )
+        new = draw.choice([name + "x", "good/" + name, name.upper(), "", draw.choice(sorted(tensors))])
+        tensors[new] = tensors.pop(name)
 
 
 def _add(draw: random.Random, tensors: dict[str, Tensor], name: str) -> None:
