@@ -49,7 +49,8 @@ def check_settings(configs: Mapping[str, Config], where: str) -> None:
 
 
 def refuse_larger_than(weights: Weights, config: Config, where: str) -> None:
-    """Raises PriorError where a network's configuration has more layers or blocks than its weights have tensors.
+    """Raises PriorError where a network's configuration has more layers or blocks than its weights have tensors, or a
+    negative number of them.
 
     Building modules takes time and memory even where their tensors take none.
     """
@@ -64,8 +65,8 @@ def refuse_larger_than(weights: Weights, config: Config, where: str) -> None:
             if len(value) > max(most, 16):
                 raise PriorError(f"{where}: {key} has {len(value)} entries, more than there are tensors in the weights")
             waiting += [(key, of, counts) for of in value]
-        elif counts and isinstance(value, int) and value > most:
-            raise PriorError(f"{where}: {key} is {shown(value)}, more than there are tensors in the weights ({most})")
+        elif counts and isinstance(value, int) and not 0 <= value <= most:
+            raise PriorError(f"{where}: {key} is {shown(value)}; the weights hold {most} tensors, so from 0 to that")
 
 
 def check_size(network: torch.nn.Module, weights: Weights, where: str) -> None:

@@ -222,7 +222,7 @@ def test_a_value_of_a_wrong_type_or_size_is_refused_before_memory_is_taken_for_i
     shutil.copytree(shared_pipeline("sd15"), folder)
     change(folder / file, **{key: value})
     message = refusal(folder)
-    assert file.partition("/")[0].removesuffix("_index.json") in message and len(message) < 1500
+    assert str(folder) in message and len(message) < 1500
 
 
 @pytest.mark.parametrize("value", [0, 65, None, "4", 4.5, HUGE, [4]])
@@ -288,7 +288,7 @@ def test_a_path_that_cannot_be_one_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["prior", "info", "{prior}"], ["prior", "sample", "{prior}", "--out", "{prior}.png"]],
+    [["prior", "info", "{prior}"], ["prior", "sample", "a cube", "--path", "{prior}", "--out", "{prior}.png"]],
 )
 @pytest.mark.parametrize("is_damaged", [False, True])
 def test_a_prior_that_is_not_there_or_does_not_fit_is_wrong_usage(
