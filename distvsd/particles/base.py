@@ -55,7 +55,10 @@ class Particle(Protocol):
         ...
 
     def init(self, seed: int, ids: Tensor) -> Parameters:
-        """Fresh parameters for particles `ids` `[P]`, each from its own stream; float32, on the device of `ids`."""
+        """Fresh parameters for particles `ids` `[P]`, each from its own stream; float32, on the device of `ids`.
+
+        For no ids too, with the same names and shapes `[0, ...]`: what a checkpoint must hold is known from that.
+        """
         ...
 
     def learning_rates(self, step: int) -> dict[str, float]:

@@ -81,6 +81,13 @@ class _Check:
             "that a run can be repeated",
         )
         self._init_is_keyed(parameters)
+        none = self.particle.init(self.seed, self.ids[:0])
+        _require(
+            {name: value.shape for name, value in none.items()}
+            == {name: value[:0].shape for name, value in parameters.items()},
+            "init for no ids has other names or shapes than for some, the number of particles apart; what a checkpoint "
+            "must hold of one is known from it",
+        )
 
     def _init_is_keyed(self, parameters: Parameters) -> None:
         other_seed = self.particle.init(self.seed + 1, self.ids)

@@ -128,6 +128,7 @@ INITS: list[tuple[str, Callable[[Tensor, int, Tensor], Tensor], str]] = [
     ("all alike", lambda v, seed, ids: v[:1].expand_as(v).clone() * 0 + seed / 20, "start alike"),
     ("by row", lambda v, seed, ids: v + torch.arange(len(ids)).reshape(-1, 1, 1, 1) / 99, "differently when it is"),
     ("neighbours", lambda v, seed, ids: v + v.mean() / 10, "differently when it is made alone"),
+    ("nobody", lambda v, seed, ids: v if len(v) else v[:, :1], "init for no ids has other names or shapes"),
     ("bytes", lambda v, seed, ids: v * 255, r"images of fresh particles lie in .* colours must be in \[0, 1\]"),
 ]  # fmt: skip
 
