@@ -64,8 +64,8 @@ def refuse_larger_than(weights: Weights, config: Config, where: str) -> None:
             if len(value) > max(most, 16):
                 raise PriorError(f"{where}: {key} has {len(value)} entries, more than there are tensors in the weights")
             waiting += [(key, of, counts) for of in value]
-        elif counts and isinstance(value, int) and value > most:
-            raise PriorError(f"{where}: {key} is {shown(value)}, more than there are tensors in the weights ({most})")
+        elif counts and isinstance(value, int) and not 0 <= value <= most:
+            raise PriorError(f"{where}: {key} is {shown(value)}; allowed: 0 to {most}, the tensors in its weights")
 
 
 def check_size(network: torch.nn.Module, weights: Weights, where: str) -> None:
