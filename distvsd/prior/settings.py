@@ -170,8 +170,9 @@ def _check_unet(unet: _Reader) -> None:
     blocks = unet.blocks("block_out_channels")
     unet.texts("down_block_types", blocks)
     unet.texts("up_block_types", blocks)
-    for key, default in (("layers_per_block", 2), ("cross_attention_dim", 1280)):
-        unet.integers(key, default)
+    unet.integers("layers_per_block", 2)
+    unet.integers("cross_attention_dim", 1280)
+    for key in ("layers_per_block", "cross_attention_dim", "transformer_layers_per_block"):
         value = unet.config.get(key)
         if isinstance(value, list) and len(value) != blocks:
             unet.refuse(key, value, "one integer, or one for each block")
