@@ -86,6 +86,8 @@ def adapter_parameters(unet: Mapping[str, Any], rank: int) -> int | None:
     down, up = list(unet["down_block_types"]), list(unet["up_block_types"])
     if not set(down + up) <= set(_TRANSFORMERS) or unet.get("mid_block_type", _MID) not in (_MID, None):
         return None
+    if not all(isinstance(depth, int) for depth in depths):  # a list: each layer of a block has a depth of its own
+        return None
     total = 0
     for index in range(num_blocks):
         mirror = num_blocks - 1 - index

@@ -8,6 +8,7 @@ import gc
 import logging
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,10 +77,9 @@ class Trainer:
     def _refuse_unlike_ranks(self) -> None:
         """Communicates. Every rank reads all files of its prior once more for this, which is the price of knowing that
         they are the same: seconds for each GB from a local disk."""
-        prior = self.parts.prior
-        identity = agreed(self.world, prior.identity)
+        identity = agreed(self.world, self.parts.prior.identity)
         facts = {
-            "prior": Fact(identity, f"{identity[:15]} in {prior.folder.path.resolve()}"),
+            "prior": Fact(identity, f"{identity[:15]} ({self.config.prior.path} seen from {Path.cwd()})"),
             "version of distvsd": Fact(__version__, __version__),
             "version of torch": Fact(str(torch.__version__), str(torch.__version__)),
         }

@@ -17,6 +17,8 @@ from distvsd.errors import PriorError
 _MAX_TEXT_BYTES = 64 * 2**20  # of a configuration, of an index, of a file of the tokenizer
 _MAX_DEPTH = 64  # of JSON; what reads it later recurses
 _SUFFIX = ".safetensors"
+# Not the narrow ones of quantised networks, in which nothing but the kernels made for them can compute.
+_DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
 # A PEFT adapter beside the weights, which transformers would apply to them.
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
@@ -44,10 +46,16 @@ class Weights:
 
     @cached_property
     def headers(self) -> dict[str, Header]:
-        """What the files hold, by tensor. Raises PriorError where a file is no safetensors, or the index says else."""
+        """What the files hold, by tensor. Raises PriorError where a file is no sound safetensors file, holds numbers of
+        another kind than networks here compute with, or not what the index says."""
         found: dict[str, Header] = {}
         for file in self.files.values():
             for key, header in _headers(file):
+                if header.dtype not in _DTYPES:
+                    raise PriorError(
+                        f"{file} holds {shown(key)} as {header.dtype}, which is not supported; use a pipeline in full "
+                        "or half precision"
+                    )
                 if key in found:
                     raise PriorError(f"{file} holds {shown(key)}, as another file beside it does; remove one")
                 found[key] = header

@@ -66,7 +66,7 @@ def refuse_larger_than(weights: Weights, config: Config, where: str) -> None:
                 raise PriorError(f"{where}: {key} has {len(value)} entries, more than there are tensors in the weights")
             waiting += [(key, of, counts) for of in value]
         elif counts and isinstance(value, int) and not 0 <= value <= most:
-            raise PriorError(f"{where}: {key} is {shown(value)}; the weights hold {most} tensors, so from 0 to that")
+            raise PriorError(f"{where}: {key} is {shown(value)}; allowed: 0 to {most}, the tensors in its weights")
 
 
 def check_size(network: torch.nn.Module, weights: Weights, where: str) -> None:
@@ -171,8 +171,9 @@ def _check_unet(unet: _Reader) -> None:
     blocks = unet.blocks("block_out_channels")
     unet.texts("down_block_types", blocks)
     unet.texts("up_block_types", blocks)
-    for key, default in (("layers_per_block", 2), ("cross_attention_dim", 1280)):
-        unet.integers(key, default)
+    unet.integers("layers_per_block", 2)
+    unet.integers("cross_attention_dim", 1280)
+    for key in ("layers_per_block", "cross_attention_dim", "transformer_layers_per_block"):
         value = unet.config.get(key)
         if isinstance(value, list) and len(value) != blocks:
             unet.refuse(key, value, "one integer, or one for each block")

@@ -196,7 +196,7 @@ def _change_weights(draw: random.Random, prior: Path) -> None:
         weights = load_file(file)
     except Exception:  # an earlier change took it
         return
-    name = draw.choice(sorted(weights))
+    name = draw.choice([key for key in sorted(weights) if weights[key].is_floating_point()] or sorted(weights))
     half = {key: value.half() for key, value in weights.items()}
     match draw.randrange(14):
         case 0:

@@ -12,7 +12,7 @@ import pytest
 from distvsd.errors import ConfigError
 from tests.fuzz.harness import campaign
 
-COUNTS = {"configurations": 400, "overrides": 300, "prior_folders": 40, "checkpoints": 40}
+COUNTS = {"configurations": 400, "overrides": 300, "prior_folders": 20, "checkpoints": 40}
 HERE = Path(__file__).parent
 
 

@@ -266,6 +266,13 @@ def test_without_cameras_no_camera_network_is_counted(prior: str) -> None:
         assert with_cameras - without == 16 * 128 + 128 + 128 * 128 + 128
 
 
+def test_depths_that_differ_within_a_block_leave_the_adapter_uncounted(prior: str) -> None:
+    change = {"transformer_layers_per_block": [[1, 2], 1], "reverse_transformer_layers_per_block": [[1, 2, 1], 1]}
+    (Path(prior) / "unet/config.json").write_text(json.dumps(UNET | change))
+    plan = make_plan(config(prior))
+    assert plan["prior"]["problem"] is None and plan["prior"]["adapter_parameters"] is None
+
+
 def test_one_rank_sends_nothing(prior: str) -> None:
     plan = make_plan(config(prior))
     assert plan["phases"][0]["sent_a_round"] == plan["wire"]["all"] == 0

@@ -22,6 +22,7 @@ from distvsd.contents import verify as verify_run
 from distvsd.errors import CheckpointError, ConfigError, PriorError, RunError
 from distvsd.loop import Round
 from distvsd.parallel.world import World
+from distvsd.prior.identity import Identity
 from distvsd.restored import load_particles
 from distvsd.testing.faults import injected
 from distvsd.testing.pipelines import tiny_pipeline
@@ -41,6 +42,8 @@ METRICS = {
     "round", "time_s", "updates_per_s", "score_loss", "score_steps_skipped", "lag", "healthy", "resolution", "t_max",
     "phase_s", "quarantined", "save_stall_s", "save_failures", "imbalance",
 }  # fmt: skip
+# The identity of the embedded prior in checkpoints of before there were versions of the rule.
+EMBEDDED_BEFORE = "464c8935029e2f9b48823b6b854c39ce08a44f87a68311456cb4002cff481c82"
 PHASES = {"render", "encode", "exchange", "objective", "update"}
 
 
@@ -455,6 +458,29 @@ def test_resuming_against_another_prior_or_count_is_refused(
     other = tiny_pipeline(tmp_path / "other", "shapes", "v_prediction", seed=5)
     with pytest.raises(CheckpointError, match="against another prior"):
         train(configured(prior__path=other), resume="must")
+
+
+def test_a_checkpoint_with_an_identity_of_the_older_rule_is_resumed(
+    configured: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a version wrote it that hashed files by another rule: 64 hex digits, and nothing before them."""
+    config = configured(prior__path="shapes", schedule__rounds=1)
+
+    def stored() -> str:
+        newest = max((Path(config.run.dir) / "checkpoints").glob("*/manifest.json"))
+        return str(json.loads(newest.read_text())["prior_identity"])
+
+    with monkeypatch.context() as older:
+        older.setattr(Identity, "current", lambda self: EMBEDDED_BEFORE)
+        train(config)
+    assert stored() == EMBEDDED_BEFORE
+    assert train(configured(prior__path="shapes", schedule__rounds=2), resume="must") == 0
+    assert stored().startswith("v2:")
+    with monkeypatch.context() as older:
+        older.setattr(Identity, "current", lambda self: EMBEDDED_BEFORE[::-1])
+        train(configured("other", prior__path="shapes", schedule__rounds=1))
+    with pytest.raises(CheckpointError, match="against another prior"):
+        train(configured("other", prior__path="shapes", schedule__rounds=2), resume="must")
 
 
 def test_a_change_that_cannot_be_resumed_leaves_the_run_as_it_was(configured: Callable[..., Config]) -> None:

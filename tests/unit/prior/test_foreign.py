@@ -225,6 +225,19 @@ def test_a_value_of_a_wrong_type_or_size_is_refused_before_memory_is_taken_for_i
     assert str(folder) in message and len(message) < 1500
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64])
+@pytest.mark.parametrize("file", [UNET, TEXT])
+def test_weights_of_a_kind_that_nothing_here_computes_with_are_refused(
+    dtype: torch.dtype, file: str, own_pipeline: Callable[..., Path]
+) -> None:
+    folder = own_pipeline("sd15")
+    weights = load_file(folder / file)
+    name = next(key for key in sorted(weights) if weights[key].is_floating_point())
+    weights[name] = weights[name].to(dtype)
+    save_file(weights, folder / file, {"format": "pt"})
+    assert name in (message := refusal(folder)) and "not supported" in message
+
+
 @pytest.mark.parametrize("value", [0, 65, None, "4", 4.5, HUGE, [4]])
 def test_a_patch_codec_of_a_wrong_size_is_refused(value: Any, own_pipeline: Callable[..., Path]) -> None:
     folder = own_pipeline("shapes")
