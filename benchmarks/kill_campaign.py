@@ -30,11 +30,11 @@ from typing import Any
 import torch
 
 from benchmarks.machine import machine
-from distvsd.build import build_run
 from distvsd.checkpoint import newest, verify_run
 from distvsd.config import Config, load_config
 from distvsd.errors import CheckpointError, RankError
 from distvsd.parallel.world import World
+from distvsd.run.build import build_run
 from distvsd.testing.pipelines import tiny_pipeline
 from distvsd.testing.ranks import run_ranks
 from distvsd.train import train

@@ -24,12 +24,12 @@ from torch import Tensor
 
 from benchmarks.machine import machine
 from distvsd.config import load_config
-from distvsd.evaluate import diversity
-from distvsd.evaluate.views import render_group, ring
-from distvsd.export.images import contact_sheet, save_png
-from distvsd.prior.load import load_prior
-from distvsd.prior.shapes.classifier import SCENES, Classifier, load_classifier
-from distvsd.restored import load_particles
+from distvsd.looking import diversity
+from distvsd.looking.images import contact_sheet, save_png
+from distvsd.looking.opened import load_particles
+from distvsd.looking.views import render_group, ring
+from distvsd.networks.load import load_prior
+from distvsd.shapes.classifier import SCENES, Classifier, load_classifier
 from distvsd.train import train
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"

@@ -26,17 +26,17 @@ from torch.nn import Parameter
 
 from benchmarks.mixture import Mixture, cosine_alphas_cumprod, measure, noise_floor, ring
 from distvsd.cameras import OrbitSampler
-from distvsd.loop import Loop
 from distvsd.parallel.exchange import Exchange, slice_for
 from distvsd.parallel.reduce import reduce_gradients
-from distvsd.parallel.strategies.flat import Flat
 from distvsd.parallel.world import World
 from distvsd.particles import Ensemble, ImageParticle, Views
+from distvsd.run.loop import Loop
 from distvsd.score.lora import LoraScore
 from distvsd.score.replay import Replay
+from distvsd.score.strategies.flat import Flat
 from distvsd.score.training import ScoreTraining
-from distvsd.vsd.diffusion import add_noise, target, to_eps
 from distvsd.vsd.objectives import Objective
+from distvsd.vsd.process import add_noise, target, to_eps
 from distvsd.vsd.rng import Purpose, seeded
 from distvsd.vsd.samples import Samples
 

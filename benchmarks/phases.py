@@ -1,7 +1,7 @@
 """What each phase of a round costs: time, floating-point operations, peak memory; and particle updates per second.
 
-The rounds are the trainer's own (`distvsd.loop`), of any configuration, on the CPU or on GPUs, alone and on ranks. It
-trains nothing worth keeping and writes no run directory:
+The rounds are the trainer's own (`distvsd.run.loop`), of any configuration, on CPU or GPU, alone and on ranks. They
+train nothing worth keeping and write no run directory:
 
     python benchmarks/phases.py configs/quickstart.yaml particles.count=16 --ranks 1 2 --json phases.json
 
@@ -30,13 +30,13 @@ from torch.autograd.profiler import record_function
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from distvsd.build import build_run
 from distvsd.config import digest, load_config
-from distvsd.loop import Loop
 from distvsd.parallel.collectives import barrier, gather_objects
-from distvsd.parallel.strategies.flat import Flat
 from distvsd.parallel.world import World, open_world
 from distvsd.particles import Ensemble
+from distvsd.run.build import build_run
+from distvsd.run.loop import Loop
+from distvsd.score.strategies.flat import Flat
 from distvsd.score.training import ScoreTraining
 
 PHASES = ("render", "encode", "exchange", "prior", "score", "update", "score training", "reduction", "rest")

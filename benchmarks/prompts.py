@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine
-from distvsd.evaluate.run import evaluate_run
-from distvsd.prior.shapes.captions import article
-from distvsd.prior.shapes.world import COLORS, SHAPES
+from distvsd.looking.evaluate import evaluate_run
+from distvsd.shapes.captions import article
+from distvsd.shapes.world import COLORS, SHAPES
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 

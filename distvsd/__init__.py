@@ -8,10 +8,10 @@ __version__ = "0.1.0"
 __all__ = ["Config", "Particle", "Prior", "Run", "Score", "load_config", "train"]
 
 if TYPE_CHECKING:
-    from distvsd.build import Run
     from distvsd.config import Config, load_config
     from distvsd.particles.base import Particle
     from distvsd.prior.base import Prior
+    from distvsd.run.build import Run
     from distvsd.score.base import Score
     from distvsd.train import train
 
@@ -21,7 +21,7 @@ _HOMES = {
     "Particle": "distvsd.particles.base",
     "Prior": "distvsd.prior.base",
     "Score": "distvsd.score.base",
-    "Run": "distvsd.build",
+    "Run": "distvsd.run.build",
     "train": "distvsd.train",
 }
 

@@ -35,9 +35,9 @@ def run_train(args: argparse.Namespace) -> int:
 
 def run_plan(args: argparse.Namespace) -> int:
     from distvsd.config import load_config
-    from distvsd.plan import make_plan
-    from distvsd.plan_cluster import Assumptions
-    from distvsd.plan_text import draw
+    from distvsd.plan.cluster import Assumptions
+    from distvsd.plan.plan import make_plan
+    from distvsd.plan.text import draw
 
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Assumptions)}
     assumed = Assumptions(**{name: value for name, value in given.items() if value is not None})
@@ -49,7 +49,7 @@ def run_plan(args: argparse.Namespace) -> int:
 def run_evaluate(args: argparse.Namespace) -> int:
     run = _run_directory(args)
     with _only_json(args.json):
-        from distvsd.evaluate.run import evaluate_run
+        from distvsd.looking.evaluate import evaluate_run
 
         result = evaluate_run(run)
     _print_result(result, args.json)
@@ -58,7 +58,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
 def run_render(args: argparse.Namespace) -> int:
     run = _run_directory(args)
-    from distvsd.render_run import render_run
+    from distvsd.looking.render import render_run
 
     for path in render_run(run):
         print(path)
@@ -67,7 +67,7 @@ def run_render(args: argparse.Namespace) -> int:
 
 def run_verify(args: argparse.Namespace) -> int:
     run = _run_directory(args)
-    from distvsd.contents import verify
+    from distvsd.run.contents import verify
     from distvsd.runtime import inside
     from distvsd.runtime.paths import RunPaths
 
@@ -78,7 +78,7 @@ def run_verify(args: argparse.Namespace) -> int:
     if paths.previous_config() is not None:
         from distvsd.checkpoint import reader
         from distvsd.config import load_config
-        from distvsd.restored import compare_with_saved
+        from distvsd.looking.opened import compare_with_saved
 
         newest = reader.open_checkpoint(paths.checkpoints, reader.steps(paths.checkpoints)[0])
         compare_with_saved(paths, load_config(paths.config), newest)
@@ -109,11 +109,11 @@ def run_log(args: argparse.Namespace) -> int:
 
 def run_prior_info(args: argparse.Namespace) -> int:
     with _only_json(args.json):
-        from distvsd.prior.info import describe
+        from distvsd.looking.describe_prior import describe
 
         result = describe(args.path)
         if args.measure:
-            from distvsd.evaluate.prior import measure_prior
+            from distvsd.looking.measure_prior import measure_prior
 
             result["measured"] = measure_prior(args.path, report=lambda line: print(line, file=sys.stderr, flush=True))
     _print_result(result, args.json)
@@ -122,7 +122,7 @@ def run_prior_info(args: argparse.Namespace) -> int:
 
 def run_prior_sample(args: argparse.Namespace) -> int:
     _refuse_unwritable(args.out)
-    from distvsd.prior.info import sample
+    from distvsd.looking.describe_prior import sample
 
     sample(args.path, args.prompt, args.count, args.guidance_scale, args.steps, args.seed, args.out)
     print(args.out)
@@ -130,7 +130,7 @@ def run_prior_sample(args: argparse.Namespace) -> int:
 
 
 def run_prior_build(args: argparse.Namespace) -> int:
-    from distvsd.prior.shapes.build import BuildConfig, build
+    from distvsd.shapes.build import BuildConfig, build
 
     config = BuildConfig(
         seed=args.seed,

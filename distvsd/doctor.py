@@ -79,7 +79,7 @@ def _embedded_prior() -> str:
     if _version("torch") is None:
         return "embedded prior unknown: torch is missing"
     from distvsd.errors import PriorError
-    from distvsd.prior.folder import open_folder
+    from distvsd.networks.folder import open_folder
 
     try:
         folder = open_folder("shapes")

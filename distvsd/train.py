@@ -21,12 +21,12 @@ from distvsd.config.scalars import printable
 from distvsd.errors import PREEMPTED, ConfigError, RankError, RunError
 from distvsd.parallel.collectives import agreed, gather_objects
 from distvsd.parallel.world import World, open_world
+from distvsd.run.trainer import Trainer
 from distvsd.runtime.heartbeat import Heartbeat, forget_ranks
 from distvsd.runtime.launcher import watched
 from distvsd.runtime.paths import Resume, RunLock, RunPaths
 from distvsd.runtime.preempt import Preemption
 from distvsd.runtime.status import read_status, write_status
-from distvsd.trainer import Trainer
 
 _log = logging.getLogger("distvsd")
 

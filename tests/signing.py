@@ -16,12 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from distvsd import trainer
-from distvsd.build import Run
 from distvsd.checkpoint.format import component, content_digest
 from distvsd.config import Config
 from distvsd.errors import CheckpointError
 from distvsd.parallel.world import World
+from distvsd.run import trainer
+from distvsd.run.build import Run
 from distvsd.runtime.heartbeat import Heartbeat
 from distvsd.runtime.paths import RunPaths
 from distvsd.runtime.preempt import Preemption

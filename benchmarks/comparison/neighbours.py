@@ -19,12 +19,12 @@ from benchmarks.comparison.candidates import CANDIDATES, Distvsd, Loop
 from benchmarks.comparison.task import PARTICLES
 from benchmarks.comparison.trial import Cell, together
 from benchmarks.kill_campaign import small_training
-from distvsd.build import build_run
 from distvsd.errors import RankError
+from distvsd.faults import injected
 from distvsd.parallel.collectives import set_timeout
 from distvsd.parallel.world import World
 from distvsd.particles import Views
-from distvsd.testing.faults import injected
+from distvsd.run.build import build_run
 from distvsd.train import train
 from distvsd.vsd.samples import Samples
 

@@ -27,7 +27,7 @@ from distvsd.checkpoint.format import (
     step_of,
 )
 from distvsd.errors import CheckpointError
-from distvsd.testing.faults import fault
+from distvsd.faults import fault
 
 _log = logging.getLogger("distvsd")
 _CHANGED: Final = "does not match its SHA-256: it was damaged or changed after it was written"

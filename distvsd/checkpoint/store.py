@@ -19,7 +19,7 @@ from typing import Final
 from distvsd.checkpoint.format import MANIFEST, FileEntry, Manifest, folder_name, particle_of, step_of
 from distvsd.checkpoint.reader import Checkpoint, open_checkpoint, steps
 from distvsd.errors import CheckpointError
-from distvsd.testing.faults import fault
+from distvsd.faults import fault
 
 _log = logging.getLogger("distvsd")
 

@@ -15,10 +15,10 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from distvsd.faults import fault
 from distvsd.parallel.assign import share
 from distvsd.parallel.collectives import GatheredRows, all_gather_rows
 from distvsd.parallel.world import World
-from distvsd.testing.faults import fault
 
 
 class Batch(Protocol):

@@ -14,9 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from distvsd.faults import fault, poison
 from distvsd.parallel.collectives import all_reduce_sum_
 from distvsd.parallel.world import World
-from distvsd.testing.faults import fault, poison
 
 
 class Flag(enum.IntFlag):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from distvsd.cameras import Cameras, OrbitSampler
+from distvsd.faults import fault, poison
 from distvsd.particles.adam import ParticleAdam
 from distvsd.particles.base import Keys, Parameters, Particle, Rendered
 from distvsd.particles.good import GOOD_EVERY, GoodStates
@@ -23,7 +24,6 @@ from distvsd.particles.group import Group
 from distvsd.particles.health import DefaultHealth, Health, HealthOptions, Update
 from distvsd.particles.recompute import forgetful
 from distvsd.particles.stored import GOOD, read_particle
-from distvsd.testing.faults import fault, poison
 
 __all__ = ["Ensemble", "Group", "Update", "Views"]
 

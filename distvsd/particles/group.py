@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distvsd.faults import poison
 from distvsd.particles.adam import ParticleAdam
 from distvsd.particles.base import Parameters
-from distvsd.testing.faults import poison
 
 # Adam squares the gradient. A square that overflows would make the second moment infinite and hold the particle still
 # for ever without a NaN to be seen, so a gradient from here on counts as not finite: (1e18)^2 is far below 3e38.

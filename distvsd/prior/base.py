@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distvsd.prior.prompts import PromptTable
-from distvsd.vsd.diffusion import PredictionType
+from distvsd.vsd.process import PredictionType
 
 
 class Prior(Protocol):

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from distvsd.errors import PriorError
-from distvsd.prior.autoencoder import Codec
-from distvsd.prior.folder import PipelineFolder
-from distvsd.prior.identity import Identity
+from distvsd.networks.codec import Codec
+from distvsd.networks.folder import PipelineFolder
+from distvsd.networks.identity import Identity
+from distvsd.networks.resize import resized
 from distvsd.prior.prompts import PromptTable
-from distvsd.prior.resize import resized
-from distvsd.vsd.diffusion import PredictionType, to_eps
+from distvsd.vsd.process import PredictionType, to_eps
 from distvsd.vsd.samples import slices
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from distvsd.errors import PriorError
-from distvsd.prior.components import quiet
-from distvsd.prior.settings import foreign
+from distvsd.networks.components import quiet
+from distvsd.networks.settings import foreign
 from distvsd.vsd.rng import Purpose, generator, normal
 
 if TYPE_CHECKING:

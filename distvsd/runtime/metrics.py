@@ -13,8 +13,8 @@ from types import TracebackType
 from typing import Any
 
 from distvsd.errors import RunError
+from distvsd.faults import fault
 from distvsd.runtime import inside
-from distvsd.testing.faults import fault
 
 _log = logging.getLogger("distvsd")
 

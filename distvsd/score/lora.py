@@ -24,7 +24,7 @@ from distvsd.score.stored import (
     place,
     refuse_unfit,
 )
-from distvsd.vsd.diffusion import PredictionType, add_noise, target, to_eps
+from distvsd.vsd.process import PredictionType, add_noise, target, to_eps
 from distvsd.vsd.samples import Samples, slices
 
 

@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file, save_file
 
-from distvsd.prior.codec import PatchCodec
-from distvsd.prior.components import quiet
-from distvsd.prior.shapes.captions import save_tokenizer
-from distvsd.vsd.diffusion import PredictionType
+from distvsd.networks.components import quiet
+from distvsd.networks.patch_codec import PatchCodec
+from distvsd.shapes.captions import save_tokenizer
+from distvsd.vsd.process import PredictionType
 from distvsd.vsd.rng import Purpose, seeded
 
 Layout = Literal["sd15", "sd21", "shapes"]
@@ -58,7 +58,7 @@ def tiny_pipeline(
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "PreTrainedTokenizerFast" if layout == "shapes" else "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["distvsd.prior.codec", "PatchCodec"] if layout == "shapes" else ["diffusers", "AutoencoderKL"],
+        "vae": ["distvsd.networks.patch_codec", "PatchCodec"] if layout == "shapes" else ["diffusers", "AutoencoderKL"],
     }
     _write_json(folder / "model_index.json", index)
     return folder

@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distvsd.testing.faults import poison
-from distvsd.vsd.diffusion import add_noise
+from distvsd.faults import poison
+from distvsd.vsd.process import add_noise
 from distvsd.vsd.rng import Purpose, normal, uniform
 from distvsd.vsd.samples import Samples
 

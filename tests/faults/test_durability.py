@@ -17,9 +17,9 @@ from torch import Tensor
 
 from distvsd.checkpoint import Checkpoint, Saver, newest, particle_file, reader
 from distvsd.errors import RankError
+from distvsd.faults import POINTS, begin_round, injected
 from distvsd.parallel.collectives import gather_objects, max_flags
 from distvsd.parallel.world import World
-from distvsd.testing.faults import POINTS, begin_round, injected
 from distvsd.testing.ranks import run_ranks
 from tests.small_run import told
 

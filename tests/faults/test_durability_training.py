@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from benchmarks.kill_campaign import last_reported, small_training, warm_up
-from distvsd.build import build_run
 from distvsd.checkpoint import particle_file, reader, verify_run
+from distvsd.faults import injected
 from distvsd.parallel.world import World
 from distvsd.particles import ensemble, good
-from distvsd.testing.faults import injected
+from distvsd.run.build import build_run
+from distvsd.run.trainer import largest_part
 from distvsd.testing.pipelines import tiny_pipeline
 from distvsd.testing.ranks import run_ranks
 from distvsd.train import train
-from distvsd.trainer import largest_part
 from tests.small_run import small_config, told
 
 

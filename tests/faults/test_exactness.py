@@ -16,9 +16,9 @@ import pytest
 
 from distvsd.checkpoint.reader import steps
 from distvsd.config import Config, load_config
-from distvsd.contents import verify as verify_run
 from distvsd.errors import ConfigError, RankError
-from distvsd.testing.faults import injected
+from distvsd.faults import injected
+from distvsd.run.contents import verify as verify_run
 from distvsd.testing.ranks import run_ranks
 from distvsd.train import train
 from tests.small_run import refusals

@@ -25,8 +25,8 @@ from distvsd.checkpoint.reader import newest, open_checkpoint
 from distvsd.config import Config, load_config
 from distvsd.config.load import dotted_keys
 from distvsd.errors import CheckpointError, ConfigError, RankError
+from distvsd.faults import injected
 from distvsd.parallel.world import World, open_world
-from distvsd.testing.faults import injected
 from distvsd.testing.pipelines import tiny_pipeline
 from distvsd.testing.ranks import run_ranks
 from distvsd.train import train

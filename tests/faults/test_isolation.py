@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from distvsd.build import build_run
 from distvsd.config import load_config
 from distvsd.errors import DivergedError
-from distvsd.testing.faults import begin_round, injected
+from distvsd.faults import begin_round, injected
+from distvsd.run.build import build_run
 from distvsd.testing.pipelines import tiny_pipeline
 from distvsd.testing.ranks import run_ranks
 

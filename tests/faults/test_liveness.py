@@ -18,9 +18,9 @@ import pytest
 
 from distvsd.config import Config
 from distvsd.errors import RankError
+from distvsd.faults import injected
 from distvsd.parallel.world import World
 from distvsd.runtime.heartbeat import Heartbeat
-from distvsd.testing.faults import injected
 from distvsd.testing.ranks import run_ranks
 from distvsd.train import train
 from tests.faults.test_durability import small_disk

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from distvsd.config import Config
-from distvsd.contents import verify as verify_run
+from distvsd.faults import injected
 from distvsd.parallel.world import World
 from distvsd.particles import ensemble
-from distvsd.testing.faults import injected
+from distvsd.run.contents import verify as verify_run
 from distvsd.testing.ranks import run_ranks
 from distvsd.train import train
 from tests.small_run import small_config

@@ -73,7 +73,7 @@ def settings(prior: Path) -> list[str]:
 @pytest.fixture(scope="module", autouse=True)
 def few_frames_and_no_real_wandb(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("distvsd.render_run.FRAMES", 2)
+        patch.setattr("distvsd.looking.render.FRAMES", 2)
         patch.setenv("PYTHONPATH", str(ROOT / "tests/fakes"))  # for the process that imports wandb
         patch.setenv("FAKE_WANDB_CALLS", str(tmp_path_factory.mktemp("wandb") / "calls.jsonl"))
         for name in ("WANDB_RUN_ID", "WANDB_MODE", "FAKE_WANDB"):

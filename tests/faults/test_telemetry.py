@@ -14,11 +14,11 @@ import pytest
 
 from distvsd.cli import main
 from distvsd.config import Config
-from distvsd.contents import verify as verify_run
 from distvsd.errors import RankError
+from distvsd.faults import injected
 from distvsd.parallel.world import World
+from distvsd.run.contents import verify as verify_run
 from distvsd.runtime.tracker import Tracker
-from distvsd.testing.faults import injected
 from distvsd.testing.ranks import run_ranks
 from distvsd.train import train
 from tests.small_run import small_config

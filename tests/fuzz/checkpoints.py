@@ -22,13 +22,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from distvsd.build import Run
 from distvsd.checkpoint.format import component
 from distvsd.config import Config, to_yaml
-from distvsd.contents import verify
 from distvsd.errors import CheckpointError
+from distvsd.faults import injected
 from distvsd.particles import ensemble
-from distvsd.testing.faults import injected
+from distvsd.run.build import Run
+from distvsd.run.contents import verify
 from distvsd.testing.pipelines import tiny_pipeline
 from tests.signing import change_tensors, enter, resume, signed, trainer_of
 from tests.small_run import small_config

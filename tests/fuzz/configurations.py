@@ -18,8 +18,8 @@ from distvsd.config import Config, Schedule, digest, load_config, to_yaml
 from distvsd.config.load import dotted_keys, hints, is_section
 from distvsd.config.ranges import Range
 from distvsd.errors import ConfigError, DistvsdError
-from distvsd.plan import make_plan
-from distvsd.plan_text import draw as drawn
+from distvsd.plan.plan import make_plan
+from distvsd.plan.text import draw as drawn
 
 FOLDER = Path(__file__).parents[2] / "configs"
 TAGS = (

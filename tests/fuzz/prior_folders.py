@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from distvsd.prior import info, load_prior
+from distvsd.looking import describe_prior
+from distvsd.prior import load_prior
 from distvsd.testing.pipelines import tiny_pipeline
 
 # Made with the module, so that what importing takes counts neither as time nor as memory of a case.
@@ -84,7 +85,7 @@ def attempt(draw: random.Random, folder: Path) -> None:
 def _use(draw: random.Random, prior: Path) -> None:
     """As the commands and a training do: what it is, then what it answers."""
     if draw.random() < 0.3:
-        json.dumps(info.describe(str(prior)))
+        json.dumps(describe_prior.describe(str(prior)))
     loaded = load_prior(str(prior), ["a red cube", "b"], view_dependent=draw.random() < 0.5)
     loaded.identity()
     loaded.is_identified_by("0" * 64)

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from distvsd.build import build_run
 from distvsd.config import Config, load_config
-from distvsd.contents import verify as verify_run
+from distvsd.looking.opened import load_particles
 from distvsd.parallel.world import World
-from distvsd.restored import load_particles
+from distvsd.run.build import build_run
+from distvsd.run.contents import verify as verify_run
 from distvsd.testing.pipelines import tiny_pipeline
 from distvsd.train import train
 

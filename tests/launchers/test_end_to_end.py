@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from distvsd.config import load_config
-from distvsd.contents import verify as verify_run
+from distvsd.run.contents import verify as verify_run
 from distvsd.train import train
 from tests.small_run import overrides
 

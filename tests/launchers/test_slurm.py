@@ -26,7 +26,7 @@ import pytest
 import torch
 
 from distvsd import errors
-from distvsd.contents import verify as verify_run
+from distvsd.run.contents import verify as verify_run
 from distvsd.runtime.status import State, write_status
 from tests.small_run import overrides
 

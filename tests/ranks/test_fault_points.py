@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from distvsd.errors import RankError
+from distvsd.faults import injected
 from distvsd.parallel.exchange import Exchange
 from distvsd.parallel.reduce import Flag, reduce_gradients
 from distvsd.parallel.world import World
-from distvsd.testing.faults import injected
 from distvsd.testing.ranks import run_ranks
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from distvsd.checkpoint import Saver, particle_file, store, verify_run
 from distvsd.checkpoint.format import FileEntry
+from distvsd.faults import injected
 from distvsd.parallel.world import World
-from distvsd.testing.faults import injected
 from distvsd.testing.ranks import run_ranks
 from tests.small_run import told
 

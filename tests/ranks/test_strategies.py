@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from distvsd.build import build_run
 from distvsd.errors import BackendError, ConfigError, RankError
-from distvsd.parallel.strategies.choose import refuse_missing
+from distvsd.faults import begin_round, injected
 from distvsd.parallel.world import World
-from distvsd.testing.faults import begin_round, injected
+from distvsd.run.build import build_run
+from distvsd.score.strategies.choose import refuse_missing
 from distvsd.testing.ranks import run_ranks
 from distvsd.train import train
 from distvsd.vsd.rng import Purpose, normal
@@ -55,7 +55,7 @@ def ready_for_deepspeed() -> Iterator[None]:
     if HAS_DEEPSPEED:
         import deepspeed  # noqa: F401
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("distvsd.parallel.strategies.deepspeed.PERSISTENT", 4000)
+        patch.setattr("distvsd.score.strategies.deepspeed.PERSISTENT", 4000)
         yield
 
 
@@ -239,7 +239,7 @@ def test_exact_numerics_refuse_what_cannot_be_exact(tmp_path: Path, prior: Path)
 def test_a_missing_library_is_named_before_anything_is_loaded(
     tmp_path: Path, prior: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("distvsd.parallel.strategies.choose.find_spec", lambda name: None)
+    monkeypatch.setattr("distvsd.score.strategies.choose.find_spec", lambda name: None)
     config = configured(tmp_path, prior, "deepspeed-2")
     with pytest.raises(BackendError, match=r"no package deepspeed; install it .*parallel\.strategy=flat"):
         refuse_missing(config.parallel)

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from distvsd.build import build_run
 from distvsd.config import load_config
-from distvsd.contents import verify as verify_run
+from distvsd.looking.opened import load_particles
 from distvsd.parallel.exchange import Exchange, slice_for
 from distvsd.parallel.reduce import reduce_gradients
-from distvsd.parallel.strategies.flat import Flat
 from distvsd.parallel.world import World
-from distvsd.restored import load_particles
+from distvsd.run.build import build_run
+from distvsd.run.contents import verify as verify_run
+from distvsd.score.strategies.flat import Flat
 from distvsd.score.training import ScoreTraining
 from distvsd.testing.pipelines import tiny_pipeline
 from distvsd.testing.ranks import run_ranks

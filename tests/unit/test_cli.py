@@ -136,7 +136,7 @@ def test_text_that_is_not_utf8_is_wrong_usage(tmp_path: Path, capsys: pytest.Cap
 def test_a_picture_that_cannot_be_written_is_refused_before_anything_is_drawn(
     tmp_path: Path, name: str, room: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    room("distvsd.prior.info", sample=lambda *values: pytest.fail("it was drawn"))
+    room("distvsd.looking.describe_prior", sample=lambda *values: pytest.fail("it was drawn"))
     assert main(["prior", "sample", "a", "--out", str(tmp_path / name)]) == 2
     assert "give" in capsys.readouterr().err
 
@@ -262,7 +262,7 @@ def test_a_run_that_is_not_there_is_wrong_usage(
 def test_verify_prints_its_lines_and_passes_digest(
     tmp_path: Path, room: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    room("distvsd.contents", verify=lambda run, digest: [f"digest {digest}", "whole"])
+    room("distvsd.run.contents", verify=lambda run, digest: [f"digest {digest}", "whole"])
     assert main(["verify", str(tmp_path), "--digest"]) == 0
     assert capsys.readouterr().out == "digest True\nwhole\n"
 
@@ -271,7 +271,7 @@ def test_a_damaged_checkpoint_ends_with_1(tmp_path: Path, room: Callable[..., No
     def verify(run: Path, digest: bool) -> list[str]:
         raise CheckpointError("particles/000003.safetensors does not match its manifest")
 
-    room("distvsd.contents", verify=verify)
+    room("distvsd.run.contents", verify=verify)
     assert main(["verify", str(tmp_path)]) == 1
 
 
@@ -282,7 +282,7 @@ def test_json_is_one_object_and_what_rooms_print_goes_elsewhere(
         print("a library talks")
         return {"particles": 2, "label_accuracy": {"color": 1.0}}
 
-    room("distvsd.evaluate.run", evaluate_run=evaluate_run)
+    room("distvsd.looking.evaluate", evaluate_run=evaluate_run)
     assert main(["evaluate", str(tmp_path), "--json"]) == 0
     written = capsys.readouterr()
     assert json.loads(written.out) == {"particles": 2, "label_accuracy": {"color": 1.0}}
@@ -300,7 +300,7 @@ def test_evaluate_says_what_became_of_each_particle(
     }
     gone = {"id": 1, "prompt": "\x1b[31m\n", "labels": {"scene": "neither"}, "view_accuracy": {}}
     detail = [red | {"empty": False, "diverged": False}, gone | {"empty": True, "diverged": False}]
-    room("distvsd.evaluate.run", evaluate_run=lambda run: {"particles": 2, "particles_detail": detail})
+    room("distvsd.looking.evaluate", evaluate_run=lambda run: {"particles": 2, "particles_detail": detail})
     assert main(["evaluate", str(tmp_path)]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "particles: 2",
@@ -312,14 +312,14 @@ def test_evaluate_says_what_became_of_each_particle(
 def test_render_prints_the_files_it_wrote(
     tmp_path: Path, room: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    room("distvsd.render_run", render_run=lambda run: [run / "renders" / "sheet.png"])
+    room("distvsd.looking.render", render_run=lambda run: [run / "renders" / "sheet.png"])
     assert main(["render", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"{tmp_path}/renders/sheet.png\n"
 
 
 def test_prior_sample_hands_over_any_prompt(tmp_path: Path, room: Callable[..., None]) -> None:
     seen: list[tuple[Any, ...]] = []
-    room("distvsd.prior.info", sample=lambda *values: seen.append(values))
+    room("distvsd.looking.describe_prior", sample=lambda *values: seen.append(values))
     out = tmp_path / "out.png"
     assert main(["prior", "sample", "", "--count", "2", "--seed", "7", "--out", str(out)]) == 0
     assert seen == [("shapes", "", 2, 3.0, 50, 7, out)]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from distvsd.config import Config, diff, load_config
-from distvsd.plan import make_plan
-from distvsd.plan_text import draw
+from distvsd.plan.plan import make_plan
+from distvsd.plan.text import draw
 
 FOLDER = Path(__file__).parents[3] / "configs"
 FILES = sorted(FOLDER.rglob("*.yaml"))

@@ -8,11 +8,11 @@ import torch
 
 from distvsd.cameras import OrbitSampler
 from distvsd.errors import CheckpointError
+from distvsd.faults import begin_round, injected
 from distvsd.particles import Ensemble, ImageParticle
 from distvsd.particles import ensemble as ensemble_module
 from distvsd.particles.good import GOOD_EVERY, most_copies, saved_place
 from distvsd.particles.health import Health
-from distvsd.testing.faults import begin_round, injected
 
 SAMPLER = OrbitSampler((0.0, 0.0), (0.0, 0.0), (1.0, 1.0), (50.0, 50.0))
 IMAGES = ImageParticle((3, 4, 4), is_latent=False, init_scale=0.1, learning_rate=lambda step: 0.1)

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from distvsd.build import make_ensemble
 from distvsd.cameras import OrbitSampler
 from distvsd.config import load_config
 from distvsd.particles import ImageParticle, Keys
 from distvsd.prior import load_prior
+from distvsd.run.build import make_ensemble
 from distvsd.testing.pipelines import tiny_pipeline
 
 SMOKE = Path(__file__).parents[3] / "configs" / "smoke.yaml"

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from distvsd.faults import injected
 from distvsd.particles import Ensemble
-from distvsd.testing.faults import injected
 from tests.unit.particles.test_nerf import NERF, SAMPLER
 
 IDS = (4, 9, 2)

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from distvsd.build import make_particle
 from distvsd.cameras import OrbitSampler
 from distvsd.config import load_config
 from distvsd.errors import CheckpointError
 from distvsd.particles import Ensemble, ImageParticle
 from distvsd.particles.stored import blank_state, read_particle
+from distvsd.run.build import make_particle
 
 SAMPLER = OrbitSampler((0.0, 0.0), (0.0, 0.0), (1.0, 1.0), (50.0, 50.0))
 IMAGES = ImageParticle((3, 4, 4), is_latent=False, init_scale=0.1, learning_rate=lambda step: 0.1, init_color=0.2)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from distvsd.errors import RunError
-from distvsd.export.images import contact_sheet, save_png, turntable
+from distvsd.looking.images import contact_sheet, save_png, turntable
 from distvsd.runtime.replay_metrics import particle_rows, replay, summary_of
 from distvsd.runtime.tracker import open_tracker
 from tests.wandb_file import history_of, records_of

@@ -7,7 +7,7 @@ import torch
 
 from distvsd.errors import BackendError
 from distvsd.score.lora import LoraScore
-from distvsd.vsd.diffusion import to_eps
+from distvsd.vsd.process import to_eps
 
 from .conftest import Options, text_of
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from distvsd.errors import DivergedError
-from distvsd.parallel.strategies.flat import Flat
 from distvsd.score.lora import LoraScore
+from distvsd.score.strategies.flat import Flat
 from distvsd.score.training import LAG_SAMPLES, Fit, ScoreTraining
 from distvsd.vsd.samples import Samples
 

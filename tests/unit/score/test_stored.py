@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from distvsd.errors import PriorError
-from distvsd.prior.folder import open_folder
-from distvsd.prior.load import load_prior
+from distvsd.networks.folder import open_folder
+from distvsd.networks.load import load_prior
 from distvsd.score.stored import ADAPTER_FILE, CAMERA_FILE, trainable_of, unet_like
 from distvsd.testing.pipelines import tiny_pipeline
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from distvsd.testing.faults import injected
+from distvsd.faults import injected
 from distvsd.vsd.objectives import Objective, draw_timesteps
 from distvsd.vsd.rng import Purpose, normal, uniform
 from distvsd.vsd.samples import Samples

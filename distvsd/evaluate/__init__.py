@@ -1,1 +1,0 @@
-"""What particles and priors are worth: labels against the prompt, modes, diversity; read by the shapes classifier."""

@@ -1,0 +1,1 @@
+"""Looks at the particles of a run: pictures, turntables, measurements."""

@@ -1,0 +1,157 @@
+"""What the particles of a run are worth: labels against the prompt, empty and diverged ones, diversity.
+
+Written to `evaluation.json` in the run's directory. Needs no rank but one, and no network of the run but its particles.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distvsd.cameras import Cameras
+from distvsd.config.schema import Config
+from distvsd.looking import diversity
+from distvsd.looking.labels import (
+    Expected,
+    expected_labels,
+    face_seen,
+    in_words,
+    label_accuracy,
+    majority,
+    view_accuracy,
+)
+from distvsd.looking.views import Restored, groups, render_group, ring
+from distvsd.runtime import inside
+from distvsd.runtime.paths import RunPaths
+from distvsd.shapes.classifier import SCENES, Classifier, Predictions, load_classifier
+
+# Mean opacity over all views below which nothing, above which only fog is there: of 80 objects the largest covered 0.47
+# of its views, and two fogs 0.97 and 0.98.
+EMPTY_OPACITY, FOG_OPACITY = 0.01, 0.9
+
+
+@dataclass(frozen=True)
+class Readings:
+    """One particle seen from all views: what the classifier reads, its mean opacity, whether all values are finite."""
+
+    predictions: Predictions
+    features: Tensor
+    opacity: float
+    finite: bool
+
+
+def evaluate_run(run_dir: Path, report: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """Evaluates the newest checkpoint of `run_dir`, writes `evaluation.json` there, and returns what it wrote.
+
+    Raises what loading raises: RunError for a folder that is no run, CheckpointError where none can be read. RunError
+    also where it cannot be written.
+    """
+    from distvsd.looking.opened import (
+        load_particles,  # the builder imports this package's rooms, so it is looked up late
+    )
+
+    paths = RunPaths(run_dir)
+    paths.prove_writable()  # before the work
+    inside.expect_file(run_dir, paths.evaluation.name)
+    result = evaluate_particles(load_particles(run_dir), load_classifier(), report)
+    inside.write(run_dir, paths.evaluation.name, json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def evaluate_particles(
+    restored: Restored, classifier: Classifier, report: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+    """The content of evaluation.json: counts and shares over all particles, then one entry a particle."""
+    config, ids = restored.config, list(restored.ids)
+    cameras = ring(config)
+    turns = cameras.azimuth[0].rad2deg()
+    expected = {i: expected_labels(config.prompts[i]) for i in ids}
+    readings = read_particles(restored, cameras, classifier, report)
+    details = [_detail(i, config, readings[i], expected[i], turns) for i in ids]
+    sound = [i for i, detail in zip(ids, details, strict=True) if not detail["empty"] and not detail["diverged"]]
+    found = [_labels(readings[i], turns) if i in set(sound) else {} for i in ids]
+    result: dict[str, Any] = {
+        "particles": len(ids),
+        "views": len(turns),
+        "label_accuracy": _rounded(label_accuracy(found, [expected[i] for i in ids])),
+        "view_accuracy": _mean_of([detail["view_accuracy"] for detail in details]),
+        "empty": sum(detail["empty"] for detail in details),
+        "diverged": sum(detail["diverged"] for detail in details),
+    }
+    if sound:
+        features = torch.stack([readings[i].features for i in sound])
+        result["diversity"] = {
+            "mean_cosine": round(diversity.mean_cosine(features), 4),
+            "vendi": round(diversity.vendi_score(features.mean(1)), 3),
+        }
+        counts = diversity.mode_counts(found)
+        result["modes"] = diversity.mode_names(counts)
+        result["modes_present"] = int((counts > 0).sum())
+        result["total_variation_from_uniform"] = round(diversity.total_variation(counts), 4)
+    return result | {"particles_detail": details}
+
+
+def read_particles(
+    restored: Restored, cameras: Cameras, classifier: Classifier, report: Callable[[str], None]
+) -> dict[int, Readings]:
+    """Renders every particle from cameras `[1, V]` and classifies every view; by particle id."""
+    readings = {}
+    for group in groups(restored.config, restored.ids, cameras.shape[1]):
+        images, opacity = render_group(restored, group, cameras)
+        finite = images.isfinite().flatten(1).all(1) & opacity.isfinite().flatten(1).all(1)
+        for row, i in enumerate(group):
+            seen = classifier.classify(images[row]), classifier.embed(images[row])
+            readings[i] = Readings(*seen, float(opacity[row].mean()), bool(finite[row]))
+        report(f"read {len(readings)} of {len(restored.ids)} particles")
+    return readings
+
+
+def _labels(reading: Readings, turns: Tensor) -> dict[str, int]:
+    """The voted labels of one particle; the face is what its front views show, or the one view of an image."""
+    labels = majority(reading.predictions)
+    if labels["scene"] == SCENES.index("object"):
+        front, _ = face_seen(reading.predictions, turns)
+        if front is not None:
+            labels["face"] = int(front)
+    return labels
+
+
+def _detail(i: int, config: Config, reading: Readings, expected: Expected, turns: Tensor) -> dict[str, Any]:
+    solid = config.particles.kind != "image"
+    labels = _labels(reading, turns)
+    # Only of pictures of the shapes world can the classifier say that nothing is in them.
+    known_world = config.prior.path == "shapes" or bool(expected.known())
+    nothing = known_world and labels["scene"] == SCENES.index("neither")
+    # Inside a room every ray ends on a wall: there a full opacity is right.
+    fog = reading.opacity > FOG_OPACITY and expected.scene != SCENES.index("room")
+    detail: dict[str, Any] = {
+        "id": i,
+        "prompt": config.prompts[i],
+        "labels": in_words(labels),
+        "expected": in_words(expected.known()),
+        "view_accuracy": _rounded(view_accuracy(reading.predictions, expected)),
+        "view_scenes": [SCENES[scene] for scene in reading.predictions.scene.tolist()],
+        "opacity": round(reading.opacity, 4) if math.isfinite(reading.opacity) else None,
+        "diverged": not reading.finite,
+        "empty": reading.finite and ((reading.opacity < EMPTY_OPACITY or fog) if solid else nothing),
+    }
+    if solid and labels["scene"] == SCENES.index("object"):
+        detail["face_from_behind"] = face_seen(reading.predictions, turns)[1]
+    return detail
+
+
+def _mean_of(accuracies: Sequence[dict[str, float]]) -> dict[str, float]:
+    heads = sorted({head for accuracy in accuracies for head in accuracy})
+    totals = {head: [accuracy[head] for accuracy in accuracies if head in accuracy] for head in heads}
+    return _rounded({head: sum(values) / len(values) for head, values in totals.items()})
+
+
+def _rounded(values: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in values.items()}

@@ -1,0 +1,114 @@
+"""The particles of a run on disk, for looking at them: what evaluating and rendering open."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distvsd.cameras import Cameras
+from distvsd.checkpoint import reader
+from distvsd.config import Config, load_config, to_dict
+from distvsd.config.canonical import BOOKKEEPING
+from distvsd.errors import CheckpointError
+from distvsd.networks.load import load_prior
+from distvsd.particles import Ensemble
+from distvsd.run.build import make_ensemble
+from distvsd.run.contents import refuse_other_particles
+from distvsd.runtime import inside
+from distvsd.runtime.paths import RunPaths
+
+_log = logging.getLogger("distvsd")
+
+
+@dataclass(frozen=True)
+class Restored:
+    """The particles of a run as its newest sound checkpoint holds them, on one device; needs no launcher."""
+
+    config: Config
+    ids: list[int]
+    step: int
+    ensemble: Ensemble
+    decode: Callable[[Tensor], Tensor] | None
+    health: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def render(self, ids: list[int], cameras: Cameras, resolution: int, background: float) -> tuple[Tensor, Tensor]:
+        """Images `[P, V, 3, H, W]` and opacity `[P, V, 1, H, W]` of particles `ids` from cameras `[P, V]`.
+
+        Nothing random. background: grey level in [0, 1]. Image particles ignore cameras and are opaque; latents are
+        decoded. Images of a diverged particle are not finite.
+        """
+        device = next(iter(self.ensemble.parameters_of(ids[0]).values())).device
+        rendered = self.ensemble.view(ids, cameras.to(device), resolution, background)
+        images, opacity = rendered.images, rendered.opacity
+        if self.decode is not None:
+            images = self.decode(images.flatten(0, 1)).reshape(*images.shape[:2], 3, resolution, resolution)
+            opacity = torch.ones_like(images[:, :, :1])
+        return images, opacity
+
+
+def load_particles(run_dir: Path, device: str | None = None, most: int | None = None) -> Restored:
+    """Opens a finished, stopped or running run for looking. Reads only; takes no lock.
+
+    device: None for a GPU where there is one. most: so many particles, the first ones, are loaded; None for all.
+    `health` is of all in any case.
+    Raises RunError where the folder is no run, CheckpointError where it has no sound checkpoint yet, ConfigError where
+    its config.yaml is none.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    paths = RunPaths(Path(run_dir))
+    config = load_config(paths.known_config())
+    inside.expect_folder(paths.root, paths.checkpoints.name)
+    checkpoint = reader.newest(paths.checkpoints)
+    if checkpoint is None:
+        raise CheckpointError(f"{run_dir} has no checkpoint yet; train at least to the first one (checkpoint.every)")
+    compare_with_saved(paths, config, checkpoint)
+    is_latent = config.particles.kind == "image" and config.particles.image.space == "latent"
+    prior = load_prior(config.prior.path, [""], device=device) if is_latent else None
+    entries = checkpoint.manifest.particles[:most]
+    ids = [entry.id for entry in entries]
+    ensemble = make_ensemble(config, prior, ids, device)
+    for entry in entries:
+        state = checkpoint.read(entry.file)
+        try:
+            ensemble.load_state(entry.id, state, entry.health)
+        except CheckpointError as error:
+            raise CheckpointError(f"{paths.config} does not fit {checkpoint.folder}: {error}") from error
+    decode = prior.decode if prior else None
+    return Restored(config, ids, checkpoint.manifest.step, ensemble, decode, checkpoint.manifest.health)
+
+
+def compare_with_saved(paths: RunPaths, config: Config, checkpoint: reader.Checkpoint) -> None:
+    """Whether a run's config.yaml is the one that its checkpoint was saved with: other values are a warning, because a
+    run that was just resumed with changed ones looks so; other particles raise CheckpointError."""
+    manifest = checkpoint.manifest
+    try:
+        refuse_other_particles(manifest, config.particles.count)
+    except CheckpointError as error:
+        raise CheckpointError(f"{paths.config} is not the configuration of {checkpoint.folder}: {error}") from error
+    changed = [key for key in _changed(manifest.config, to_dict(config), "") if not key.startswith(BOOKKEEPING)]
+    if changed:
+        _log.warning(
+            "%s is not the configuration that %s was saved with (other values of %s); if the run was not resumed with "
+            "changed ones, it is another run's: restore it",
+            paths.config,
+            checkpoint.folder,
+            ", ".join(changed[:8]),
+        )
+
+
+def _changed(saved: Any, now: Any, key: str) -> list[str]:
+    """Dotted keys whose values differ, of those that both have: another version may know more fields."""
+    # The keys of a schedule are rounds, or the word "linear".
+    is_section = isinstance(now, dict) and all(isinstance(name, str) and name != "linear" for name in now)
+    if is_section and isinstance(saved, dict):
+        both = [name for name in now if name in saved]
+        return [text for name in both for text in _changed(saved[name], now[name], f"{key}.{name}".lstrip("."))]
+    return [] if json.loads(json.dumps(now)) == saved else [key]

@@ -1,0 +1,135 @@
+"""Makes the prior of a run from a folder: any text-to-image pipeline in the layout of StableDiffusionPipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from distvsd.errors import PriorError
+from distvsd.networks.codec import Codec, VaeCodec
+from distvsd.networks.components import load_model, quiet
+from distvsd.networks.files import shown
+from distvsd.networks.folder import PipelineFolder, open_folder
+from distvsd.networks.patch_codec import PatchCodec
+from distvsd.networks.settings import foreign
+from distvsd.networks.text import attended_widths, encode_texts
+from distvsd.prior.pipeline import Pipeline
+from distvsd.prior.prompts import PromptTable
+from distvsd.vsd.process import PredictionType
+
+
+def load_prior(
+    path: str,
+    prompts: Sequence[str],
+    negative_prompt: str = "",
+    view_dependent: bool = True,
+    dtype: torch.dtype | str = torch.float32,
+    device: torch.device | str = "cpu",
+    micro_batch: int = 0,
+    unet_device: torch.device | str | None = None,
+) -> Pipeline:
+    """The frozen pipeline at `path`, with `prompts` (one per particle id) encoded and the text encoder freed again.
+
+    path: a folder, or "shapes" for the embedded prior; nothing is ever downloaded. view_dependent: every prompt is
+    encoded with each view named too. dtype: of the UNet, the autoencoder and the texts, also by name ("float16").
+    micro_batch: samples a UNet call, 0 for all. unet_device: where the UNet is left, if not on `device`: a strategy
+    that spreads it over ranks takes it from there in parts. Each rank calls it for itself; it does not communicate.
+    Warns of prompts longer than the text encoder reads. Raises PriorError, before any weight is read where the
+    configurations tell.
+    """
+    folder = open_folder(path)
+    folder.check_weights()
+    place = torch.device(device)
+    precision: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    scheduler = build_scheduler(folder)
+    prediction_type = prediction_type_of(scheduler, folder)
+
+    def encode(texts: Sequence[str]) -> Tensor:
+        return encode_texts(folder, texts, precision, place)
+
+    texts = PromptTable(prompts, negative_prompt, view_dependent, encode)
+    if place.type == "cuda":
+        torch.cuda.empty_cache()
+    unet = _load_unet(folder, precision, torch.device(unet_device or place))
+    codec = _load_codec(folder, precision, place)
+    return Pipeline(folder, unet, codec, scheduler, prediction_type, texts, micro_batch, place)
+
+
+def build_scheduler(folder: PipelineFolder) -> Any:
+    """The scheduler, of the diffusers class its configuration names; it has the schedule `alphas_cumprod` `[T]`."""
+    import diffusers
+
+    name = str(folder.configs["scheduler"].get("_class_name"))
+    with foreign(f"{folder.path}/scheduler cannot be built as a {shown(name)}"), quiet():
+        scheduler_class = getattr(diffusers, name, None)
+        if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, diffusers.SchedulerMixin)):
+            raise PriorError(
+                f"{folder.path}/scheduler/scheduler_config.json names the scheduler {shown(name)}, which diffusers "
+                f"{diffusers.__version__} does not have; name one of its own, such as DDIMScheduler"
+            )
+        scheduler: Any = scheduler_class.from_config(folder.settings("scheduler"))  # type: ignore[attr-defined]
+    schedule = getattr(scheduler, "alphas_cumprod", None)
+    if not isinstance(schedule, Tensor):
+        raise PriorError(
+            f"the scheduler of {folder.path} is a {name}, which has no alphas_cumprod: models trained by flow matching "
+            "are not supported"
+        )
+    if schedule.ndim != 1 or not bool(((schedule >= 0) & (schedule <= 1)).all()):
+        raise PriorError(f"the schedule of {folder.path} (alphas_cumprod) leaves [0, 1]; check scheduler_config.json")
+    return scheduler
+
+
+def prediction_type_of(scheduler: Any, folder: PipelineFolder) -> PredictionType:
+    """What the UNet outputs, by the scheduler; where its configuration does not say, by its class (epsilon)."""
+    name = getattr(scheduler.config, "prediction_type", "epsilon")
+    for known in get_args(PredictionType):
+        if name == known:
+            return known  # type: ignore[no-any-return]
+    raise PriorError(
+        f"{folder.path}/scheduler/scheduler_config.json has prediction_type {name!r}; "
+        f"known are {', '.join(get_args(PredictionType))}"
+    )
+
+
+def _load_unet(folder: PipelineFolder, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    # The fewest latent pixels of which its deepest level still has several, as in training.
+    side = min(folder.native_resolution // folder.downscale, 2 ** len(folder.configs["unet"]["block_out_channels"]))
+
+    def predict(unet: torch.nn.Module) -> None:
+        like = next(unet.parameters())
+        noisy = like.new_zeros(1, folder.latent_channels, side, side)
+        text = like.new_zeros(1, 2, min(attended_widths(folder)))
+        output = unet(noisy, like.new_zeros(1, dtype=torch.int64), encoder_hidden_states=text).sample
+        _check_shape("unet", folder, output, noisy)
+
+    return load_model(folder, "unet", UNet2DConditionModel, dtype, device, predict)
+
+
+def _load_codec(folder: PipelineFolder, dtype: torch.dtype, device: torch.device) -> Codec:
+    config = folder.configs["vae"]
+    if folder.patch_codec:
+        return PatchCodec(
+            int(config["patch_size"]), float(config["scaling_factor"]), float(config.get("detail_gain", 1.0))
+        )
+    from diffusers import AutoencoderKL
+
+    def there_and_back(vae: torch.nn.Module) -> None:
+        codec, like, side = VaeCodec(vae), next(vae.parameters()), 2 * folder.downscale
+        latents, images = like.new_zeros(1, folder.latent_channels, 2, 2), like.new_zeros(1, 3, side, side)
+        _check_shape("vae", folder, codec.encode(images), latents)
+        _check_shape("vae", folder, codec.decode(latents), images)
+
+    return VaeCodec(load_model(folder, "vae", AutoencoderKL, dtype, device, there_and_back))
+
+
+def _check_shape(component: str, folder: PipelineFolder, found: Tensor, wanted: Tensor) -> None:
+    if found.shape != wanted.shape:
+        raise PriorError(
+            f"the {component} in {folder.path} returns the shape {tuple(found.shape)} where its configuration promises "
+            f"{tuple(wanted.shape)}; fetch or save the pipeline again"
+        )

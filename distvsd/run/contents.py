@@ -1,0 +1,178 @@
+"""What the files of a checkpoint must hold so that a run can go on from it: what a resume and `distvsd verify` ask.
+
+The rooms that read a file say what must be in it (`particles.stored`, `score.stored`, `score.replay`); here that is put
+together for one configuration. A resume has its own network and prior. `distvsd verify` has the configuration in the
+manifest, and asks the prior of the run's config.yaml for shapes, which are in the headers of its files.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from distvsd.checkpoint.format import Manifest, particle_of
+from distvsd.checkpoint.reader import Checkpoint
+from distvsd.checkpoint.verify import verify_run
+from distvsd.config import Config, config_from, load_config
+from distvsd.errors import CheckpointError, ConfigError, PriorError
+from distvsd.networks.folder import PipelineFolder, open_folder
+from distvsd.networks.identity import Identity
+from distvsd.particles.health import Health
+from distvsd.particles.stored import blank_state, read_particle
+from distvsd.prior.prompts import VIEWS
+from distvsd.run.build import make_particle
+from distvsd.runtime.paths import RunPaths
+from distvsd.score import stored
+from distvsd.score.replay import Limits
+from distvsd.vsd.wanted import MOST
+
+_log = logging.getLogger("distvsd")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """See `checkpoint.reader.Contents`. config: of who reads. trainable: shapes of what its score network trains.
+
+    prior: None where it is not there; then latents may have any shape. kept: most rounds in the replay buffer; a resume
+    takes any number and keeps the newest.
+    """
+
+    config: Config
+    trainable: stored.Shapes
+    prior: PipelineFolder | None
+    kept: int = MOST
+
+    def refuse_manifest(self, manifest: Manifest) -> None:
+        """Raises CheckpointError for other particles, missing files, and impossible records of health."""
+        refuse_other_particles(manifest, self.config.particles.count)
+        if missing := sorted(set(stored.files_of(self.trainable)) - manifest.files.keys()):
+            raise CheckpointError(
+                f"it holds no {', '.join(missing)}, which this run reads; resume with the configuration that it was "
+                "saved with, or delete this checkpoint to go on from an older one"
+            )
+        for record in manifest.health.values():
+            Health.from_json(record, manifest.step)
+
+    def refuse_file(self, manifest: Manifest, file: str, tensors: Mapping[str, Tensor]) -> None:
+        """Raises CheckpointError where a resume could not read the file."""
+        particle_id = particle_of(file)
+        if particle_id is not None:
+            like = self._particle(tensors)
+            read_particle(particle_id, like, tensors, manifest.health[particle_id], manifest.step)
+        elif file == stored.REPLAY_FILE:
+            channels = self.prior.latent_channels if self.prior else None
+            limits = Limits(self.kept, manifest.step, self.config.particles.count, len(VIEWS), channels)
+            limits.refuse_unfit(tensors)
+        elif file in stored.files_of(self.trainable):
+            stored.refuse_unfit(file, self.trainable, tensors)
+
+    def _particle(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The state of one particle, without values. tensors: of which latents take their shape where no prior says."""
+        if self.prior is not None or self.config.particles.kind != "image":
+            return self._known_particle
+        image = tensors.get("param/image")
+        channels, height, width = image.shape if image is not None and image.ndim == 3 and image.numel() else (1, 1, 1)
+        return _state(self.config, _Latents((channels, height, width)))
+
+    @cached_property
+    def _known_particle(self) -> Mapping[str, Tensor]:
+        if self.prior is None:
+            return _state(self.config, None)
+        size = self.config.render.resolution_at(self.config.schedule.rounds - 1) // self.prior.downscale
+        return _state(self.config, _Latents((self.prior.latent_channels, size, size)))
+
+
+@dataclass(frozen=True)
+class _Latents:
+    """As much of a prior as the shape of a particle depends on."""
+
+    shape: tuple[int, int, int]
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        return self.shape
+
+    def encode(self, images: Tensor) -> Tensor:
+        return images.new_empty(len(images), *self.shape)
+
+
+def _state(config: Config, latents: _Latents | None) -> Mapping[str, Tensor]:
+    return blank_state(make_particle(config, latents, torch.device("cpu")))
+
+
+def refuse_other_particles(manifest: Manifest, count: int) -> None:
+    """Raises CheckpointError unless the manifest's particles are 0 to count - 1."""
+    ids = manifest.health.keys()
+    if len(ids) != count:
+        raise CheckpointError(
+            f"it holds {len(ids)} particles, but particles.count is {count}; resume with that count, or choose another "
+            "run.dir"
+        )
+    if strange := sorted(particle for particle in ids if particle >= count):
+        raise CheckpointError(
+            f"it holds a particle {strange[0]}, but the {count} of this run are 0 to {count - 1}; the checkpoint was "
+            "altered: delete it to go on from an older one"
+        )
+
+
+def verify(run: Path, digest: bool = False) -> list[str]:
+    """`checkpoint.verify.verify_run`, for which a checkpoint is sound if a resume with its own configuration reads it.
+
+    What needs the prior is left out where the prior is not there, with a warning.
+    """
+    return verify_run(run, digest, _Judge(run).problems)
+
+
+class _Judge:
+    """What is wrong with the checkpoints of a run, each seen with the configuration in its manifest."""
+
+    def __init__(self, run: Path) -> None:
+        self._prior: PipelineFolder | None = None
+        try:
+            # Of the run, and not of a manifest: a checkpoint must not make anything outside of it be opened.
+            prior = open_folder(load_config(RunPaths(run).config).prior.path)
+            self._unet = {name: header.shape for name, header in prior.weights["unet"].headers.items()}
+            stored.trainable_of(self._unet, 1, reads_cameras=True)
+        except (ConfigError, PriorError) as error:
+            self._why = str(error)
+        else:
+            self._prior = prior
+
+    def problems(self, checkpoint: Checkpoint) -> list[str]:
+        """Empty for a sound one."""
+        manifest = checkpoint.manifest
+        try:
+            config = config_from(manifest.config, f"{checkpoint.folder}/manifest.json")
+        except ConfigError as error:
+            return [*checkpoint.problems(), f"{error}; no run can have it: delete this checkpoint"]
+        if self._prior is not None:
+            problems = checkpoint.problems(self._contents(config, self._unet, self._prior))
+            if not problems or Identity(self._prior).fits(manifest.prior_identity):
+                return problems
+            self._why = f"{self._prior.path} holds another prior than the one it was trained against"
+        try:
+            unet = _unet_of(checkpoint)
+        except CheckpointError as error:
+            return list(dict.fromkeys([*checkpoint.problems(), str(error)]))
+        _log.warning(
+            "%s: the shapes of adapter and latents could not be held against the prior, everything else was: %s",
+            checkpoint.folder,
+            self._why,
+        )
+        return checkpoint.problems(self._contents(config, unet, None))
+
+    def _contents(self, config: Config, unet: stored.Shapes, prior: PipelineFolder | None) -> Contents:
+        trainable = stored.trainable_of(unet, config.score.rank, config.reads_cameras)
+        return Contents(config, trainable, prior, config.score.replay_rounds)
+
+
+def _unet_of(checkpoint: Checkpoint) -> stored.Shapes:
+    """As the checkpoint's own adapter says, for want of the prior."""
+    has_camera = stored.CAMERA_FILE in checkpoint.manifest.files
+    camera = checkpoint.read(stored.CAMERA_FILE) if has_camera else {}
+    return stored.unet_like(checkpoint.read(stored.ADAPTER_FILE), camera)

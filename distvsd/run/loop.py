@@ -1,0 +1,111 @@
+"""The algorithm. One round: render, ask the prior and the score, move the particles, train the score on all renders.
+
+It knows no package of the field and no process group: what communicates is handed in as callables.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from distvsd.faults import begin_round
+from distvsd.particles.ensemble import Ensemble, Update, Views
+from distvsd.score.training import Fit, ScoreTraining
+from distvsd.vsd.objectives import Objective
+from distvsd.vsd.samples import Samples
+
+
+class Pending(Protocol):
+    """An exchange under way; `wait` gives the samples of all ranks, sorted by particle."""
+
+    def wait(self) -> Samples: ...
+
+
+@dataclass(frozen=True)
+class Round:
+    """What happened: step (from 0), this rank's update, the score's fit, lag or None, and this rank's seconds by
+    phase."""
+
+    step: int
+    update: Update
+    fit: Fit | None
+    lag: float | None
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The parts of a run on one rank. encode and exchange are callables; `watch` looks at each finished round.
+
+    encode(views, resolution): this rank's renders as samples, with the graph to the particles. exchange(samples):
+    starts the gather of all ranks' samples (communicates). exclude(union, ids): the union with weight 0 for the
+    particles that any rank names (communicates). training is None where no score network is learnt (SDS).
+    watch(round): returns True to stop; every rank must return the same. entered(step, phase): told where the rank is.
+    """
+
+    ensemble: Ensemble
+    encode: Callable[[list[Views], int], Samples]
+    objective: Objective
+    exchange: Callable[[Samples], Pending]
+    exclude: Callable[[Samples, list[int]], Samples]
+    training: ScoreTraining | None
+    resolution: Callable[[int], int]
+    watch: Callable[[Round], bool]
+    lag_due: Callable[[int], bool]
+    entered: Callable[[int, str], None] = lambda step, phase: None
+
+    def run(self, first: int, last: int) -> None:
+        """Rounds first to last - 1; every rank calls it."""
+        for step in range(first, last):
+            if self.watch(self.round(step)):
+                return
+
+    def round(self, step: int) -> Round:
+        begin_round(step)
+        clock = _Clock(step, self.entered)
+        clock.enter("render")
+        resolution = self.resolution(step)
+        views = self.ensemble.render(step, resolution)  # local: each rank, its own particles
+        clock.enter("encode")
+        samples = self.encode(views, resolution)  # local: latents with the graph to the particles
+        clock.enter("exchange")
+        exchanged = self.exchange(samples.detached()) if self.training else None  # communicates: starts the gather
+        clock.enter("objective")
+        gradient: Tensor = self.objective(samples, step)  # local: w(t) (eps_prior - eps_score), Eq. 9
+        clock.enter("update")
+        update = self.ensemble.update(views, samples.latents, gradient, step)  # local: one Adam step a particle
+        if self.training is None or exchanged is None:
+            return Round(step, update, None, None, clock.stop())
+        clock.enter("exchange")
+        union = exchanged.wait()  # communicates: the samples of all ranks
+        union = self.exclude(union, update.absent)  # communicates: who did not move does not train the score either
+        clock.enter("score")
+        lag = self.training.lag(union, step) if self.lag_due(step) else None  # local: the same on every rank
+        fit = self.training.round(union, step)  # communicates: K flat reductions
+        return Round(step, update, fit, lag, clock.stop())
+
+
+class _Clock:
+    """Seconds of each phase on this rank; a phase that comes twice adds up. Does not wait for a GPU's queue."""
+
+    def __init__(self, step: int, entered: Callable[[int, str], None]) -> None:
+        self._step, self._entered = step, entered
+        self._seconds: dict[str, float] = {}
+        self._phase: str | None = None
+        self._since = 0.0
+
+    def enter(self, phase: str) -> None:
+        self.stop()
+        self._phase, self._since = phase, time.perf_counter()
+        self._entered(self._step, phase)
+
+    def stop(self) -> dict[str, float]:
+        if self._phase is not None:
+            elapsed = time.perf_counter() - self._since
+            self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + elapsed
+            self._phase = None
+        return self._seconds

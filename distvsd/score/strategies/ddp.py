@@ -1,0 +1,52 @@
+"""torch's DistributedDataParallel: the reduction in buckets, under way while the backward pass still runs."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from distvsd.faults import fault, poison
+from distvsd.parallel.world import World
+from distvsd.score.strategies.base import Local, Taken, Trained, Work, flat, together, total_loss
+
+
+class Ddp:
+    """DistributedDataParallel around what is trained; the frozen network is every rank's own and is not broadcast."""
+
+    def __init__(self, world: World, local: Local) -> None:
+        self._world = world
+        self._local = local
+
+    def begin(self) -> None:
+        """Compares and broadcasts what is trained, the first time."""
+        _ = self._wrapped
+
+    def calling(self) -> AbstractContextManager[None]:
+        """See `score.base.Strategy`: every rank's own."""
+        return nullcontext()
+
+    def step(self, work: Work, learning_rate: float) -> Taken:
+        """See `score.base.Strategy`. What is not finite shows in the sum, so the optimiser comes after it."""
+        world, scale = self._world, work.scale
+        self.begin()
+        fault("reduce")
+        with together(world):
+            # It averages over ranks, and the ranks' parts are to be added.
+            objective, rows = self._wrapped(work, scale * world.size)
+            poison("reduce", objective[None]).sum().backward()
+            gradient = flat(self._local.trainable) / scale
+            loss = total_loss(world, rows)
+        # The reduced gradient has the same bits on every rank, so each comes to the same answer.
+        usable = math.isfinite(loss) and bool(gradient.isfinite().all())
+        if usable:
+            self._local.step(gradient, learning_rate)
+        return Taken(usable, loss, rows, None)
+
+    @cached_property
+    def _wrapped(self) -> torch.nn.Module:
+        with together(self._world):
+            return DistributedDataParallel(Trained(self._local.trainable), broadcast_buffers=False)

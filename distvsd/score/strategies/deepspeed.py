@@ -1,0 +1,220 @@
+"""DeepSpeed's ZeRO: each rank keeps a part of the optimiser (1), of the gradient (2), and of the network (3)."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from distvsd.errors import BackendError
+from distvsd.faults import fault, poison
+from distvsd.parallel.collectives import all_gather_rows, device_timeout
+from distvsd.parallel.world import World
+from distvsd.score.strategies.base import Local, Taken, Trained, Work, together, total_loss
+
+# Numbers of a tensor that ZeRO-3 leaves whole on every rank, because gathering it would cost more than it saves.
+PERSISTENT = 100_000
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class DeepSpeed:
+    """A DeepSpeedEngine that owns what is trained, from the first step on; before that `local` does.
+
+    It reduces, clips, leaves out what is not finite, and steps by itself, in float32 whatever the network's dtype.
+    network: partitioned by stage 3, whose every call then is collective. timeout_s: for the group that DeepSpeed opens.
+    """
+
+    def __init__(self, world: World, stage: int, network: nn.Module, local: Local, timeout_s: float) -> None:
+        self._world = world
+        self._stage = stage
+        self._network = network
+        self._local = local
+        self._timeout_s = timeout_s
+        self._engine: Any = None
+
+    def begin(self) -> None:
+        """Hands the parameters over, with the moments of a resumed run, the first time."""
+        if self._engine is None:
+            with together(self._world):
+                self._engine = self._opened()
+
+    def calling(self) -> AbstractContextManager[None]:
+        """See `score.base.Strategy`: every rank's with stage 3."""
+        return together(self._world) if self._stage == 3 else nullcontext()
+
+    def step(self, work: Work, learning_rate: float) -> Taken:
+        """See `score.base.Strategy`. Without a finite norm of the reduced gradient DeepSpeed leaves the step out."""
+        self.begin()
+        engine = self._engine
+        fault("reduce")
+        with together(self._world):
+            engine.optimizer.override_loss_scale(work.scale)
+            # It averages over ranks, and the ranks' parts are to be added.
+            objective, rows = engine(work, float(self._world.size))
+            loss = total_loss(self._world, rows)
+            objective = poison("reduce", objective[None]).sum()
+            for group in engine.optimizer.param_groups:
+                group["lr"] = self._local.rate(learning_rate)
+            # A loss beyond float32 can have a finite gradient, and no other strategy would take that step.
+            engine.backward(objective if math.isfinite(loss) else objective * math.nan)
+            engine.step()
+        usable = bool(engine.was_step_applied())
+        self._local.num_steps += usable
+        return Taken(usable, loss, rows, None)
+
+    @property
+    def num_steps(self) -> int:
+        """See `score.base.Optimizer`."""
+        return self._local.num_steps
+
+    def values(self) -> Mapping[str, Tensor]:
+        """See `score.base.Optimizer`."""
+        if self._engine is None or self._stage < 3:
+            return self._local.values()
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        return self._gathered(safe_get_local_fp32_param)
+
+    def moments(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """See `score.base.Optimizer`."""
+        if self._engine is None or not self.num_steps:
+            return self._local.moments()
+        from deepspeed.utils import safe_get_full_optimizer_state, safe_get_local_optimizer_state
+
+        wholes = {}
+        for moment in MOMENTS:
+            if self._stage == 3:
+                wholes[moment] = self._gathered(
+                    functools.partial(safe_get_local_optimizer_state, optim_state_key=moment)
+                )
+            else:
+                named = self._local.trainable.items()
+                wholes[moment] = {name: safe_get_full_optimizer_state(parameter, moment) for name, parameter in named}
+        step = torch.tensor(float(self.num_steps))
+        return {
+            name: {"step": step} | {moment: wholes[moment][name] for moment in MOMENTS}
+            for name in self._local.trainable
+        }
+
+    def restore(
+        self, values: Mapping[str, Tensor], moments: Mapping[str, Mapping[str, Tensor]], num_steps: int
+    ) -> None:
+        """See `score.base.Optimizer`."""
+        assert self._engine is None, "a state is restored before the first step"
+        self._local.restore(values, moments, num_steps)
+
+    def _gathered(self, part_of: Callable[[Any], Tensor]) -> dict[str, Tensor]:
+        """Whole tensors from every rank's parts, in one collective; DeepSpeed's own way takes one for each tensor."""
+        trained: Mapping[str, Any] = self._local.trainable  # with attributes that stage 3 gives them
+        parts = [part_of(parameter).flatten() for parameter in trained.values()]
+        rows = all_gather_rows(self._world, torch.cat(parts)[None]).wait()[:, 0]
+        wholes = torch.split(rows, [len(part) for part in parts], dim=1)
+        return {
+            name: whole.flatten()[: parameter.ds_numel].view(parameter.ds_shape)
+            for (name, parameter), whole in zip(trained.items(), wholes, strict=True)
+        }
+
+    def _opened(self) -> Any:
+        deepspeed = _imported(self._world.device.type)
+        local = self._local
+        moments = local.release()
+        trained = list(local.trainable.values())
+        config = self._config(sum(parameter.numel() for parameter in trained))
+        model = Spread(self._network) if self._stage == 3 else Trained(local.trainable)
+        if self._stage == 3:
+            # Tensor by tensor from where it lies; the engine would first put all of it on the device.
+            deepspeed.zero.Init(module=model, config_dict_or_path=config)
+            for buffer in model.buffers():  # which it leaves where they are
+                buffer.data = buffer.data.to(self._world.device)
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=local.new_adamw(trained),
+            config=config,
+            dist_init_required=False,
+        )
+        # The group is DeepSpeed's own copy of the world's, with a patience of half an hour.
+        patience = device_timeout(self._timeout_s) if self._world.device.type == "cuda" else self._timeout_s
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=patience), engine.data_parallel_group)
+        if moments:
+            self._hand_over(engine, moments)
+        return engine
+
+    def _config(self, num_trained: int) -> dict[str, Any]:
+        return {
+            "train_micro_batch_size_per_gpu": 1,  # only DeepSpeed's own counting of samples reads it
+            "gradient_clipping": self._local.max_grad_norm,
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {
+                "stage": self._stage,
+                "overlap_comm": False,
+                # Allocated whole; the default is for half a billion numbers.
+                "reduce_bucket_size": num_trained,
+                "allgather_bucket_size": num_trained,
+                "stage3_param_persistence_threshold": PERSISTENT,
+            },
+        }
+
+    def _hand_over(self, engine: Any, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Puts whole moments into the parts that this rank keeps; AdamW would make empty ones in its first step."""
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        zero, adamw = engine.optimizer, engine.optimizer.optimizer
+        parts = zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
+        for part in parts:
+            adamw.state[part] = {"step": torch.tensor(float(self.num_steps))} | {
+                moment: torch.zeros_like(part) for moment in MOMENTS
+            }
+        if self._stage < 3:
+            zero._lazy_init_hp_params_optimizer_state()
+        for name, parameter in self._local.trainable.items():
+            for moment in MOMENTS:
+                whole = moments[name][moment]
+                if self._stage < 3:
+                    safe_set_full_optimizer_state(parameter, whole, moment)
+                else:
+                    safe_set_local_optimizer_state(parameter, self._part(whole, parameter), moment)
+
+    def _part(self, whole: Tensor, parameter: Any) -> Tensor:
+        """What this rank keeps of a tensor that belongs to a parameter: all ranks keep equally much, with padding."""
+        length = parameter.ds_tensor.numel()
+        padding = length * self._world.size - whole.numel()
+        padded = torch.nn.functional.pad(whole.flatten(), (0, padding))
+        return padded[length * self._world.rank :][:length]
+
+
+def _imported(device: str) -> Any:
+    if device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when it is imported; it would look for a GPU
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    found = deepspeed.get_accelerator().device_name()
+    if found != device:
+        raise BackendError(
+            f"this run computes on {device} and DeepSpeed on {found}: another package imported it before the run could "
+            f"say so; start with DS_ACCELERATOR={device} in the environment, or set parallel.strategy=flat"
+        )
+    if device == "cpu":
+        # Else it compiles its own sum for one machine's CPUs at the first run: two minutes, and a C++ compiler.
+        deepspeed.ops.__compatible_ops__ = {}
+    return deepspeed
+
+
+class Spread(nn.Module):
+    """The whole network, for stage 3 to partition; its modules are called as ever, and gather themselves."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, work: Work, factor: float) -> tuple[Tensor, Tensor]:
+        return work.objective(factor)

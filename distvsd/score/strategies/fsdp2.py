@@ -1,0 +1,61 @@
+"""torch's fully_shard: each rank keeps a part of the frozen network and gathers a block when it is called."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+from torch import nn
+
+from distvsd.parallel.world import World
+from distvsd.score.strategies.base import Local, Taken, Work, together
+from distvsd.score.strategies.flat import Flat
+
+
+class Fsdp2:
+    """The frozen network in parts, what is trained whole on every rank and reduced as in `flat`.
+
+    The adapter is a thousandth of the network: cutting it up too would save nothing, and its sum would have another
+    order. Nothing frozen has a gradient, so no gradient is scattered. What is gathered has the same bits but lies
+    elsewhere in memory, which is enough for a kernel to round otherwise: 1e-7, not 0, from `flat`.
+    network: whose blocks are gathered one at a time; every call of it is collective once `begin` was called.
+    """
+
+    def __init__(self, world: World, network: nn.Module, local: Local, flat: Flat) -> None:
+        self._world = world
+        self._network = network
+        self._local = local
+        self._flat = flat
+        self._is_spread = False
+
+    def begin(self) -> None:
+        """Cuts the network up, the first time; every rank has loaded the same, so nothing is sent.
+
+        A network that lies in the host's memory comes to the device block by block: only parts of it ever stay there.
+        """
+        if self._is_spread:
+            return
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        with together(self._world):
+            mesh = init_device_mesh(self._world.device.type, (self._world.size,))
+            whole = set(self._local.trainable.values())
+            for module in [*_blocks(self._network), self._network]:
+                fully_shard(module, mesh=mesh, ignored_params=whole)
+        self._is_spread = True
+
+    def calling(self) -> AbstractContextManager[None]:
+        """See `score.base.Strategy`: every rank's."""
+        return together(self._world)
+
+    def step(self, work: Work, learning_rate: float) -> Taken:
+        """See `score.base.Strategy`."""
+        self.begin()
+        with together(self._world):
+            return self._flat.step(work, learning_rate)
+
+
+def _blocks(network: nn.Module) -> list[nn.Module]:
+    """What diffusers itself keeps on one device (resnets, transformer blocks), children before parents."""
+    names = getattr(network, "_no_split_modules", None) or []
+    return [module for module in reversed(list(network.modules())) if type(module).__name__ in names]

@@ -1,0 +1,106 @@
+"""What a run takes at least, compared with what its parts really take; and the refusal of what cannot fit."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from distvsd.config import Config, Schedule, load_config
+from distvsd.errors import ConfigError
+from distvsd.plan.needs import least_memory, refuse_too_large
+from distvsd.run.build import make_ensemble
+from distvsd.runtime.memory import host_memory
+from distvsd.vsd.samples import Samples
+
+ROOT = Path(__file__).parents[2]
+SMOKE = ROOT / "configs" / "smoke.yaml"
+PRIOR = {"latent_channels": 48, "downscale": 4, "resolution": 64}
+TRAIN = """
+import resource, sys
+from distvsd.config import load_config
+from distvsd.train import train
+import torch, distvsd.run.build, diffusers, transformers
+smoke, folder, *overrides = sys.argv[1:]
+for number, override in enumerate(overrides):
+    config = load_config(smoke, [f"run.dir={folder}/{number}", override])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        train(config)
+    except Exception as error:
+        print(type(error).__name__, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024, error)
+"""
+HUGE = (
+    "particles.count=2147483647",
+    "particles.views=1000000000",
+    "particles.nerf={log2_table_size: 28, levels: 32, features: 16, max_resolution: 65536}",
+)
+
+
+def test_no_more_is_asked_for_than_a_rank_really_takes() -> None:
+    config = load_config(SMOKE, ["particles.views=3", "particles.nerf.log2_table_size=10"])
+    needs = least_memory(config, PRIOR, 4)
+    ensemble = make_ensemble(config, None, range(4), "cpu")
+    values = sum(tensor.nbytes for group in ensemble.groups for tensor in group.parameters.values())
+    assert needs["particles"] == 4 * values
+    views = ensemble.render(0, 64)
+    assert needs["pictures of a call"] == sum(view.rendered.images.nbytes for view in views)
+    ids = torch.zeros(12, dtype=torch.int64)
+    union = Samples(torch.zeros(12, 48, 16, 16), torch.zeros(12, 16), ids, ids, torch.ones(12))
+    assert needs["latents of a round"] == union.latents.nbytes
+
+
+def test_the_smallest_resolution_counts_and_only_the_pictures_of_one_call() -> None:
+    config = load_config(SMOKE, ["particles.micro_batch=1", "render.resolution={linear: {0: 64, 4: 32, 99: 8}}"])
+    small = load_config(SMOKE, ["particles.micro_batch=1", "render.resolution=24"])
+    # Eight rounds, 0 to 7, on the way from 32 at round 4 to 8 at round 99: 31.2 at round 7, rounded down to 24.
+    assert config.render.resolution_at(7) == 24
+    assert least_memory(config, PRIOR, 4) == least_memory(small, PRIOR, 4)
+    assert least_memory(small, PRIOR, 4)["pictures of a call"] == 3 * 24 * 24 * 4
+
+
+def test_without_a_score_network_only_the_own_latents_count() -> None:
+    sds = load_config(SMOKE, ["objective.kind=sds"])
+    assert least_memory(sds, PRIOR, 1)["latents of a round"] == 48 * 16 * 16 * 4
+
+
+def test_what_fits_is_let_through_and_what_does_not_is_refused_with_both_numbers() -> None:
+    config = load_config(SMOKE)
+    needed = sum(least_memory(config, PRIOR, 4).values())
+    refuse_too_large(config, PRIOR, 4, needed, "GPU")
+    with pytest.raises(ConfigError, match=r"at least .* GiB .*its GPU has .* GiB; take more ranks"):
+        refuse_too_large(config, PRIOR, 4, needed - 1, "GPU")
+
+
+def test_the_memory_of_the_machine_is_what_the_system_says() -> None:
+    if not Path("/proc/meminfo").exists():
+        assert host_memory() > 2**28
+        return
+    total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
+    assert 2**28 < host_memory() <= total * 1.01
+
+
+def test_a_training_that_no_machine_holds_is_refused_before_it_takes_the_memory(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", TRAIN, str(SMOKE), str(tmp_path), *HUGE]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300, cwd=ROOT)
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(HUGE)
+    for line in lines:
+        kind, taken, said = line.split(" ", 2)
+        assert kind == "ConfigError" and "would need at least" in said and "GiB" in said
+        assert int(taken) < 200
+
+
+def test_an_image_of_latents_has_no_pictures() -> None:
+    config = replace(Config(), render=replace(Config().render, resolution=Schedule.constant(64)))
+    image = replace(config.particles, kind="image", image=replace(config.particles.image, space="latent"))
+    needs = least_memory(replace(config, particles=image), PRIOR, 8)
+    assert needs == {
+        "particles": 4 * 4 * 48 * 16 * 16 * 8,
+        "pictures of a call": 0,
+        "latents of a round": needs["latents of a round"],
+    }
