@@ -35,9 +35,9 @@ from distvsd.config import Config, load_config
 from distvsd.errors import CheckpointError, RankError
 from distvsd.parallel.world import World
 from distvsd.run.build import build_run
+from distvsd.run.train import train
 from distvsd.testing.pipelines import tiny_pipeline
 from distvsd.testing.ranks import run_ranks
-from distvsd.train import train
 
 SMOKE = Path(__file__).parents[1] / "configs" / "smoke.yaml"
 ROUNDS, PARTICLES = 10, 2

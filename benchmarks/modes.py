@@ -28,9 +28,9 @@ from distvsd.looking import diversity
 from distvsd.looking.images import contact_sheet, save_png
 from distvsd.looking.opened import load_particles
 from distvsd.looking.views import render_group, ring
-from distvsd.networks.load import load_prior
+from distvsd.prior.load import load_prior
+from distvsd.run.train import train
 from distvsd.shapes.classifier import SCENES, Classifier, load_classifier
-from distvsd.train import train
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 PROMPT = "an object"

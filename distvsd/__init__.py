@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from distvsd.particles.base import Particle
     from distvsd.prior.base import Prior
     from distvsd.run.build import Run
+    from distvsd.run.train import train
     from distvsd.score.base import Score
-    from distvsd.train import train
 
 _HOMES = {
     "Config": "distvsd.config",
@@ -22,7 +22,7 @@ _HOMES = {
     "Prior": "distvsd.prior.base",
     "Score": "distvsd.score.base",
     "Run": "distvsd.run.build",
-    "train": "distvsd.train",
+    "train": "distvsd.run.train",
 }
 
 

@@ -26,7 +26,7 @@ def run_train(args: argparse.Namespace) -> int:
         if is_first_rank():
             sys.stdout.buffer.write(to_yaml(config).encode())  # UTF-8 whatever the terminal has: it is a file's content
         return 0
-    from distvsd.train import train
+    from distvsd.run.train import train
 
     # Training prints no result. What libraries print goes with the messages, which nobody has to read.
     with contextlib.redirect_stdout(sys.stderr):

@@ -9,8 +9,8 @@ from typing import Any
 from distvsd.config import Config, load_config
 from distvsd.errors import CheckpointError, DistvsdError
 from distvsd.parallel.world import World
+from distvsd.run.train import train
 from distvsd.testing.ranks import run_ranks
-from distvsd.train import train
 
 ROOT = Path(__file__).parents[1]
 SMOKE = ROOT / "configs" / "smoke.yaml"

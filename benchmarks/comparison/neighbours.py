@@ -25,7 +25,7 @@ from distvsd.parallel.collectives import set_timeout
 from distvsd.parallel.world import World
 from distvsd.particles import Views
 from distvsd.run.build import build_run
-from distvsd.train import train
+from distvsd.run.train import train
 from distvsd.vsd.samples import Samples
 
 BROKEN, ROUND, ROUNDS = 2, 1, 4

@@ -1,14 +1,36 @@
 """The configuration of a run: its fields, the strict loader, the canonical form. Imports no torch."""
 
+from distvsd.config.cameras import CamerasConfig
 from distvsd.config.canonical import diff, digest, to_dict, to_yaml
 from distvsd.config.load import config_from, load_config
+from distvsd.config.objective import ObjectiveConfig
+from distvsd.config.parallel import ParallelConfig
+from distvsd.config.particles import HealthConfig, ImageConfig, NerfConfig, ParticlesConfig
+from distvsd.config.prior import PriorConfig
 from distvsd.config.reference import fields_reference
+from distvsd.config.render import RenderConfig
+from distvsd.config.run import CheckpointConfig, LogConfig, RunConfig, ScheduleConfig
 from distvsd.config.schedule import Schedule
 from distvsd.config.schema import Config
+from distvsd.config.score import ScoreConfig
 
 __all__ = [
+    "CamerasConfig",
+    "CheckpointConfig",
     "Config",
+    "HealthConfig",
+    "ImageConfig",
+    "LogConfig",
+    "NerfConfig",
+    "ObjectiveConfig",
+    "ParallelConfig",
+    "ParticlesConfig",
+    "PriorConfig",
+    "RenderConfig",
+    "RunConfig",
     "Schedule",
+    "ScheduleConfig",
+    "ScoreConfig",
     "config_from",
     "diff",
     "digest",

@@ -6,12 +6,12 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import sys
 import textwrap
 import types
 from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from distvsd.config import schema
 from distvsd.config.canonical import to_dict
 from distvsd.config.load import dotted_keys, hints, is_section
 from distvsd.config.ranges import Increasing, PathText, Range
@@ -57,7 +57,7 @@ def print_reference() -> str:
 @cache
 def field_docs(section: type) -> dict[str, str]:
     """Texts that stand below the fields of a section, read from the source, as Python itself does not keep them."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(schema)))
+    tree = ast.parse(textwrap.dedent(inspect.getsource(sys.modules[section.__module__])))
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == section.__name__)
     docs = {}
     for field, below in itertools.pairwise(body):

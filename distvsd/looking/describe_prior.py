@@ -13,7 +13,8 @@ from distvsd.errors import PriorError
 from distvsd.networks.files import Weights
 from distvsd.networks.folder import PipelineFolder, open_folder
 from distvsd.networks.identity import Identity
-from distvsd.networks.load import build_scheduler, load_prior, prediction_type_of
+from distvsd.networks.load import build_scheduler, prediction_type_of
+from distvsd.prior.load import load_prior
 
 
 def describe(path: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from distvsd.cameras import Cameras
-from distvsd.config.schema import Config
+from distvsd.config import Config
 from distvsd.looking import diversity
 from distvsd.looking.labels import (
     Expected,

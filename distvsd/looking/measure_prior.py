@@ -11,8 +11,8 @@ import torch
 
 from distvsd.looking import diversity
 from distvsd.looking.labels import expected_labels
-from distvsd.networks.load import load_prior
 from distvsd.prior.base import Prior
+from distvsd.prior.load import load_prior
 from distvsd.shapes.captions import article
 from distvsd.shapes.classifier import SCENES, Classifier, Predictions, load_classifier
 from distvsd.shapes.world import COLORS, RESOLUTION, SHAPES

@@ -17,8 +17,8 @@ from distvsd.checkpoint import reader
 from distvsd.config import Config, load_config, to_dict
 from distvsd.config.canonical import BOOKKEEPING
 from distvsd.errors import CheckpointError
-from distvsd.networks.load import load_prior
 from distvsd.particles import Ensemble
+from distvsd.prior.load import load_prior
 from distvsd.run.build import make_ensemble
 from distvsd.run.contents import refuse_other_particles
 from distvsd.runtime import inside

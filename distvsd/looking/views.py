@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distvsd.cameras import Cameras, OrbitSampler
-from distvsd.config.schema import Config
+from distvsd.config import Config
 
 VIEWS = 8
 ELEVATION_DEG = 15.0

@@ -1,8 +1,7 @@
-"""Makes the prior of a run from a folder: any text-to-image pipeline in the layout of StableDiffusionPipeline."""
+"""From a folder to networks: the scheduler, the UNet and the image codec of a diffusers pipeline."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
@@ -12,50 +11,11 @@ from distvsd.errors import PriorError
 from distvsd.networks.codec import Codec, VaeCodec
 from distvsd.networks.components import load_model, quiet
 from distvsd.networks.files import shown
-from distvsd.networks.folder import PipelineFolder, open_folder
+from distvsd.networks.folder import PipelineFolder
 from distvsd.networks.patch_codec import PatchCodec
 from distvsd.networks.settings import foreign
-from distvsd.networks.text import attended_widths, encode_texts
-from distvsd.prior.pipeline import Pipeline
-from distvsd.prior.prompts import PromptTable
+from distvsd.networks.text import attended_widths
 from distvsd.vsd.process import PredictionType
-
-
-def load_prior(
-    path: str,
-    prompts: Sequence[str],
-    negative_prompt: str = "",
-    view_dependent: bool = True,
-    dtype: torch.dtype | str = torch.float32,
-    device: torch.device | str = "cpu",
-    micro_batch: int = 0,
-    unet_device: torch.device | str | None = None,
-) -> Pipeline:
-    """The frozen pipeline at `path`, with `prompts` (one per particle id) encoded and the text encoder freed again.
-
-    path: a folder, or "shapes" for the embedded prior; nothing is ever downloaded. view_dependent: every prompt is
-    encoded with each view named too. dtype: of the UNet, the autoencoder and the texts, also by name ("float16").
-    micro_batch: samples a UNet call, 0 for all. unet_device: where the UNet is left, if not on `device`: a strategy
-    that spreads it over ranks takes it from there in parts. Each rank calls it for itself; it does not communicate.
-    Warns of prompts longer than the text encoder reads. Raises PriorError, before any weight is read where the
-    configurations tell.
-    """
-    folder = open_folder(path)
-    folder.check_weights()
-    place = torch.device(device)
-    precision: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    scheduler = build_scheduler(folder)
-    prediction_type = prediction_type_of(scheduler, folder)
-
-    def encode(texts: Sequence[str]) -> Tensor:
-        return encode_texts(folder, texts, precision, place)
-
-    texts = PromptTable(prompts, negative_prompt, view_dependent, encode)
-    if place.type == "cuda":
-        torch.cuda.empty_cache()
-    unet = _load_unet(folder, precision, torch.device(unet_device or place))
-    codec = _load_codec(folder, precision, place)
-    return Pipeline(folder, unet, codec, scheduler, prediction_type, texts, micro_batch, place)
 
 
 def build_scheduler(folder: PipelineFolder) -> Any:
@@ -94,7 +54,7 @@ def prediction_type_of(scheduler: Any, folder: PipelineFolder) -> PredictionType
     )
 
 
-def _load_unet(folder: PipelineFolder, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+def load_unet(folder: PipelineFolder, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
     from diffusers import UNet2DConditionModel
 
     # The fewest latent pixels of which its deepest level still has several, as in training.
@@ -110,7 +70,7 @@ def _load_unet(folder: PipelineFolder, dtype: torch.dtype, device: torch.device)
     return load_model(folder, "unet", UNet2DConditionModel, dtype, device, predict)
 
 
-def _load_codec(folder: PipelineFolder, dtype: torch.dtype, device: torch.device) -> Codec:
+def load_codec(folder: PipelineFolder, dtype: torch.dtype, device: torch.device) -> Codec:
     config = folder.configs["vae"]
     if folder.patch_codec:
         return PatchCodec(

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 __all__ = ["Pipeline", "Prior", "PromptTable", "load_prior"]
 
 if TYPE_CHECKING:
-    from distvsd.networks.load import load_prior
     from distvsd.prior.base import Prior
+    from distvsd.prior.load import load_prior
     from distvsd.prior.pipeline import Pipeline
     from distvsd.prior.prompts import PromptTable
 
@@ -19,7 +19,7 @@ _HOMES = {
     "Pipeline": "distvsd.prior.pipeline",
     "Prior": "distvsd.prior.base",
     "PromptTable": "distvsd.prior.prompts",
-    "load_prior": "distvsd.networks.load",
+    "load_prior": "distvsd.prior.load",
 }
 
 

@@ -18,7 +18,6 @@ from distvsd.config.relations import refuse_small_latents
 from distvsd.errors import BackendError
 from distvsd.faults import poison
 from distvsd.networks.folder import open_folder
-from distvsd.networks.load import load_prior
 from distvsd.parallel.assign import owners, share
 from distvsd.parallel.collectives import all_reduce_sum_, gather_objects
 from distvsd.parallel.exchange import Exchange, slice_for
@@ -27,6 +26,7 @@ from distvsd.parallel.world import World
 from distvsd.particles import Ensemble, ImageParticle, NerfParticle, Particle, Views
 from distvsd.particles.recompute import forgetful
 from distvsd.plan.needs import refuse_too_large
+from distvsd.prior.load import load_prior
 from distvsd.prior.pipeline import Pipeline
 from distvsd.prior.prompts import view_indices
 from distvsd.render import HashGrid

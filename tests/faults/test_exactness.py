@@ -19,8 +19,8 @@ from distvsd.config import Config, load_config
 from distvsd.errors import ConfigError, RankError
 from distvsd.faults import injected
 from distvsd.run.contents import verify as verify_run
+from distvsd.run.train import train
 from distvsd.testing.ranks import run_ranks
-from distvsd.train import train
 from tests.small_run import refusals
 
 Figure = Callable[[str], None]

@@ -27,9 +27,9 @@ from distvsd.config.load import dotted_keys
 from distvsd.errors import CheckpointError, ConfigError, RankError
 from distvsd.faults import injected
 from distvsd.parallel.world import World, open_world
+from distvsd.run.train import train
 from distvsd.testing.pipelines import tiny_pipeline
 from distvsd.testing.ranks import run_ranks
-from distvsd.train import train
 from tests.small_run import TINY, refusals
 
 Figure = Callable[[str], None]

@@ -20,9 +20,9 @@ from distvsd.config import Config
 from distvsd.errors import RankError
 from distvsd.faults import injected
 from distvsd.parallel.world import World
+from distvsd.run.train import train
 from distvsd.runtime.heartbeat import Heartbeat
 from distvsd.testing.ranks import run_ranks
-from distvsd.train import train
 from tests.faults.test_durability import small_disk
 from tests.small_run import small_config
 

@@ -18,8 +18,8 @@ from distvsd.faults import injected
 from distvsd.parallel.world import World
 from distvsd.particles import ensemble
 from distvsd.run.contents import verify as verify_run
+from distvsd.run.train import train
 from distvsd.testing.ranks import run_ranks
-from distvsd.train import train
 from tests.small_run import small_config
 
 SMOKE = Path(__file__).parents[2] / "configs/smoke.yaml"

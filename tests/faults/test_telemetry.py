@@ -18,9 +18,9 @@ from distvsd.errors import RankError
 from distvsd.faults import injected
 from distvsd.parallel.world import World
 from distvsd.run.contents import verify as verify_run
+from distvsd.run.train import train
 from distvsd.runtime.tracker import Tracker
 from distvsd.testing.ranks import run_ranks
-from distvsd.train import train
 from tests.small_run import small_config
 
 ROOT = Path(__file__).parents[2]

@@ -18,8 +18,8 @@ from distvsd.looking.opened import load_particles
 from distvsd.parallel.world import World
 from distvsd.run.build import build_run
 from distvsd.run.contents import verify as verify_run
+from distvsd.run.train import train
 from distvsd.testing.pipelines import tiny_pipeline
-from distvsd.train import train
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "configs" / "smoke.yaml"

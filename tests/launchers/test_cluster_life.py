@@ -23,7 +23,7 @@ import torch
 
 from distvsd.config import load_config
 from distvsd.run.contents import verify as verify_run
-from distvsd.train import train
+from distvsd.run.train import train
 from tests.small_run import overrides
 
 ROOT = Path(__file__).parents[2]

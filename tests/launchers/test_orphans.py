@@ -15,7 +15,7 @@ import torch
 
 from distvsd.checkpoint.verify import verify_run
 from distvsd.config import load_config
-from distvsd.train import train
+from distvsd.run.train import train
 from tests.launchers.processes import Family, family
 from tests.small_run import SMOKE, overrides
 

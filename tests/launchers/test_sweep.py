@@ -22,9 +22,9 @@ import yaml
 
 from distvsd.config import load_config, to_yaml
 from distvsd.errors import ConfigError
+from distvsd.run.train import train
 from distvsd.testing.pipelines import tiny_pipeline
 from distvsd.testing.ranks import run_ranks
-from distvsd.train import train
 from tests.small_run import TINY
 
 ROOT = Path(__file__).parents[2]

@@ -20,7 +20,7 @@ import torch
 
 from distvsd.config import load_config
 from distvsd.run.contents import verify as verify_run
-from distvsd.train import train
+from distvsd.run.train import train
 from tests.launchers.two_hosts import CABLE, ROOT, Host, missing, two_hosts
 from tests.small_run import SMOKE, overrides
 

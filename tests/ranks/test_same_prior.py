@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from distvsd.errors import ConfigError, DistvsdError
 from distvsd.parallel.alike import Fact, refuse_unlike
 from distvsd.parallel.world import World
+from distvsd.run.train import train
 from distvsd.testing.ranks import run_ranks
-from distvsd.train import train
 from tests.small_run import small_config
 
 

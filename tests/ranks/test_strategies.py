@@ -22,9 +22,9 @@ from distvsd.errors import BackendError, ConfigError, RankError
 from distvsd.faults import begin_round, injected
 from distvsd.parallel.world import World
 from distvsd.run.build import build_run
+from distvsd.run.train import train
 from distvsd.score.strategies.choose import refuse_missing
 from distvsd.testing.ranks import run_ranks
-from distvsd.train import train
 from distvsd.vsd.rng import Purpose, normal
 from distvsd.vsd.samples import Samples
 from tests.small_run import small_config

@@ -15,11 +15,11 @@ from distvsd.parallel.reduce import reduce_gradients
 from distvsd.parallel.world import World
 from distvsd.run.build import build_run
 from distvsd.run.contents import verify as verify_run
+from distvsd.run.train import train
 from distvsd.score.strategies.flat import Flat
 from distvsd.score.training import ScoreTraining
 from distvsd.testing.pipelines import tiny_pipeline
 from distvsd.testing.ranks import run_ranks
-from distvsd.train import train
 from distvsd.vsd.samples import Samples
 
 SMOKE = Path(__file__).parents[2] / "configs" / "smoke.yaml"

@@ -18,89 +18,55 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "distvsd"
 
 # For every room. A name with a dot is one module of a room, and nothing else of it.
-FOR_ALL = {"errors", "testing.faults"}
+FOR_ALL = {"errors", "faults", "config"}
 INNER: dict[str, set[str]] = {
     "errors": set(),
+    "faults": set(),
     "config": set(),
-    "needs": {"config"},
     "vsd": set(),
     "parallel": set(),
     "runtime": set(),
     "cameras": {"vsd"},
     "render": {"vsd"},
+    "networks": {"vsd"},
     "particles": {"render", "cameras", "vsd"},
-    "prior": {"cameras", "vsd"},
-    "score": {"vsd"},
-    "checkpoint": {"parallel.collectives", "parallel.world"},
-    "loop": {"vsd", "particles", "score.training"},
+    "prior": {"networks", "vsd"},
+    "score": {"networks", "parallel", "vsd"},
+    "checkpoint": {"parallel"},
+    "shapes": {"cameras", "networks", "prior", "vsd"},
+    "plan": {"config", "networks", "parallel.assign", "particles", "score"},
 }
-ROOMS = {name for name in INNER if name != "loop"}
 OUTER: dict[str, set[str]] = {
-    "build": ROOMS | {"loop"},
-    "contents": {"build", "checkpoint", "config", "particles", "prior", "runtime", "score", "vsd.wanted"},
-    "restored": {"build", "contents", "cameras", "checkpoint", "config", "particles", "prior", "runtime"},
-    "export": {"config", "cameras", "runtime.inside"},
-    "evaluate": {"restored", "cameras", "config", "export", "prior", "runtime", "vsd"},
-    "render_run": {"restored", "cameras", "config", "evaluate", "export", "runtime"},
-    "plan": {"config", "needs", "parallel.assign", "particles.good", "plan_cluster", "prior", "score.training"},
-    "plan_cluster": {"config", "needs"},
-    "plan_text": {"config"},
-    "doctor": {"prior"},
-    "journal": {"config", "loop", "parallel", "runtime"},
-    "trainer": {
-        "build",
-        "checkpoint",
-        "config",
-        "contents",
-        "journal",
-        "loop",
-        "parallel",
-        "particles.good",
-        "render_run",
-        "restored",
-        "runtime",
-        "score.stored",
-        "score.training",
-    },
-    "train": {"cli", "config", "parallel", "runtime", "trainer"},
-    "commands": ROOMS
-    | {
-        "contents",
-        "doctor",
-        "evaluate",
-        "export",
-        "plan",
-        "plan_cluster",
-        "plan_text",
-        "render_run",
-        "restored",
-        "train",
-    },
+    "run": set(INNER) | {"looking"},
+    "looking": {"cameras", "checkpoint", "config", "networks", "particles", "prior", "run", "runtime", "shapes", "vsd"},
+    "doctor": {"networks"},
+    "commands": set(INNER) | {"doctor", "looking", "run"},
     "arguments": {"config"},
     "cli": {"arguments", "commands", "config", "runtime.launcher", "runtime.preempt", "runtime.streams"},
+    "train": {"cli"},
     "__main__": {"cli"},
-    "__init__": {"build", "config", "particles.base", "prior.base", "score.base", "train"},
-    "testing": ROOMS | {"build", "loop", "train"},
+    "__init__": {"config", "particles.base", "prior.base", "run", "score.base"},
+    "testing": set(INNER) | {"run"},
 }
 
 # Third-party packages and the modules that may name them; a prefix stands for a whole room. torch: see NO_TORCH.
 THIRD_PARTY: dict[str, tuple[str, ...]] = {
-    "torch.distributed": ("parallel",),
+    "torch.distributed": ("parallel", "score.strategies"),
     "accelerate": ("parallel.world",),
-    "diffusers": ("prior", "testing.pipelines"),
-    "transformers": ("prior", "testing.pipelines"),
-    "tokenizers": ("prior", "testing.pipelines"),
-    "deepspeed": ("parallel.strategies",),
+    "diffusers": ("networks", "prior", "shapes", "testing.pipelines"),
+    "transformers": ("networks", "shapes", "testing.pipelines"),
+    "tokenizers": ("shapes", "testing.pipelines"),
+    "deepspeed": ("score.strategies",),
     "peft": ("score",),
     "nerfacc": ("render",),
-    "safetensors": ("checkpoint", "prior", "testing.pipelines"),
+    "safetensors": ("checkpoint", "networks", "shapes", "testing.pipelines"),
     "wandb": ("runtime.wandb_process",),
     "yaml": ("config",),
-    "PIL": ("export", "prior.info"),
-    "imageio": ("export",),
-    "imageio_ffmpeg": ("export",),
+    "PIL": ("looking",),
+    "imageio": ("looking",),
+    "imageio_ffmpeg": ("looking",),
 }
-NO_TORCH = ("config", "errors", "cli", "arguments", "commands", "__main__", "__init__")
+NO_TORCH = ("config", "errors", "cli", "arguments", "commands", "train", "__main__", "__init__")
 # torch and what is small may be imported with a module; these make `import` slow, or may be missing.
 LAZY = {
     "accelerate",
@@ -257,7 +223,7 @@ def test_public_names_are_those_of_the_package() -> None:
         _ = distvsd.trian  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("first", ["import distvsd", "import distvsd.train", "from distvsd.train import train"])
+@pytest.mark.parametrize("first", ["import distvsd", "import distvsd.run.train", "from distvsd.run.train import train"])
 def test_train_can_be_called_although_a_module_has_its_name(first: str) -> None:
     """In any order of imports, and again: a submodule takes the place of a name in its package when it is loaded."""
     program = f"{first}\nimport distvsd, inspect\nfor _ in 'ab': print(*inspect.signature(distvsd.train).parameters)"

@@ -159,7 +159,7 @@ def test_an_error_shows_no_control_character(
     def train(config: Config, resume: str) -> int:
         raise DistvsdError("first \x1b[31m\nsecond \u202e caf\u00e9")
 
-    room("distvsd.train", train=train)
+    room("distvsd.run.train", train=train)
     main(["train", config])
     assert capsys.readouterr().err == "distvsd: error: first \\x1b[31m\nsecond \\u202e caf\u00e9\n"
 
@@ -206,7 +206,7 @@ def test_overrides_may_stand_before_and_after_options(config: str, room: Callabl
         seen.append((config, resume))
         return 0
 
-    room("distvsd.train", train=train)
+    room("distvsd.run.train", train=train)
     assert main(["train", config, "score.rank=8", "--resume", "never", "run.seed=5"]) == 0
     assert main(["train", config, "--resume", "must", "run.seed=6"]) == 0
     assert [(c.score.rank, c.run.seed, resume) for c, resume in seen] == [(8, 5, "never"), (4, 6, "must")]
@@ -214,7 +214,7 @@ def test_overrides_may_stand_before_and_after_options(config: str, room: Callabl
 
 @pytest.mark.parametrize("code", [0, 1, 3])
 def test_the_exit_code_of_training_is_handed_on(config: str, room: Callable[..., None], code: int) -> None:
-    room("distvsd.train", train=lambda config, resume: code)
+    room("distvsd.run.train", train=lambda config, resume: code)
     assert main(["train", config]) == code
 
 
@@ -225,7 +225,7 @@ def test_errors_of_this_program_are_one_clean_paragraph(
     def train(config: Config, resume: str) -> int:
         raise error("what, where, why, and what to do next")
 
-    room("distvsd.train", train=train)
+    room("distvsd.run.train", train=train)
     assert main(["train", config]) == code
     assert capsys.readouterr().err == "distvsd: error: what, where, why, and what to do next\n"
 
@@ -238,13 +238,13 @@ def test_an_error_of_another_rank_is_printed_with_the_rank(
 
     for name, value in (SECOND_OF_TWO | {"RANK": "3", "WORLD_SIZE": "4"}).items():
         monkeypatch.setenv(name, value)
-    room("distvsd.train", train=train)
+    room("distvsd.run.train", train=train)
     assert main(["train", config]) == 1
     assert capsys.readouterr().err == "distvsd: error on rank 3: rank 2 does not answer\n"
 
 
 def test_other_errors_keep_their_traceback(config: str, room: Callable[..., None]) -> None:
-    room("distvsd.train", train=lambda config, resume: 1 // 0)
+    room("distvsd.run.train", train=lambda config, resume: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         main(["train", config])
 

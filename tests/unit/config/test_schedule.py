@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from distvsd.config import Schedule
-from distvsd.config.schema import RenderConfig
+from distvsd.config import RenderConfig, Schedule
 
 
 def test_a_constant_is_the_same_in_every_round() -> None:

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
+from distvsd.config import CamerasConfig, Config, ParticlesConfig, PriorConfig
 from distvsd.config.schedule import Schedule
-from distvsd.config.schema import CamerasConfig, Config, ParticlesConfig, PriorConfig
 from distvsd.looking import evaluate, opened, views
 from distvsd.looking.evaluate import evaluate_particles
 from distvsd.looking.render import render_particles

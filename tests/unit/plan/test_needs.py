@@ -23,7 +23,7 @@ PRIOR = {"latent_channels": 48, "downscale": 4, "resolution": 64}
 TRAIN = """
 import resource, sys
 from distvsd.config import load_config
-from distvsd.train import train
+from distvsd.run.train import train
 import torch, distvsd.run.build, diffusers, transformers
 smoke, folder, *overrides = sys.argv[1:]
 for number, override in enumerate(overrides):

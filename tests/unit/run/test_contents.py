@@ -18,8 +18,8 @@ from distvsd.errors import CheckpointError
 from distvsd.looking.opened import load_particles
 from distvsd.run.build import Run, build_run
 from distvsd.run.contents import Contents, verify
+from distvsd.run.train import train
 from distvsd.testing.pipelines import tiny_pipeline
-from distvsd.train import train
 from tests.signing import ALONE, change_tensors, resume, signed
 from tests.small_run import refusals, small_config
 

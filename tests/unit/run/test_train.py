@@ -25,8 +25,8 @@ from distvsd.parallel.world import World
 from distvsd.run.build import Run, build_run
 from distvsd.run.contents import verify as verify_run
 from distvsd.run.loop import Round
+from distvsd.run.train import train
 from distvsd.testing.pipelines import tiny_pipeline
-from distvsd.train import train
 from tests.small_run import TINY
 
 SMOKE = Path(__file__).parents[2] / "configs" / "smoke.yaml"

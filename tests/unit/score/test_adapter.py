@@ -126,7 +126,7 @@ def test_a_prior_with_other_conditions_is_refused(make_unet, make_score, changes
 
 
 def test_the_configuration_of_the_program_is_accepted(unet):
-    from distvsd.config.schema import ScoreConfig
+    from distvsd.config import ScoreConfig
 
     score = LoraScore(unet, torch.linspace(0.99, 0.01, 100), "epsilon", text_of, ScoreConfig(), 0, "cpu")
     assert score.num_timesteps == 100 and score.num_steps == 0

@@ -7,7 +7,7 @@ import torch
 
 from distvsd.errors import PriorError
 from distvsd.networks.folder import open_folder
-from distvsd.networks.load import load_prior
+from distvsd.prior.load import load_prior
 from distvsd.score.stored import ADAPTER_FILE, CAMERA_FILE, trainable_of, unet_like
 from distvsd.testing.pipelines import tiny_pipeline
 

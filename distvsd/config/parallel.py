@@ -1,0 +1,24 @@
+"""How ranks work together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from distvsd.config.ranges import Range
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How ranks work together."""
+
+    strategy: Literal["flat", "ddp", "fsdp2", "deepspeed"] = "flat"
+    """How ranks train the score network; flat: one reduction a step, all else whole. Same adapter up to rounding."""
+    zero_stage: Annotated[int, Range(1, 3)] = 1
+    """deepspeed only: what ranks hold in parts, 1 the optimiser, 2 the gradient too, 3 the frozen network too."""
+    exchange: Literal["all_gather"] = "all_gather"
+    """How renders reach the other ranks."""
+    numerics: Literal["fast", "exact"] = "fast"
+    """exact: bit for bit the same particles on any number of ranks, slower."""
+    timeout_s: Annotated[float, Range(0, 86400, above=True)] = 120.0
+    """Seconds after which a rank that does not answer is an error."""

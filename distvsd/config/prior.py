@@ -1,0 +1,24 @@
+"""The teacher: the frozen text-to-image model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from distvsd.config.ranges import PathText, Range
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    """The frozen text-to-image diffusion model that teaches."""
+
+    path: Annotated[str, PathText()] = "shapes"
+    """A diffusers pipeline folder, or `shapes` for the embedded prior."""
+    guidance_scale: Annotated[float, Range(0, 1000)] = 7.5
+    """Classifier-free guidance of the prior; 1 is none and halves the UNet's work."""
+    view_dependent: bool = True
+    """Whether the prior's prompt names the view the camera has: its side, whether from above, overhead."""
+    negative_prompt: str = ""
+    """Prompt of the unconditional half of the guidance."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Number format of the frozen networks."""

@@ -1,0 +1,54 @@
+"""The student: the shared score network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from distvsd.config.ranges import Betas, Count, Positive, Range, Rate, Share, Weight
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """The shared score network: a LoRA adapter of the prior's UNet with a camera condition."""
+
+    rank: Annotated[int, Range(1, 1024)] = 4
+    """Rank of the adapter."""
+    init: Literal["normal", "kaiming"] = "normal"
+    """How the adapter's first factor begins. normal: standard deviation 1 / rank, as in the paper's code; kaiming:
+    uniform with standard deviation 1 / sqrt(3 inputs), peft's own, which learns more slowly at first."""
+    steps_per_round: Positive = 1
+    """Optimiser steps of the adapter per round (K)."""
+    batch_size: Count = 0
+    """Renders of a round that each of its steps trains on, dealt so that steps take different ones; 0 is all, in every
+    step. K steps on a K-th each cost what one step on all does, and the score follows the particles sooner."""
+    learning_rate: Rate = 1e-4
+    """AdamW's rate after the warm-up."""
+    warmup: Count = 500
+    """Steps over which the rate grows linearly from 0."""
+    weight_decay: Annotated[float, Range(0, 1)] = 1e-2
+    """AdamW's weight decay."""
+    betas: Betas = (0.9, 0.999)
+    """AdamW's decay rates of the two moments."""
+    eps: Annotated[float, Range(0, 1, above=True)] = 1e-8
+    """AdamW's epsilon."""
+    camera_drop: Share = 0.1
+    """Probability with which the camera condition is zeroed in training."""
+    replay_rounds: Count = 8
+    """Rounds of renders kept for replay."""
+    replay_share: Annotated[float, Range(0, 0.99)] = 0.0
+    """Share of each score batch drawn from the replay; above 0 needs replay_rounds."""
+    micro_batch: Count = 0
+    """Samples a call of either UNet, for the particles' gradient and in the score's training; 0 is all of a rank's at
+    once, fewer need less memory. Needs parallel.strategy flat; numerics exact takes one particle a call in any case."""
+    learning_rate_scaling: Literal["none", "sqrt", "linear"] = "none"
+    """How the rate grows with the samples of a step over one."""
+    max_grad_norm: Weight = 0.0
+    """Gradients are clipped to this norm; 0 is off."""
+    max_skipped: Positive = 20
+    """Optimiser steps in a row left out because a gradient was not finite, after which the run ends."""
+
+    def rows_a_step(self, renders: int) -> int:
+        """Samples that one step trains on, replayed ones with them, of a round of `renders`."""
+        fresh = min(self.batch_size, renders) or renders
+        return fresh + round(fresh * self.replay_share / (1 - self.replay_share))

@@ -1,0 +1,51 @@
+"""Makes the prior of a run from a folder: any text-to-image pipeline in the layout of StableDiffusionPipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from distvsd.networks.folder import open_folder
+from distvsd.networks.load import build_scheduler, load_codec, load_unet, prediction_type_of
+from distvsd.networks.text import encode_texts
+from distvsd.prior.pipeline import Pipeline
+from distvsd.prior.prompts import PromptTable
+
+
+def load_prior(
+    path: str,
+    prompts: Sequence[str],
+    negative_prompt: str = "",
+    view_dependent: bool = True,
+    dtype: torch.dtype | str = torch.float32,
+    device: torch.device | str = "cpu",
+    micro_batch: int = 0,
+    unet_device: torch.device | str | None = None,
+) -> Pipeline:
+    """The frozen pipeline at `path`, with `prompts` (one per particle id) encoded and the text encoder freed again.
+
+    path: a folder, or "shapes" for the embedded prior; nothing is ever downloaded. view_dependent: every prompt is
+    encoded with each view named too. dtype: of the UNet, the autoencoder and the texts, also by name ("float16").
+    micro_batch: samples a UNet call, 0 for all. unet_device: where the UNet is left, if not on `device`: a strategy
+    that spreads it over ranks takes it from there in parts. Each rank calls it for itself; it does not communicate.
+    Warns of prompts longer than the text encoder reads. Raises PriorError, before any weight is read where the
+    configurations tell.
+    """
+    folder = open_folder(path)
+    folder.check_weights()
+    place = torch.device(device)
+    precision: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    scheduler = build_scheduler(folder)
+    prediction_type = prediction_type_of(scheduler, folder)
+
+    def encode(texts: Sequence[str]) -> Tensor:
+        return encode_texts(folder, texts, precision, place)
+
+    texts = PromptTable(prompts, negative_prompt, view_dependent, encode)
+    if place.type == "cuda":
+        torch.cuda.empty_cache()
+    unet = load_unet(folder, precision, torch.device(unet_device or place))
+    codec = load_codec(folder, precision, place)
+    return Pipeline(folder, unet, codec, scheduler, prediction_type, texts, micro_batch, place)
