@@ -10,6 +10,7 @@ is right, the particles become samples of the target. One arm at a time, or all 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import sys
@@ -17,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal, cast
 
 import torch
@@ -26,17 +26,19 @@ from torch.nn import Parameter
 
 from benchmarks.mixture import Mixture, cosine_alphas_cumprod, measure, noise_floor, ring
 from distvsd.cameras import OrbitSampler
+from distvsd.config import ScoreConfig
 from distvsd.parallel.exchange import Exchange, slice_for
 from distvsd.parallel.reduce import reduce_gradients
 from distvsd.parallel.world import World
 from distvsd.particles import Ensemble, ImageParticle, Views
 from distvsd.run.loop import Loop
 from distvsd.score.lora import LoraScore
+from distvsd.score.optimizer import AdapterOptimizer
 from distvsd.score.replay import Replay
 from distvsd.score.strategies.flat import Flat
 from distvsd.score.training import ScoreTraining
-from distvsd.vsd.objectives import Objective
-from distvsd.vsd.process import add_noise, target, to_eps
+from distvsd.vsd.objectives import SDS, VSD, Distillation, Predictions, PriorPart
+from distvsd.vsd.process import Diffusion, add_noise
 from distvsd.vsd.rng import Purpose, seeded
 from distvsd.vsd.samples import Samples
 
@@ -81,6 +83,7 @@ class NetworkScore:
         self, base: Callable[[Tensor, Tensor], Tensor] | None, alphas_cumprod: Tensor, num_steps: int, seed: int
     ) -> None:
         self.base, self.alphas_cumprod = base, alphas_cumprod
+        self.process = Diffusion(alphas_cumprod, "v_prediction")
         width, frequencies = 128, 8
         with seeded(seed, Purpose.SCORE_INIT):
             layers: list[nn.Module] = [nn.Linear(2 + 2 * frequencies + 1, width), nn.SiLU()]
@@ -92,24 +95,18 @@ class NetworkScore:
         self.trainable: dict[str, Parameter] = dict(self.network.named_parameters())
         self.optimizer = torch.optim.AdamW(self.trainable.values(), weight_decay=0.0)
         self.num_steps, self.steps = num_steps, 0
-        self.replay, self.left_out = Replay(0), 0
         share = torch.arange(len(alphas_cumprod)) / len(alphas_cumprod)
         turns = share[:, None] * 2.0 ** torch.arange(frequencies) * math.pi / 2
         half_log_snr = (alphas_cumprod.clamp_min(1e-9) / (1 - alphas_cumprod)).log()[:, None] / 4
         self.time = torch.cat((turns.sin(), turns.cos(), half_log_snr), 1)
 
-    @property
-    def num_timesteps(self) -> int:
-        return len(self.alphas_cumprod)
-
     @torch.no_grad()
     def eps(self, noisy: Tensor, timesteps: Tensor, ids: Tensor, cameras: Tensor | None) -> Tensor:
-        return to_eps(self._velocity(noisy, timesteps), noisy, self.alphas_cumprod[timesteps], "v_prediction")
+        return self.process.to_eps(self._velocity(noisy, timesteps), noisy, timesteps)
 
     def loss(self, samples: Samples, timesteps: Tensor, noise: Tensor, keep_camera: Tensor) -> Tensor:
-        abar = self.alphas_cumprod[timesteps]
-        output = self._velocity(add_noise(samples.latents, noise, abar), timesteps)
-        return (output - target(samples.latents, noise, abar, "v_prediction")).square().flatten(1).mean(1)
+        output = self._velocity(add_noise(self.process, samples.latents, noise, timesteps), timesteps)
+        return (output - self.process.target(samples.latents, noise, timesteps)).square().flatten(1).mean(1)
 
     def gradients(
         self,
@@ -177,8 +174,8 @@ def distil(mixture: Mixture, settings: Settings, watch: Callable[[int, Tensor], 
     def points() -> Tensor:
         return ensemble.groups[0].parameters["image"].detach().flatten(1)
 
-    def prior_eps(noisy: Tensor, timesteps: Tensor, ids: Tensor, views: Tensor) -> Tensor:
-        return mixture.eps(noisy.flatten(1), alphas_cumprod[timesteps]).view_as(noisy)
+    def prior(noisy: Tensor, times: Tensor, samples: Samples, parts: frozenset[PriorPart]) -> Predictions:
+        return Predictions(guided=mixture.eps(noisy.flatten(1), alphas_cumprod[times]).view_as(noisy))
 
     def encode(views: list[Views], resolution: int) -> Samples:
         [view] = views
@@ -191,36 +188,37 @@ def distil(mixture: Mixture, settings: Settings, watch: Callable[[int, Tensor], 
         steps = settings.score_steps
         base = mixture.velocity if settings.arm == "vsd-adapter" else None
         network = NetworkScore(base, alphas_cumprod, rounds * steps, seed)
-        options = SimpleNamespace(
-            steps_per_round=steps,
-            batch_size=0,
-            learning_rate=settings.score_learning_rate,
-            learning_rate_scaling="none",
-            camera_drop=0.0,
-            replay_share=0.0,
+        config = ScoreConfig(
+            steps_per_round=steps, learning_rate=settings.score_learning_rate, camera_drop=0.0, replay_rounds=0
         )
         length = sum(parameter.numel() for parameter in network.trainable.values())
         training = ScoreTraining(
-            cast(LoraScore, network),
-            Flat(lambda grads, sums: reduce_gradients(world, grads, length, "fast", sums), network.step),
-            lambda total: slice_for(world, total),
-            options,
-            seed,
-            0,
+            score=cast(LoraScore, network),
+            strategy=Flat(
+                functools.partial(reduce_gradients, world, length=length, numerics="fast"),
+                cast(AdapterOptimizer, network),
+            ),
+            share_of=functools.partial(slice_for, world),
+            config=config,
+            seed=seed,
+            num_particles=count,
+            num_views=1,
+            micro_batch=0,
+            replay=Replay(0),
         )
         score_eps = network.eps
     else:
         score_eps = EmpiricalScore(points, alphas_cumprod).eps
     fall, falling = settings.t_max_end - settings.t_max, rounds * settings.t_max_fall
-    objective = Objective(
-        "sds" if settings.arm == "sds" else "vsd",
-        seed,
-        1,
-        alphas_cumprod,
-        prior_eps,
-        score_eps,
-        lambda step: settings.t_min,
-        lambda step: settings.t_max + fall * min(step / falling, 1.0),
+    objective = Distillation(
+        objective=SDS() if settings.arm == "sds" else VSD(),
+        process=Diffusion(alphas_cumprod, "epsilon"),
+        prior=prior,
+        score=score_eps,
+        seed=seed,
+        num_views=1,
+        t_min=lambda step: settings.t_min,
+        t_max=lambda step: settings.t_max + fall * min(step / falling, 1.0),
     )
 
     def watched(done: Any) -> bool:
@@ -229,15 +227,15 @@ def distil(mixture: Mixture, settings: Settings, watch: Callable[[int, Tensor], 
         return False
 
     Loop(
-        ensemble,
-        encode,
-        objective,
-        Exchange(world, [count]).start,
-        lambda union, absent: union,  # points are always finite
-        training,
-        lambda step: 1,
-        watched,
-        lambda step: False,
+        ensemble=ensemble,
+        encode=encode,
+        objective=objective,
+        exchange=Exchange(world, [count]).start,
+        exclude=lambda union, absent: union,  # points are always finite
+        training=training,
+        resolution=lambda step: 1,
+        watch=watched,
+        lag_due=lambda step: False,
     ).run(0, rounds)
     return points().clone()
 

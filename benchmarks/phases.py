@@ -36,8 +36,10 @@ from distvsd.parallel.world import World, open_world
 from distvsd.particles import Ensemble
 from distvsd.run.build import build_run
 from distvsd.run.loop import Loop
+from distvsd.score.spread import SpreadDistillation
 from distvsd.score.strategies.flat import Flat
 from distvsd.score.training import ScoreTraining
+from distvsd.vsd.objectives import Distillation
 
 PHASES = ("render", "encode", "exchange", "prior", "score", "update", "score training", "reduction", "rest")
 MARK = "phase of a round: "
@@ -148,24 +150,31 @@ def measured(loop: Loop, meter: Meter) -> Loop:
         pending = within("exchange", loop.exchange)(samples)
         return SimpleNamespace(wait=within("exchange", pending.wait))
 
-    ensemble, objective, training = loop.ensemble, loop.objective, loop.training
+    ensemble, training = loop.ensemble, loop.training
     parts = SimpleNamespace(render=within("render", ensemble.render), update=within("update", ensemble.update))
-    objective = dataclasses.replace(
-        objective, prior_eps=within("prior", objective.prior_eps), score_eps=within("score", objective.score_eps)
+    spread = loop.objective if isinstance(loop.objective, SpreadDistillation) else None
+    distillation = spread.distillation if spread else loop.objective
+    assert isinstance(distillation, Distillation), "a run asks a prior, spread over ranks or not"
+    distillation = dataclasses.replace(
+        distillation,
+        prior=within("prior", distillation.prior),
+        score=within("score", distillation.score) if distillation.score is not None else None,
     )
     learner = None
     if training is not None:
         if isinstance(training.strategy, Flat):  # the others reduce within a step
             reduce = within("reduction", training.strategy.reduce)
             # The gradients are computed as they are asked for: here, so that they do not count as reduction.
-            flat = dataclasses.replace(training.strategy, reduce=lambda vectors, sums: reduce(list(vectors), sums))
+            flat = dataclasses.replace(
+                training.strategy, reduce=lambda vectors, *, extra_sums: reduce(list(vectors), extra_sums=extra_sums)
+            )
             training = dataclasses.replace(training, strategy=flat)
         learner = cast(ScoreTraining, SimpleNamespace(round=within("score training", training.round)))
     return dataclasses.replace(
         loop,
         ensemble=cast(Ensemble, parts),
         encode=within("encode", loop.encode),
-        objective=objective,
+        objective=dataclasses.replace(spread, distillation=distillation) if spread else distillation,
         exchange=exchange,
         training=learner,
     )

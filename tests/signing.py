@@ -92,8 +92,8 @@ def _given(parts: Run) -> Iterator[None]:
 
 
 def _state(parts: Run) -> list[Any]:
-    particles = [content_digest(state) for state in parts.ensemble.state().values()]
-    return [*particles, parts.ensemble.health(), [content_digest(state) for state in parts.score.state().values()]]
+    states = [*parts.ensemble.state().values(), *(parts.training.state().values() if parts.training else ())]
+    return [parts.ensemble.health(), [content_digest(state) for state in states]]
 
 
 def _files(run: Path) -> dict[str, bytes]:

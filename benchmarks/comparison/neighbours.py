@@ -94,7 +94,7 @@ def _rounds_of_distvsd(world: World, name: str, folder: Path, prior: Path, is_na
         for particle, tensors in parts.ensemble.state().items()
         for key, tensor in tensors.items()
     }
-    for file, tensors in parts.score.state().items():
+    for file, tensors in (parts.training.state() if parts.training else {}).items():
         found |= {f"{file}/{key}": _content(tensor) for key, tensor in tensors.items()}
     return found
 

@@ -91,6 +91,7 @@ def levels() -> tuple[Level, ...]:
     )
 
 
+@torch.no_grad()
 def unet_milliseconds(prior: Prior) -> float:
     """Milliseconds a UNet forward takes per image, in a batch of 8 on one thread.
 
@@ -100,13 +101,15 @@ def unet_milliseconds(prior: Prior) -> float:
     torch.set_num_threads(1)
     try:
         shape = prior.latent_shape(RESOLUTION)
-        device = prior.alphas_cumprod.device
+        rows = torch.zeros(UNET_BATCH, dtype=torch.int64)
+        condition = prior.condition(rows, rows)
+        device = condition.text.device
         noisy = normal(0, Purpose.EVALUATE, list(range(UNET_BATCH)), 0, shape).to(device)
-        rows = torch.zeros(UNET_BATCH, dtype=torch.int64, device=device)
+        times = prior.denoiser.process.times(torch.full((UNET_BATCH,), 0.5, device=device), 0.0, 1.0)
         best = float("inf")
         for _ in range(UNET_REPEATS):
             start = time.perf_counter()
-            prior.eps(noisy, rows + 500, rows, rows, 1.0).sum().item()
+            prior.denoiser.predict(noisy, times, condition).sum().item()
             best = min(best, time.perf_counter() - start)
     finally:
         torch.set_num_threads(threads)

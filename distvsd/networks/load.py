@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from distvsd.errors import PriorError
+from distvsd.networks.base import LatentSpace
 from distvsd.networks.codec import Codec, VaeCodec
 from distvsd.networks.components import load_model, quiet
 from distvsd.networks.files import shown
@@ -15,7 +16,8 @@ from distvsd.networks.folder import PipelineFolder
 from distvsd.networks.patch_codec import PatchCodec
 from distvsd.networks.settings import foreign
 from distvsd.networks.text import attended_widths
-from distvsd.vsd.process import PredictionType
+from distvsd.networks.unet import UNet
+from distvsd.vsd.process import Diffusion, PredictionType, Process
 
 
 def build_scheduler(folder: PipelineFolder) -> Any:
@@ -54,11 +56,19 @@ def prediction_type_of(scheduler: Any, folder: PipelineFolder) -> PredictionType
     )
 
 
-def load_unet(folder: PipelineFolder, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+def process_of(scheduler: Any, folder: PipelineFolder, device: torch.device) -> Diffusion:
+    """The process that the network was trained on, by its scheduler."""
+    table: Tensor = scheduler.alphas_cumprod.to(device, torch.float32)
+    return Diffusion(table, prediction_type_of(scheduler, folder))
+
+
+def load_denoiser(folder: PipelineFolder, process: Process, dtype: torch.dtype, device: torch.device) -> UNet:
+    """The UNet of the folder in `dtype` on `device`, frozen. Raises PriorError as `load_model` does."""
     from diffusers import UNet2DConditionModel
 
+    space = LatentSpace(folder.latent_channels, folder.downscale, folder.native_resolution)
     # The fewest latent pixels of which its deepest level still has several, as in training.
-    side = min(folder.native_resolution // folder.downscale, 2 ** len(folder.configs["unet"]["block_out_channels"]))
+    side = min(space.resolution // space.downscale, 2 ** len(folder.configs["unet"]["block_out_channels"]))
 
     def predict(unet: torch.nn.Module) -> None:
         like = next(unet.parameters())
@@ -67,7 +77,7 @@ def load_unet(folder: PipelineFolder, dtype: torch.dtype, device: torch.device) 
         output = unet(noisy, like.new_zeros(1, dtype=torch.int64), encoder_hidden_states=text).sample
         _check_shape("unet", folder, output, noisy)
 
-    return load_model(folder, "unet", UNet2DConditionModel, dtype, device, predict)
+    return UNet(load_model(folder, "unet", UNet2DConditionModel, dtype, device, predict), space, process, dtype)
 
 
 def load_codec(folder: PipelineFolder, dtype: torch.dtype, device: torch.device) -> Codec:

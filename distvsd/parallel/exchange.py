@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distvsd.faults import fault
 from distvsd.parallel.assign import share
-from distvsd.parallel.collectives import GatheredRows, all_gather_rows
+from distvsd.parallel.collectives import GatheredRows, all_gather_rows, all_reduce_sum_
 from distvsd.parallel.world import World
 
 
@@ -29,6 +29,10 @@ class Batch(Protocol):
     @property
     def ids(self) -> Tensor:
         """`[N]` particle ids, by which the union is ordered."""
+
+    @property
+    def weight(self) -> Tensor:
+        """`[N]` float32, 0 for a row that counts for nothing."""
 
 
 B = TypeVar("B", bound=Batch)
@@ -90,8 +94,15 @@ class Pending(Generic[B]):
         return self._union
 
 
+def exclude(world: World, union: B, absent: list[int]) -> B:
+    """The union with weight 0 for the particles that any rank reports absent; one small sum over ranks, collective."""
+    rows = torch.isin(union.ids, torch.tensor(absent, dtype=torch.int64, device=union.ids.device))
+    missed = all_reduce_sum_(world, rows.float())
+    return replace(union, weight=union.weight * (missed == 0))
+
+
 def slice_for(world: World, total: int) -> slice:
-    """This rank's share of `total` samples to train on: contiguous, balanced, empty where there are too few."""
+    """This rank's share of `total` particles to train on: contiguous, balanced, empty where there are too few."""
     own = share(total, world.size, world.rank)
     return slice(own.start, own.stop)
 

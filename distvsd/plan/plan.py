@@ -248,7 +248,7 @@ def _checkpoint(
     copies = most_copies(config.schedule.rounds, config.checkpoint.every)
     particles = None if particle is None else 3 * copies * particle * FLOAT_BYTES * config.particles.count
     network = None if score["parameters"] is None else 3 * score["parameters"] * FLOAT_BYTES
-    rows = kept_rows(config.particles.count * config.particles.views, config.score.replay_share)
+    rows = kept_rows(config.particles.count * config.particles.views, config.score.replay_share, config.particles.views)
     replay: int | None = None
     if config.objective.kind == "sds":
         replay = 0

@@ -5,35 +5,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
+from distvsd.networks.base import Adaptable, Condition
+from distvsd.prior.guidance import ClassifierFree
 from distvsd.prior.prompts import PromptTable
-from distvsd.vsd.process import PredictionType
+from distvsd.vsd.objectives.base import Predictions, PriorPart
 
 
 class Prior(Protocol):
     """The frozen teacher. N samples, C latent channels, h x w latent pixels; every tensor on the prior's own device.
 
     Nothing here communicates: each rank loads its own prior and calls it on its own samples, in any number, zero too.
-
-    unet: frozen (eval, no gradients), in the configured dtype, `unet(x, t, encoder_hidden_states=text).sample`.
-    prediction_type: what it outputs. alphas_cumprod: `[T]` float32. texts: the encoded prompts, by particle id.
+    denoiser: the network, frozen. texts: the encoded prompts, by particle id.
     """
 
-    unet: torch.nn.Module
-    alphas_cumprod: Tensor
-    prediction_type: PredictionType
-    texts: PromptTable
+    @property
+    def denoiser(self) -> Adaptable: ...
+    @property
+    def texts(self) -> PromptTable: ...
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(C, h, w) of a square image of `resolution` pixels a side. Raises PriorError if it has no latents."""
+        """(C, h, w) of a square image of `resolution` pixels an edge. Raises PriorError if it has no latents."""
         ...
 
     def encode(self, images: Tensor, edge: int | None = None) -> Tensor:
         """Images `[N, 3, H, W]` in [0, 1] to latents `[N, C, h, w]` float32; deterministic, differentiable.
 
-        edge: the pixels a side to which they are resized first.
+        edge: the pixels an edge to which they are resized first.
         """
         ...
 
@@ -41,11 +40,16 @@ class Prior(Protocol):
         """Latents `[N, C, h, w]` to images `[N, 3, H, W]` float32, not clamped to [0, 1]."""
         ...
 
-    def eps(self, noisy: Tensor, timesteps: Tensor, ids: Tensor, views: Tensor, guidance_scale: float) -> Tensor:
-        """The noise predicted in `noisy` `[N, C, h, w]` under classifier-free guidance, float32, without gradient.
+    def condition(
+        self, ids: Tensor, views: Tensor | None = None, cameras: Tensor | None = None, views_per_particle: int = 1
+    ) -> Condition:
+        """What the network is told about samples of particles `ids` `[N]`. views: `[N]` indices into VIEWS, or None."""
+        ...
 
-        timesteps, ids (particles), views (indices into VIEWS): `[N]` int64.
-        """
+    def ask(
+        self, noisy: Tensor, t: Tensor, condition: Condition, parts: frozenset[PriorPart], guidance: ClassifierFree
+    ) -> Predictions:
+        """The noise predicted in `noisy` `[N, C, h, w]` at times `[N]`, the asked parts only; no gradient."""
         ...
 
     def sample(

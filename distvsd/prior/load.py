@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
+from distvsd.networks.base import Condition
 from distvsd.networks.folder import open_folder
-from distvsd.networks.load import build_scheduler, load_codec, load_unet, prediction_type_of
+from distvsd.networks.load import build_scheduler, load_codec, load_denoiser, process_of
 from distvsd.networks.text import encode_texts
 from distvsd.prior.pipeline import Pipeline
 from distvsd.prior.prompts import PromptTable
@@ -38,14 +38,20 @@ def load_prior(
     place = torch.device(device)
     precision: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     scheduler = build_scheduler(folder)
-    prediction_type = prediction_type_of(scheduler, folder)
+    process = process_of(scheduler, folder, place)
 
-    def encode(texts: Sequence[str]) -> Tensor:
-        return encode_texts(folder, texts, precision, place)
+    def encode(texts: Sequence[str]) -> Condition:
+        return Condition(encode_texts(folder, texts, precision, place))
 
     texts = PromptTable(prompts, negative_prompt, view_dependent, encode)
     if place.type == "cuda":
         torch.cuda.empty_cache()
-    unet = load_unet(folder, precision, torch.device(unet_device or place))
-    codec = load_codec(folder, precision, place)
-    return Pipeline(folder, unet, codec, scheduler, prediction_type, texts, micro_batch, place)
+    return Pipeline(
+        folder=folder,
+        denoiser=load_denoiser(folder, process, precision, torch.device(unet_device or place)),
+        codec=load_codec(folder, precision, place),
+        scheduler=scheduler,
+        texts=texts,
+        micro_batch=micro_batch,
+        device=place,
+    )

@@ -3,80 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distvsd.errors import PriorError
+from distvsd.networks.base import Adaptable, Condition
 from distvsd.networks.codec import Codec
 from distvsd.networks.folder import PipelineFolder
 from distvsd.networks.identity import Identity
 from distvsd.networks.resize import resized
+from distvsd.prior.guidance import GUIDED, ClassifierFree
 from distvsd.prior.prompts import PromptTable
-from distvsd.vsd.process import PredictionType, to_eps
+from distvsd.vsd.objectives.base import Predictions, PriorPart
+from distvsd.vsd.process import Process
 from distvsd.vsd.samples import slices
 
 
+@dataclass(frozen=True, kw_only=True)
 class Pipeline:
     """The one implementation of the `Prior` protocol; made by `load_prior`.
 
-    scheduler: of the pipeline's own class, not stepped by anyone (samplers take a copy). micro_batch: samples a UNet
-    call, 0 for all at once; a call with guidance runs twice as many rows. device: where it computes.
+    denoiser: frozen. scheduler: of the pipeline's own class; it is never stepped, samplers take a copy. micro_batch:
+    samples a call of the network, 0 for all at once, never fewer than the views of a particle; a call with guidance has
+    twice as many rows. device: where it computes.
     """
 
-    def __init__(
-        self,
-        folder: PipelineFolder,
-        unet: torch.nn.Module,
-        codec: Codec,
-        scheduler: Any,
-        prediction_type: PredictionType,
-        texts: PromptTable,
-        micro_batch: int,
-        device: torch.device,
-    ) -> None:
-        self.folder = folder
-        self.unet = unet
-        self.codec = codec
-        self.scheduler = scheduler
-        self.prediction_type: PredictionType = prediction_type
-        self.texts = texts
-        self.micro_batch = micro_batch
-        self.dtype, self.device = next(unet.parameters()).dtype, device
-        self.alphas_cumprod: Tensor = scheduler.alphas_cumprod.to(self.device, torch.float32)
-        self._identity = Identity(folder)
+    folder: PipelineFolder
+    denoiser: Adaptable
+    codec: Codec
+    scheduler: Any
+    texts: PromptTable
+    micro_batch: int
+    device: torch.device
 
     @property
-    def num_timesteps(self) -> int:
-        return len(self.alphas_cumprod)
+    def dtype(self) -> torch.dtype:
+        return self.denoiser.dtype
+
+    @property
+    def process(self) -> Process:
+        return self.denoiser.process
 
     @property
     def resolution(self) -> int:
-        """Image pixels a side the UNet was trained at."""
-        return self.folder.native_resolution
+        """Image pixels an edge that the network was trained at."""
+        return self.denoiser.space.resolution
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(C, h, w) of a square image. Raises PriorError unless `resolution` is a multiple of a latent pixel."""
-        side, rest = divmod(resolution, self.folder.downscale)
-        if rest or side < 1:
-            raise PriorError(
-                f"an image of {resolution} x {resolution} pixels has no latents in the prior {self.folder.path}, where "
-                f"a latent pixel holds {self.folder.downscale} on a side; give a multiple of {self.folder.downscale}"
-            )
-        return self.folder.latent_channels, side, side
+        return self.denoiser.space.shape(resolution)
 
     def encode(self, images: Tensor, edge: int | None = None) -> Tensor:
         """Images `[N, 3, H, W]` in [0, 1] to latents `[N, C, h, w]` float32; deterministic, differentiable to images.
 
-        edge: the pixels a side to which they are resized first. H and W, or edge, are multiples of a latent pixel. No
+        edge: the pixels an edge to which they are resized first. H and W, or edge, are multiples of a latent pixel. No
         gradient is kept for anything but the images.
         """
         if edge is not None:
             images = resized(images, edge)
         if len(images) == 0:
-            shape = (size // self.folder.downscale for size in images.shape[2:])
-            return images.new_zeros((0, self.folder.latent_channels, *shape), dtype=torch.float32)
+            space = self.denoiser.space
+            shape = (size // space.downscale for size in images.shape[2:])
+            return images.new_zeros((0, space.channels, *shape), dtype=torch.float32)
         return self.codec.encode(images).float()
 
     @torch.no_grad()
@@ -84,41 +75,41 @@ class Pipeline:
         """Latents to images `[N, 3, H, W]` float32, nominally in [0, 1] but not clamped; without gradient."""
         return self.codec.decode(latents).float()
 
-    @torch.no_grad()
-    def eps(self, noisy: Tensor, timesteps: Tensor, ids: Tensor, views: Tensor, guidance_scale: float) -> Tensor:
-        """eps_uncond + s (eps_cond - eps_uncond) for `noisy` `[N, C, h, w]`: float32, without gradient.
+    def condition(
+        self, ids: Tensor, views: Tensor | None = None, cameras: Tensor | None = None, views_per_particle: int = 1
+    ) -> Condition:
+        """The condition of samples of particles `ids` `[N]`: the prompt of each.
 
-        timesteps, ids, views: `[N]` int64. Guidance is applied to the network's outputs, which is the same thing: for
-        one x_t, eps is affine in every kind of output. With s = 1, or 0, the pass that counts for nothing is not run.
+        views: `[N]` indices into VIEWS that the prompts name; None for prompts without a view. cameras: `[N, 16]`.
         """
-        output = self.guided_output(noisy, timesteps, self.texts.viewed(ids, views), guidance_scale)
-        abar = self.alphas_cumprod[timesteps.to(self.device)]
-        return to_eps(output, noisy.float(), abar, self.prediction_type)
+        texts = self.texts.bare(ids) if views is None else self.texts.viewed(ids, views)
+        return replace(texts, cameras=cameras, views_per_particle=views_per_particle)
 
     @torch.no_grad()
-    def guided_output(self, noisy: Tensor, timesteps: Tensor, text: Tensor, guidance_scale: float) -> Tensor:
-        """The UNet's own output under guidance, float32, shaped as `noisy`. timesteps `[N]`, text `[N, L, D]`."""
+    def ask(
+        self, noisy: Tensor, t: Tensor, condition: Condition, parts: frozenset[PriorPart], guidance: ClassifierFree
+    ) -> Predictions:
+        """The noise predicted in `noisy` `[N, C, h, w]` at times `[N]`: the asked parts, float32, without gradient."""
+        outputs = self.outputs(noisy, t, condition, parts, guidance)
+        return Predictions(**{part: self.process.to_eps(output, noisy.float(), t) for part, output in outputs.items()})
+
+    @torch.no_grad()
+    def outputs(
+        self, noisy: Tensor, t: Tensor, condition: Condition, parts: frozenset[PriorPart], guidance: ClassifierFree
+    ) -> dict[PriorPart, Tensor]:
+        """The network's own outputs for the asked parts, float32, shaped as `noisy`; no call where N is 0."""
         if len(noisy) == 0:
-            return noisy.float()
-        parts = [
-            self._guided_part(noisy[part], timesteps[part], text[part], guidance_scale)
-            for part in slices(len(noisy), self.micro_batch)
+            return dict.fromkeys(parts, noisy.float())
+        negative = condition.with_text_of(self.texts.negative(len(noisy)))
+        found = [
+            guidance.outputs(self.denoiser, noisy[rows], t[rows], condition[rows], negative[rows], parts)
+            for rows in slices(len(noisy), self.micro_batch, condition.views_per_particle)
         ]
-        return torch.cat(parts)
+        return {part: torch.cat([outputs[part] for outputs in found]) for part in parts}
 
-    def _guided_part(self, noisy: Tensor, timesteps: Tensor, text: Tensor, guidance_scale: float) -> Tensor:
-        if guidance_scale == 1:
-            return self._output(noisy, timesteps, text)
-        negative = self.texts.negative.expand(len(text), -1, -1)
-        if guidance_scale == 0:
-            return self._output(noisy, timesteps, negative)
-        both = self._output(noisy.repeat(2, 1, 1, 1), timesteps.repeat(2), torch.cat((negative, text)))
-        unconditional, conditional = both.chunk(2)
-        return unconditional + guidance_scale * (conditional - unconditional)
-
-    def _output(self, noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
-        output: Tensor = self.unet(noisy.to(self.dtype), timesteps, encoder_hidden_states=text).sample
-        return output.float()
+    def guided_output(self, noisy: Tensor, t: Tensor, condition: Condition, guidance_scale: float) -> Tensor:
+        """The network's own output under classifier-free guidance, as samplers step with it."""
+        return self.outputs(noisy, t, condition, GUIDED, ClassifierFree(guidance_scale))["guided"]
 
     def sample(
         self,
@@ -150,6 +141,10 @@ class Pipeline:
             prompts = [prompts]
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         return torch.tensor(self.texts.ids_of(texts) if texts else [int(prompt) for prompt in prompts])
+
+    @cached_property
+    def _identity(self) -> Identity:
+        return Identity(self.folder)
 
     def identity(self) -> str:
         """A hash of everything the prior is made of, `v2:` and 64 hex digits; the first call reads all files."""

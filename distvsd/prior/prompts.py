@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from distvsd.errors import PriorError
+from distvsd.networks.base import Condition
 
 SIDES = ("front view", "three-quarter view", "side view", "three-quarter back view", "back view")
 VIEWS = (*SIDES, *(f"{side} from above" for side in SIDES), "overhead view")
@@ -45,7 +46,7 @@ def with_view(prompt: str, view: str) -> str:
 
 
 class PromptTable:
-    """Every text a run needs, encoded once: L tokens of D numbers each, on one device, in the prior's dtype.
+    """Every text a run needs, encoded once, on one device, in the prior's dtype.
 
     Particles that share a prompt share its rows, so memory grows with the number of different texts.
     """
@@ -55,9 +56,9 @@ class PromptTable:
         prompts: Sequence[str],
         negative_prompt: str,
         view_dependent: bool,
-        encode: Callable[[Sequence[str]], Tensor],
+        encode: Callable[[Sequence[str]], Condition],
     ) -> None:
-        """prompts: one per particle id. encode: different texts to `[U, L, D]`; called once, in here."""
+        """prompts: one per particle id. encode: U different texts to a condition of U rows; called once, in here."""
         if not prompts:
             raise PriorError("a prior was loaded with no prompts; give one per particle (the empty prompt is legal)")
         self.prompts = tuple(prompts)
@@ -67,28 +68,27 @@ class PromptTable:
         ]
         self.texts = tuple(dict.fromkeys([text for row in rows for text in row] + [negative_prompt]))
         position = {text: index for index, text in enumerate(self.texts)}
-        self._embeddings = encode(self.texts)
-        device = self._embeddings.device
+        self._encoded = encode(self.texts)
+        device = self._encoded.text.device
         self._bare = torch.tensor([position[row[0]] for row in rows], device=device)
         self._viewed = torch.tensor([[position[text] for text in row[1:]] for row in rows], device=device)
         self._negative = position[negative_prompt]
 
-    def bare(self, ids: Tensor) -> Tensor:
-        """The prompts of particles `[N]` without a view: `[N, L, D]`. What the score network reads."""
-        return self._embeddings[self._bare[ids.to(self._bare.device)]]
+    def bare(self, ids: Tensor) -> Condition:
+        """The prompts of particles `[N]` without a view. What the score network reads."""
+        return self._encoded[self._bare[ids.to(self._bare.device)]]
 
-    def viewed(self, ids: Tensor, views: Tensor) -> Tensor:
-        """The prompts of particles `[N]` seen from `views` `[N]`, indices into VIEWS: `[N, L, D]`.
+    def viewed(self, ids: Tensor, views: Tensor) -> Condition:
+        """The prompts of particles `[N]` seen from `views` `[N]`, indices into VIEWS.
 
         The same as `bare` where the table was made without view-dependent prompts.
         """
         device = self._viewed.device
-        return self._embeddings[self._viewed[ids.to(device), views.to(device)]]
+        return self._encoded[self._viewed[ids.to(device), views.to(device)]]
 
-    @property
-    def negative(self) -> Tensor:
-        """The unconditional text of the guidance: `[1, L, D]`."""
-        return self._embeddings[self._negative : self._negative + 1]
+    def negative(self, count: int) -> Condition:
+        """The unconditional text of the guidance, `count` times."""
+        return self._encoded[torch.full((count,), self._negative, device=self._bare.device)]
 
     def ids_of(self, prompts: Sequence[str]) -> list[int]:
         """A particle id for each prompt. Raises PriorError for a prompt that was not encoded."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distvsd.errors import PriorError
+from distvsd.networks.base import Condition
 from distvsd.networks.components import quiet
 from distvsd.networks.settings import foreign
 from distvsd.vsd.rng import Purpose, generator, normal
@@ -33,14 +34,15 @@ def ancestral(
 
     The random numbers of image i are keyed by (seed, i), those of the start and those the scheduler asks for.
     """
-    if not 1 <= steps <= prior.num_timesteps:
-        raise PriorError(f"{steps} sampling steps; give between 1 and the prior's {prior.num_timesteps} timesteps")
+    most = prior.scheduler.config.num_train_timesteps
+    if not 1 <= steps <= most:
+        raise PriorError(f"{steps} sampling steps; give between 1 and the prior's {most} timesteps")
     shape = prior.latent_shape(resolution)
     images = [torch.zeros((0, 3, resolution, resolution), device=prior.device)]
     for first in range(0, len(ids), batch_size):
         indices = torch.arange(first, min(first + batch_size, len(ids)))
         of = ids[indices]
-        text = prior.texts.bare(of) if views is None else prior.texts.viewed(of, views.cpu()[indices])
+        text = prior.condition(of, None if views is None else views.cpu()[indices])
         noise = normal(seed, Purpose.SAMPLE, indices, 0, shape).to(prior.device)
         draws = [generator(seed, Purpose.SAMPLE, int(index)) for index in indices]
         latents = _denoise(prior, noise, text, guidance_scale, steps, draws)
@@ -50,7 +52,7 @@ def ancestral(
 
 
 def _denoise(
-    prior: Pipeline, noise: Tensor, text: Tensor, guidance_scale: float, steps: int, draws: list[torch.Generator]
+    prior: Pipeline, noise: Tensor, text: Condition, guidance_scale: float, steps: int, draws: list[torch.Generator]
 ) -> Tensor:
     def library() -> AbstractContextManager[None]:
         """Around what the scheduler does, and not around the network: a wrong configuration may show only here."""

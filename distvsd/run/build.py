@@ -2,57 +2,72 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from distvsd.cameras import OrbitSampler
-from distvsd.config import Config
+from distvsd.config import Config, ObjectiveConfig
 from distvsd.config.relations import refuse_small_latents
 from distvsd.errors import BackendError
-from distvsd.faults import poison
+from distvsd.networks.base import Adaptable
 from distvsd.networks.folder import open_folder
 from distvsd.parallel.assign import owners, share
-from distvsd.parallel.collectives import all_reduce_sum_, gather_objects
-from distvsd.parallel.exchange import Exchange, slice_for
+from distvsd.parallel.collectives import gather_objects
+from distvsd.parallel.exchange import Exchange, exclude, slice_for
+from distvsd.parallel.numerics import fix_order_of_sums
 from distvsd.parallel.reduce import reduce_gradients
 from distvsd.parallel.world import World
-from distvsd.particles import Ensemble, ImageParticle, NerfParticle, Particle, Views
-from distvsd.particles.recompute import forgetful
+from distvsd.particles import Ensemble, ImageParticle, NerfParticle, Particle
 from distvsd.plan.needs import refuse_too_large
+from distvsd.prior.guidance import ClassifierFree
 from distvsd.prior.load import load_prior
 from distvsd.prior.pipeline import Pipeline
-from distvsd.prior.prompts import view_indices
+from distvsd.prior.prompts import PromptTable
+from distvsd.prior.teacher import Teacher
 from distvsd.render import HashGrid
 from distvsd.render.volume import VolumeBackend
+from distvsd.run.encode import Encoder
 from distvsd.run.loop import Loop, Round
 from distvsd.runtime.memory import host_memory
-from distvsd.score.base import Strategy
 from distvsd.score.lora import LoraScore
-from distvsd.score.spread import SpreadObjective
+from distvsd.score.replay import Replay
+from distvsd.score.spread import SpreadDistillation
 from distvsd.score.strategies.choose import choose, refuse_missing, spreads_network
 from distvsd.score.strategies.flat import Flat
 from distvsd.score.training import ScoreTraining
-from distvsd.vsd.objectives import Objective
-from distvsd.vsd.samples import Samples
+from distvsd.vsd.objectives import ESD, SDS, VSD, Distillation, Objective
 
 
 @dataclass(frozen=True)
 class Run:
-    """The parts of one rank of a run, wired together; `loop.run` is the algorithm."""
+    """The parts of one rank of a run, wired together; `loop.run` is the algorithm.
+
+    training: of the score network; None where the objective needs none.
+    """
 
     config: Config
     world: World
     prior: Pipeline
     ensemble: Ensemble
-    score: LoraScore
+    training: ScoreTraining | None
     loop: Loop
+
+
+@dataclass(frozen=True, kw_only=True)
+class Custom:
+    """Parts that the caller makes, in place of those that the configuration names; None leaves a part to it.
+
+    The same on every rank and at every resume: a checkpoint does not know them. denoiser: wraps the network that was
+    loaded.
+    """
+
+    denoiser: Callable[[Adaptable], Adaptable] | None = None
+    objective: Objective | None = None
 
 
 class Latents(Protocol):
@@ -68,22 +83,22 @@ def build_run(
     world: World,
     watch: Callable[[Round], bool],
     entered: Callable[[int, str], None] = lambda step, phase: None,
+    custom: Custom = Custom(),
 ) -> Run:
     """Loads the prior and makes this rank's particles. Every rank calls it; it does not communicate.
 
     watch, entered: see `Loop`.
 
     Raises PriorError and BackendError where the configuration asks for what is not there, and ConfigError where it asks
-    for more memory than there is, or where the UNet would see latents much smaller than those it was trained on.
+    for more memory than there is, or where the network would see latents much smaller than those it was trained on.
     """
     _refuse_unfit(config, world)
-    exact = config.parallel.numerics == "exact"
-    views = config.particles.views
     refuse_missing(config.parallel)
+    exact = config.parallel.numerics == "exact"
     if exact:
-        _fix_order_of_sums(world.device)
-    # One particle a call makes its arithmetic independent of who else is on the rank, to the last bit.
-    samples_a_call = views if exact else config.score.micro_batch
+        fix_order_of_sums(world.device)
+    views = config.particles.views
+    objective = custom.objective or make_objective(config.objective)
     prior = load_prior(
         config.prior.path,
         config.prompts,
@@ -91,37 +106,33 @@ def build_run(
         config.prior.view_dependent and config.particles.kind != "image",  # an image has no side
         config.prior.dtype,
         world.device,
-        micro_batch=samples_a_call,
-        # A UNet that is cut up may be one that fits on no device: it waits in the host's memory.
+        # One particle a call makes its arithmetic independent of who else is on the rank, to the last bit.
+        micro_batch=views if exact else config.score.micro_batch,
+        # A network that is cut up may be one that fits on no device: it waits in the host's memory.
         unet_device="cpu" if spreads_network(config.parallel, world) else None,
     )
+    if custom.denoiser is not None:
+        prior = replace(prior, denoiser=custom.denoiser(prior.denoiser))
+    training = None
+    if objective.needs & {"score", "score_without_camera"}:
+        training = _score_training(config, world, prior.denoiser, prior.texts)
+        if spreads_network(config.parallel, world):  # a second module tree would hold all of the network
+            prior = replace(prior, denoiser=training.score.without_adapter())
     assigned = owners(config.particles.count, world.size)
     ensemble = make_ensemble(config, prior, assigned[world.rank], world.device)
-    score = LoraScore(
-        prior.unet,
-        prior.alphas_cumprod,
-        prior.prediction_type,
-        prior.texts.bare,
-        config.score,
-        config.run.seed,
-        world.device,
-        micro_batch=samples_a_call,
-        reads_cameras=config.reads_cameras,
-    )
-    strategy, score.holder = choose(config.parallel, world, score.network, score.local, _flat(config, world, score))
     loop = Loop(
-        ensemble,
-        _encoder(prior, ensemble, config),
-        _objective(config, world, prior, score, strategy),
-        Exchange(world, [len(ids) * views for ids in assigned]).start,
-        functools.partial(_exclude, world),
-        None if config.objective.kind == "sds" else _score_training(config, world, score, strategy),
-        config.render.resolution_at,
-        watch,
-        lambda step: (step + 1) % config.log.every == 0,
-        entered,
+        ensemble=ensemble,
+        encode=Encoder(config, prior, ensemble),
+        objective=_distillation(config, world, objective, prior, training),
+        exchange=Exchange(world, [len(ids) * views for ids in assigned]).start,
+        exclude=functools.partial(exclude, world),
+        training=training,
+        resolution=config.render.resolution_at,
+        watch=watch,
+        lag_due=lambda step: (step + 1) % config.log.every == 0,
+        entered=entered,
     )
-    return Run(config, world, prior, ensemble, score, loop)
+    return Run(config, world, prior, ensemble, training, loop)
 
 
 def _refuse_unfit(config: Config, world: World) -> None:
@@ -138,48 +149,62 @@ def _refuse_unfit(config: Config, world: World) -> None:
         refuse_too_large(config, prior, own, host_memory(), "machine")
 
 
-def _fix_order_of_sums(device: torch.device) -> None:
-    """For this process and all that it computes from now on."""
-    if device.type == "cpu":
-        # torch may split a sum by the number of threads, and that depends on how many ranks share a machine.
-        torch.set_num_threads(1)
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first matrix is multiplied
-    # Only warnings: torch counts cumsum among what has no fixed order, though it splits one shape one way.
-    torch.use_deterministic_algorithms(True, warn_only=True)
+def make_objective(config: ObjectiveConfig) -> Objective:
+    """The kind of objective of this configuration."""
+    match config.kind:
+        case "vsd":
+            return VSD()
+        case "sds":
+            return SDS()
+        case "esd":
+            return ESD(config.esd_lambda)
+    raise ValueError(f"objective.kind is {config.kind!r}; known are 'vsd', 'sds' and 'esd'")
 
 
-def _objective(config: Config, world: World, prior: Pipeline, score: LoraScore, strategy: Strategy) -> Objective:
-    arguments = (
-        config.objective.kind,
-        config.run.seed,
-        config.particles.views,
-        prior.alphas_cumprod,
-        functools.partial(prior.eps, guidance_scale=config.prior.guidance_scale),
-        score.eps,
-        config.objective.t_min.at,
-        config.objective.t_max.at,
-        config.objective.esd_lambda,
+def _distillation(
+    config: Config, world: World, objective: Objective, prior: Pipeline, training: ScoreTraining | None
+) -> Distillation | SpreadDistillation:
+    views = config.particles.views
+    distillation = Distillation(
+        objective=objective,
+        process=prior.process,
+        prior=Teacher(prior, ClassifierFree(config.prior.guidance_scale), views),
+        score=training.score.eps if training is not None else None,
+        seed=config.run.seed,
+        num_views=views,
+        t_min=config.objective.t_min.at,
+        t_max=config.objective.t_max.at,
     )
-    if not spreads_network(config.parallel, world):
-        return Objective(*arguments)
-    prior.unet = score.as_prior()  # a second tree of modules would keep all of the network
-    return SpreadObjective(*arguments, strategy=strategy)
+    if training is None or not spreads_network(config.parallel, world):
+        return distillation
+    return SpreadDistillation(distillation, training.strategy)
 
 
-def _flat(config: Config, world: World, score: LoraScore) -> Flat:
-    numerics, length = config.parallel.numerics, sum(score.num_parameters)
-    return Flat(lambda grads, sums: reduce_gradients(world, grads, length, numerics, sums), score.step)
-
-
-def _score_training(config: Config, world: World, score: LoraScore, strategy: Strategy) -> ScoreTraining:
+def _score_training(config: Config, world: World, base: Adaptable, texts: PromptTable) -> ScoreTraining:
+    """The score network on `base`, how ranks train it, and its replay."""
+    exact, views = config.parallel.numerics == "exact", config.particles.views
+    score = LoraScore(
+        base=base,
+        text_of=texts.bare,
+        config=config.score,
+        seed=config.run.seed,
+        device=world.device,
+        num_views=views,
+        micro_batch=views if exact else config.score.micro_batch,
+        reads_cameras=config.reads_cameras,
+    )
+    length, numerics = sum(score.num_parameters), config.parallel.numerics
+    flat = Flat(functools.partial(reduce_gradients, world, length=length, numerics=numerics), score.local)
     return ScoreTraining(
-        score,
-        strategy,
-        functools.partial(slice_for, world),
-        config.score,
-        config.run.seed,
-        micro_batch=1 if config.parallel.numerics == "exact" else config.score.micro_batch,
+        score=score,
+        strategy=choose(config.parallel, world, score, flat),
+        share_of=functools.partial(slice_for, world),
+        config=config.score,
+        seed=config.run.seed,
+        num_particles=config.particles.count,
+        num_views=views,
+        micro_batch=views if exact else config.score.micro_batch,
+        replay=Replay(config.score.replay_rounds, views, world.device),
         gather=functools.partial(gather_objects, world),
     )
 
@@ -278,64 +303,3 @@ def _volume_backend(config: Config, device: torch.device) -> VolumeBackend:
     from importlib.util import find_spec
 
     return "nerfacc" if find_spec("nerfacc") else "torch"
-
-
-def _encoder(prior: Pipeline, ensemble: Ensemble, config: Config) -> Callable[[list[Views], int], Samples]:
-    """Renders of a resolution to samples: latents with the graph, camera matrices, ids, named views, and weights.
-
-    The weight is 0 for latents that are not finite and for particles in quarantine, else 1. Where the score network
-    reads no cameras the matrices are zero.
-    """
-    particle, num_views = ensemble.particle, config.particles.views
-    encode_images = forgetful(prior.encode) if config.particles.recompute else prior.encode
-
-    def encode(views: list[Views], resolution: int) -> Samples:
-        edge = config.encoded_edge(resolution, prior.resolution)
-        if not views:
-            return _no_samples(prior, edge)
-        parts = []
-        absent = torch.tensor(ensemble.quarantined, dtype=torch.int64, device=prior.device)
-        for view in views:
-            images = view.rendered.images.flatten(0, 1)
-            ids = view.ids.repeat_interleave(num_views)
-            latents = poison("latent", images if particle.is_latent else encode_images(images, edge), ids)
-            cameras = view.cameras.flatten()
-            matrices = cameras.extrinsics.flatten(1).float()
-            parts.append(
-                Samples(
-                    latents,
-                    matrices if config.reads_cameras else torch.zeros_like(matrices),
-                    ids,
-                    view_indices(cameras.elevation, cameras.azimuth),
-                    (_finite(latents, num_views) & ~torch.isin(ids, absent)).float(),
-                )
-            )
-        return parts[0] if len(parts) == 1 else Samples.cat(parts)
-
-    return encode
-
-
-def _finite(latents: Tensor, num_views: int) -> Tensor:
-    """Bool `[N]`: whether all views of the row's particle are finite."""
-    rows = latents.detach().flatten(1).isfinite().all(1)
-    return rows.reshape(-1, num_views).all(1).repeat_interleave(num_views)
-
-
-def _exclude(world: World, union: Samples, absent: list[int]) -> Samples:
-    """The union with weight 0 for the particles that any rank reports absent; one small sum over ranks."""
-    rows = torch.isin(union.ids, torch.tensor(absent, dtype=torch.int64, device=union.ids.device))
-    missed = all_reduce_sum_(world, rows.float())
-    return dataclasses.replace(union, weight=union.weight * (missed == 0))
-
-
-def _no_samples(prior: Pipeline, edge: int) -> Samples:
-    """What a rank without particles gives to the exchange: no rows, of the width that the others' rows have."""
-    shape = prior.latent_shape(edge)
-    empty = torch.zeros(0, dtype=torch.int64, device=prior.device)
-    return Samples(
-        torch.zeros(0, *shape, device=prior.device),
-        torch.zeros(0, 16, device=prior.device),
-        empty,
-        empty,
-        torch.zeros(0, device=prior.device),
-    )

@@ -15,7 +15,6 @@ from torch import Tensor
 from distvsd.faults import begin_round
 from distvsd.particles.ensemble import Ensemble, Update, Views
 from distvsd.score.training import Fit, ScoreTraining
-from distvsd.vsd.objectives import Objective
 from distvsd.vsd.samples import Samples
 
 
@@ -39,17 +38,18 @@ class Round:
 
 @dataclass(frozen=True)
 class Loop:
-    """The parts of a run on one rank. encode and exchange are callables; `watch` looks at each finished round.
+    """The parts of a run on one rank; what may communicate is handed in as callables.
 
-    encode(views, resolution): this rank's renders as samples, with the graph to the particles. exchange(samples):
-    starts the gather of all ranks' samples (communicates). exclude(union, ids): the union with weight 0 for the
-    particles that any rank names (communicates). training is None where no score network is learnt (SDS).
-    watch(round): returns True to stop; every rank must return the same. entered(step, phase): told where the rank is.
+    encode(views, resolution): this rank's renders as samples, with the graph to the particles. objective(samples,
+    step): the gradient at the latents, see `vsd.objectives.Distillation`. exchange(samples): starts the gather of all
+    ranks' samples (communicates). exclude(union, ids): the union with weight 0 for the particles that any rank names
+    (communicates). training is None where no score network is learnt (SDS). watch(round): returns True to stop; every
+    rank must return the same. entered(step, phase): told where the rank is.
     """
 
     ensemble: Ensemble
     encode: Callable[[list[Views], int], Samples]
-    objective: Objective
+    objective: Callable[[Samples, int], Tensor]
     exchange: Callable[[Samples], Pending]
     exclude: Callable[[Samples, list[int]], Samples]
     training: ScoreTraining | None
@@ -75,7 +75,7 @@ class Loop:
         clock.enter("exchange")
         exchanged = self.exchange(samples.detached()) if self.training else None  # communicates: starts the gather
         clock.enter("objective")
-        gradient: Tensor = self.objective(samples, step)  # local: w(t) (eps_prior - eps_score), Eq. 9
+        gradient = self.objective(samples, step)  # local: w(t) (eps_prior - eps_score), Eq. 9
         clock.enter("update")
         update = self.ensemble.update(views, samples.latents, gradient, step)  # local: one Adam step a particle
         if self.training is None or exchanged is None:

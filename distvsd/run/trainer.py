@@ -171,8 +171,10 @@ class Trainer:
             "config_digest": digest(self.config),
             "prior_identity": self.parts.prior.identity(),
         } | self.journal.lengths()
-        score = self.parts.score
-        self.saver.begin(completed, files | score.state(), score.texts(), metadata, ensemble.health())
+        training = self.parts.training
+        texts = training.score.texts() if training else {}
+        files |= training.state() if training else {}
+        self.saver.begin(completed, files, texts, metadata, ensemble.health())
         self.saved = completed
         self.journal.stalled(time.perf_counter() - began)
         if self.saver.pending is None:
@@ -206,7 +208,9 @@ class Trainer:
 
     def _resume(self) -> tuple[int, int, int | None]:
         """Restores the newest sound checkpoint; returns its round and its lengths of metrics.jsonl, health.jsonl."""
-        shapes = {name: parameter.shape for name, parameter in self.parts.score.trainable.items()}
+        training = self.parts.training
+        trainable = training.score.trainable if training else {}
+        shapes = {name: parameter.shape for name, parameter in trainable.items()}
         checkpoint = self.saver.load(contents=Contents(self.config, shapes, self.parts.prior.folder))
         if checkpoint is None:
             return 0, 0, 0
@@ -230,8 +234,9 @@ class Trainer:
         for particle_id in parts.ensemble.ids:
             state = checkpoint.read(particle_file(particle_id))
             parts.ensemble.load_state(particle_id, state, manifest.health[particle_id])
-        tensors = [file for file in manifest.files if file.startswith("score/") and file.endswith(".safetensors")]
-        parts.score.load_state({file: checkpoint.read(file) for file in tensors})
+        if parts.training is not None:
+            tensors = [file for file in manifest.files if file.startswith("score/") and file.endswith(".safetensors")]
+            parts.training.load_state({file: checkpoint.read(file) for file in tensors})
 
     def _draw(self, completed: int) -> None:
         """Contact sheets on the way: each rank draws its own first particles, so that nothing is gathered."""
@@ -292,12 +297,12 @@ def largest_part(parts: Run) -> int:
     total = most_copies(rounds, config.checkpoint.every) * parts.ensemble.num_bytes
     if parts.world.rank != 0:
         return total
-    trained = 4 * sum(parts.score.num_parameters)
-    if parts.loop.training is None:
-        return total + trained
+    if parts.training is None:
+        return total
+    trained = 4 * sum(parts.training.score.num_parameters)
     row = max(_row_bytes(parts, resolution) for resolution in config.render.corners(rounds))
     samples = config.particles.count * config.particles.views
-    rows = config.score.replay_rounds * kept_rows(samples, config.score.replay_share)
+    rows = config.score.replay_rounds * kept_rows(samples, config.score.replay_share, config.particles.views)
     return total + 3 * trained + rows * row
 
 

@@ -1,56 +1,53 @@
-"""The frozen UNet with LoRA layers and a camera condition: a second network on the tensors of the first."""
+"""A frozen network with LoRA layers and a camera condition: a second module tree on the tensors of the first."""
 
 from __future__ import annotations
 
 import copy
 import itertools
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from distvsd.score.camera import CameraEmbedding, attach_camera, time_embed_dim
+from distvsd.config import ScoreConfig
+from distvsd.networks.base import Adaptable
+from distvsd.score.camera import CameraEmbedding
 from distvsd.vsd import rng
 from distvsd.vsd.rng import Purpose
 
-TARGET_MODULES = ["to_q", "to_k", "to_v", "to_out.0"]
 
-
-Init = Literal["normal", "kaiming"]
-
-
-def adapted_unet(
-    unet: nn.Module, rank: int, init: Init, seed: int, reads_cameras: bool, device: torch.device | str
+def adapted(
+    base: Adaptable, config: ScoreConfig, seed: int, reads_cameras: bool, device: torch.device | str
 ) -> tuple[Any, CameraEmbedding | None]:
-    """A peft model around a structural copy of the UNet, and the camera embedding installed in it, if it has one.
+    """A peft model around a structural copy of the module, and the camera embedding installed in it, if it has one.
 
-    lora_A is drawn here rather than by peft, in the order of the names, so that it does not depend on peft's order of
-    modules nor is rounded to the base's dtype. init "normal" has the standard deviation 1 / rank of diffusers'
+    lora_A is drawn here rather than by peft, in the order of the names, so that it depends neither on peft's order of
+    modules nor on the base's dtype. config.init "normal" has the standard deviation 1 / rank of diffusers'
     LoRALinearLayer, which the paper's code uses; "kaiming" is peft's uniform, with 1 / sqrt(3 inputs). lora_B is zero:
     the adapter starts as nothing.
     """
     from peft import LoraConfig, get_peft_model
 
-    width = time_embed_dim(unet)
-    settings = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGET_MODULES))
+    width = base.camera_width()
+    settings = LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=list(base.lora_targets))
     with rng.seeded(seed, Purpose.SCORE_INIT):
-        adapted = get_peft_model(_structural_copy(unet), settings).eval()  # type: ignore[arg-type]
+        model = get_peft_model(_structural_copy(base.module), settings).eval()  # type: ignore[arg-type]
         camera = CameraEmbedding(width) if reads_cameras else None
-        for index, (name, parameter) in enumerate(adapter_parameters(adapted).items()):
+        for index, (name, parameter) in enumerate(adapter_parameters(model).items()):
             parameter.data = parameter.data.to(device, torch.float32)
             if ".lora_A." in name:
-                parameter.data.copy_(_first_factor(parameter.shape, rank, init, seed, index))
+                parameter.data.copy_(_first_factor(parameter.shape, config, seed, index))
     if camera is not None:
-        attach_camera(adapted.get_base_model(), camera.to(device))
-    return adapted, camera
+        base.add_camera(model.get_base_model(), camera.to(device))
+    return model, camera
 
 
-def _first_factor(shape: torch.Size, rank: int, init: Init, seed: int, lane: int) -> Tensor:
-    """Inside `rng.seeded`, from which the older of the two draws."""
-    if init == "normal":
-        return rng.normal(seed, Purpose.SCORE_INIT, [0], 0, shape, lane)[0] / rank
+def _first_factor(shape: torch.Size, config: ScoreConfig, seed: int, lane: int) -> Tensor:
+    """Called inside `rng.seeded`, which seeds the uniform one."""
+    if config.init == "normal":
+        return rng.normal(seed, Purpose.SCORE_INIT, [0], 0, shape, lane)[0] / config.rank
     return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5))
 
 
@@ -66,25 +63,26 @@ def adapter_parameters(adapted: Any) -> dict[str, Parameter]:
     return dict(sorted(named.items()))
 
 
-class AsPrior(nn.Module):
-    """An adapted UNet as it was before: its adapter and its camera are off for the length of a call.
+class AdapterOff(nn.Module):
+    """An adapted network as it was before: adapter and camera are off for the length of a call.
 
-    For a network that is spread over ranks, of which nobody can keep a second tree of modules. The same bits as the
-    UNet it was made of; no gradient passes, and no graph of the adapter's may be pending across a call.
+    For a network that is spread over ranks, where no rank can keep a second module tree. The same bits as the network
+    that it was made of. No gradient passes, and no graph of the adapter may be pending across a call.
     """
 
-    def __init__(self, adapted: Any) -> None:
+    def __init__(self, base: Adaptable, model: Any) -> None:
         super().__init__()
-        self._adapted = [adapted]  # in a list: not a submodule, or its parameters would be counted twice
+        self._base = base
+        self._model = [model]  # in a list: not a submodule, or its parameters would be counted twice
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        adapted = self._adapted[0]
-        unet = adapted.get_base_model()
-        camera, unet.class_embedding = unet.class_embedding, None
-        adapted.base_model.disable_adapter_layers()
+        model = self._model[0]
+        module = model.get_base_model()
+        camera = self._base.add_camera(module, None)
+        model.base_model.disable_adapter_layers()
         try:
             with torch.no_grad():
-                return unet(*args, **kwargs)
+                return module(*args, **kwargs)
         finally:
-            adapted.base_model.enable_adapter_layers()
-            unet.class_embedding = camera
+            model.base_model.enable_adapter_layers()
+            self._base.add_camera(module, camera)

@@ -1,15 +1,20 @@
-"""What the loop needs of a score network."""
+"""What the loop needs of a score network, and of the way in which ranks train it together."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 from torch.nn import Parameter
 
+from distvsd.vsd.process import Process
 from distvsd.vsd.samples import Samples
+
+if TYPE_CHECKING:
+    from distvsd.score.work import Work
 
 
 class Score(Protocol):
@@ -20,8 +25,8 @@ class Score(Protocol):
     """
 
     @property
-    def num_timesteps(self) -> int:
-        """T: timesteps are integers in [0, T)."""
+    def process(self) -> Process:
+        """The forward process of its base."""
         ...
 
     @property
@@ -29,21 +34,21 @@ class Score(Protocol):
         """Every parameter that is trained, float32, by the name it is saved under, in the order of a flat gradient."""
         ...
 
-    def eps(self, noisy: Tensor, timesteps: Tensor, ids: Tensor, cameras: Tensor | None) -> Tensor:
-        """The noise in `noisy` [N, C, h, w], float32, without a graph; ids [N] particle ids, timesteps [N] int64.
+    def eps(self, noisy: Tensor, times: Tensor, ids: Tensor, cameras: Tensor | None) -> Tensor:
+        """The noise in `noisy` [N, C, h, w], float32, without a graph; ids [N] particle ids, times [N] of `process`.
 
         cameras: [N, 16] flattened camera-to-world matrices; None asks for the estimate without a camera (ESD).
         """
         ...
 
-    def loss(self, samples: Samples, timesteps: Tensor, noise: Tensor, keep_camera: Tensor) -> Tensor:
+    def loss(self, samples: Samples, times: Tensor, noise: Tensor, keep_camera: Tensor) -> Tensor:
         """Denoising loss of each sample, [N] float32, a mean over latent elements; differentiable in `trainable`."""
         ...
 
     def gradients(
         self,
         samples: Samples,
-        timesteps: Tensor,
+        times: Tensor,
         noise: Tensor,
         keep_camera: Tensor,
         denominator: float,
@@ -59,21 +64,9 @@ class Score(Protocol):
         """One optimiser step with a flat gradient [G] float32, in the order of `trainable`."""
         ...
 
-    def state(self) -> dict[str, dict[str, Tensor]]:
-        """Everything a bit-for-bit resume needs: tensors by name by relative file name; copies, on the CPU."""
-        ...
 
-    def texts(self) -> dict[str, str]:
-        """The text files that belong next to `state`, by relative file name."""
-        ...
-
-    def load_state(self, files: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Inverse of `state`; raises CheckpointError when a file or tensor is missing or has another shape."""
-        ...
-
-
-class Optimizer(Protocol):
-    """Who has the trained numbers and AdamW's moments: one rank all of them, or every rank its part."""
+class OptimizerState(Protocol):
+    """The trained numbers and AdamW's moments, wherever they are: whole on every rank, or a part on each."""
 
     @property
     def num_steps(self) -> int:
@@ -95,34 +88,37 @@ class Optimizer(Protocol):
         ...
 
 
-class Taken(Protocol):
-    """What became of one step. usable: False where all ranks left it out together, because something was not finite.
+@dataclass(frozen=True)
+class StepResult:
+    """What became of one step, the same on every rank but for `rows` and `finite`.
 
-    loss: sum of the row losses of all ranks. rows: this rank's losses `[N]`. sound: whether this rank's gradient was
-    finite, None where only the sum over ranks is known.
+    taken: False where all ranks left it out together, because something was not finite. loss: sum of the row losses of
+    all ranks. rows: this rank's losses `[N]`. finite: whether this rank's gradient was finite, None where only the sum
+    over ranks is known.
     """
 
-    @property
-    def usable(self) -> bool: ...
-    @property
-    def loss(self) -> float: ...
-    @property
-    def rows(self) -> Tensor: ...
-    @property
-    def sound(self) -> bool | None: ...
+    taken: bool
+    loss: float
+    rows: Tensor
+    finite: bool | None
 
 
 class Strategy(Protocol):
-    """How ranks make one step together, and who holds what. Every rank calls all of it, the same number of times."""
+    """How ranks make one step together, and which rank holds what. Every rank calls all of it, equally often."""
+
+    @property
+    def optimizer(self) -> OptimizerState:
+        """Where the trained numbers are."""
+        ...
 
     def begin(self) -> None:
-        """Spreads over ranks what is to be spread; before the first call of a network, again does nothing."""
+        """Spreads over ranks what is to be spread; before the first call of a network. Later calls do nothing."""
         ...
 
     def calling(self) -> AbstractContextManager[None]:
         """For a block that calls a network outside a step; where it is spread, a lost rank is a RankError there."""
         ...
 
-    def step(self, work: Any, learning_rate: float) -> Taken:
-        """One optimiser step with what every rank's `score.work.Work` adds up to. Collective."""
+    def step(self, work: Work, learning_rate: float) -> StepResult:
+        """One optimiser step with what every rank's `work` adds up to. Collective."""
         ...

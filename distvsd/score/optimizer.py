@@ -9,30 +9,28 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from distvsd.config import ScoreConfig
+
 
 class AdapterOptimizer:
     """AdamW of one rank on whole parameters, in the order of a flat gradient; nothing here communicates.
 
-    warmup: steps over which the rate grows linearly. max_grad_norm: longer gradients are scaled down to it; 0 is off.
+    config: AdamW's settings, the warm-up, and the norm to which longer gradients are scaled down.
     num_steps: taken since the run began, across resumes; the warm-up counts by it.
     """
 
     def __init__(
         self,
         trainable: Mapping[str, Parameter],
-        weight_decay: float,
-        betas: tuple[float, float],
-        eps: float,
-        warmup: int,
-        max_grad_norm: float,
+        config: ScoreConfig,
     ) -> None:
         self.trainable = trainable
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm = config.max_grad_norm
         self.num_steps = 0
-        self._warmup = warmup
+        self._warmup = config.warmup
         # torch's AdamW with these settings, also for a strategy that takes the parameters over.
         self.new_adamw: Callable[[Iterable[Tensor]], torch.optim.AdamW] = functools.partial(
-            torch.optim.AdamW, betas=betas, eps=eps, weight_decay=weight_decay
+            torch.optim.AdamW, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
         )
         self._adamw = self.new_adamw(trainable.values())
 

@@ -13,7 +13,6 @@ from distvsd.errors import CheckpointError
 from distvsd.score.base import Score
 from distvsd.score.camera import CAMERA_FEATURES
 from distvsd.vsd import rng
-from distvsd.vsd.objectives import draw_timesteps
 from distvsd.vsd.rng import Purpose
 from distvsd.vsd.samples import Samples
 from distvsd.vsd.wanted import MOST, Wanted, refuse_misfits
@@ -33,11 +32,12 @@ class Stored:
 class Replay:
     """A ring of the last `rounds` gathered batches; masked samples are not kept, so nothing stored is not finite.
 
-    Every rank pushes the same gathered samples, so every rank holds the same ring. len() counts samples.
+    Every rank pushes the same gathered samples, so every rank holds the same ring. num_views: adjacent rows of a
+    particle, which are kept, dropped and drawn together. len() counts samples.
     """
 
-    def __init__(self, rounds: int, device: torch.device | str = "cpu") -> None:
-        self._rounds = rounds
+    def __init__(self, rounds: int, num_views: int = 1, device: torch.device | str = "cpu") -> None:
+        self._rounds, self._num_views = rounds, num_views
         self._device = device
         self._ring: list[Stored] = []
 
@@ -63,7 +63,8 @@ class Replay:
         self._ring = kept[max(len(kept) - self._rounds, 0) :]
 
     def draw(self, count: int, seed: int, round: int, lane: int = 0) -> Samples:
-        """`count` stored samples, uniform with replacement; a pure function of the content and (seed, round, lane).
+        """The rows of `count` stored particles, uniform with replacement; a pure function of the content and (seed,
+        round, lane).
 
         The first k of a larger draw are the draw of k. Raises ValueError when nothing is stored.
         """
@@ -72,7 +73,9 @@ class Replay:
         pool = Samples.cat([stored.samples for stored in self._ring])
         uniform = rng.uniform(seed, Purpose.REPLAY, [0], round, (count,), lane)[0]
         # float64: the product of a 24-bit uniform and the count is then exact, so the index is below the count.
-        return pool[(uniform.double() * len(pool)).long().to(pool.latents.device)]
+        particles = (uniform.double() * (len(pool) // self._num_views)).long()
+        rows = particles[:, None] * self._num_views + torch.arange(self._num_views)
+        return pool[rows.flatten().to(pool.latents.device)]
 
     def oldest(self) -> Samples | None:
         """The batch that has been stored longest, `rounds[0]`; None when nothing is stored."""
@@ -89,17 +92,32 @@ class Replay:
             tensors |= {field.name: getattr(pool, field.name).to("cpu", copy=True) for field in fields(pool)}
         return tensors
 
+    def check(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raises CheckpointError for what `load_state` cannot read."""
+        Limits().refuse_unfit(tensors)
+
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Inverse of `state`; of a longer ring it keeps the newest. Raises CheckpointError, and changes nothing, for
-        what `Limits` refuses."""
-        Limits().refuse_unfit(tensors)
+        what `Limits` refuses.
+
+        Rounds that do not consist of whole particles are dropped: they are of a run with other `particles.views`.
+        """
+        self.check(tensors)
         counts = tensors["counts"].tolist()
         self._ring = []
         if counts:
             split = {field.name: torch.split(tensors[field.name], counts) for field in fields(Samples)}
             batches = [Samples(*rows).to(self._device) for rows in zip(*split.values(), strict=True)]
             ring = [Stored(int(at), batch) for at, batch in zip(tensors["rounds"].tolist(), batches, strict=True)]
-            self._ring = ring[max(len(ring) - self._rounds, 0) :]
+            whole = [stored for stored in ring if self._is_whole(stored.samples.ids)]
+            self._ring = whole[max(len(whole) - self._rounds, 0) :]
+
+    def _is_whole(self, ids: Tensor) -> bool:
+        """Whether these rows are `num_views` adjacent ones of each particle."""
+        if len(ids) % self._num_views:
+            return False
+        particles = ids.reshape(-1, self._num_views)
+        return bool((particles == particles[:, :1]).all())
 
 
 @dataclass(frozen=True)
@@ -174,17 +192,16 @@ def on_policy_lag(score: Score, current: Samples, old: Samples, seed: int, round
 
 
 def _keyed_loss(score: Score, samples: Samples, seed: int, round: int) -> Tensor:
-    timesteps = torch.empty_like(samples.ids)
+    share = torch.empty_like(samples.weight)
     noise = torch.empty_like(samples.latents)
     slots = _slots(samples.ids)
     for slot in range(int(slots.max()) + 1):
         rows = slots == slot
         ids = samples.ids[rows]
-        share = rng.uniform(seed, Purpose.LAG, ids, round, (), lane=2 * slot)
-        timesteps[rows] = draw_timesteps(share, 0.0, 1.0, score.num_timesteps)
+        share[rows] = rng.uniform(seed, Purpose.LAG, ids, round, (), lane=2 * slot)
         noise[rows] = rng.normal(seed, Purpose.LAG, ids, round, noise.shape[1:], lane=2 * slot + 1)
     keep_camera = torch.ones_like(samples.ids, dtype=torch.bool)
-    return score.loss(samples, timesteps, noise, keep_camera).mean(dtype=torch.float64)
+    return score.loss(samples, score.process.times(share, 0.0, 1.0), noise, keep_camera).mean(dtype=torch.float64)
 
 
 def _slots(ids: Tensor) -> Tensor:

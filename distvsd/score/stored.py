@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distvsd.errors import PriorError
-from distvsd.score.adapter import TARGET_MODULES
+from distvsd.networks.unet import TIME_EMBEDDING, UNet
 from distvsd.score.camera import CAMERA_FEATURES
 from distvsd.vsd.wanted import MOST, Wanted, refuse_misfits
 
@@ -26,7 +26,6 @@ Shapes = Mapping[str, Sequence[int]]
 
 _EXACT_STEPS = 2**24  # AdamW counts its steps in float32, by one up to here and then not any more
 _PREFIX = "base_model.model."  # of peft, before the name of the module
-_TIME_EMBEDDING = "time_embedding.linear_2.weight"
 _NAMES = {ADAPTER_FILE: "the adapter", CAMERA_FILE: "the camera embedding", OPTIMIZER_FILE: "the optimiser"}
 _ADVICE = (
     "the checkpoint was altered, or written with another prior or score.rank: resume with the configuration that it "
@@ -41,9 +40,14 @@ def place(name: str) -> tuple[str, str]:
     return ADAPTER_FILE, name
 
 
+def network_files(trainable: Shapes) -> list[str]:
+    """The files that hold a network with these trainable parameters, and its optimiser."""
+    return sorted({place(name)[0] for name in trainable} | {OPTIMIZER_FILE})
+
+
 def files_of(trainable: Shapes) -> list[str]:
-    """The files that a resume reads."""
-    return sorted({place(name)[0] for name in trainable} | {OPTIMIZER_FILE, REPLAY_FILE})
+    """The files of `score/` that a resume reads: none where no score network is trained."""
+    return sorted([*network_files(trainable), REPLAY_FILE]) if trainable else []
 
 
 def refuse_unfit(file: str, trainable: Shapes, tensors: Mapping[str, Tensor]) -> None:
@@ -86,14 +90,14 @@ def trainable_of(unet: Shapes, rank: int, reads_cameras: bool) -> dict[str, tupl
 
     Raises PriorError for tensors that are not those of such a UNet.
     """
-    if not unet.get(_TIME_EMBEDDING):
-        raise PriorError(f"the UNet's files hold no {_TIME_EMBEDDING}; fetch or save the prior again")
+    if not unet.get(TIME_EMBEDDING):
+        raise PriorError(f"the UNet's files hold no {TIME_EMBEDDING}; fetch or save the prior again")
     shapes: dict[str, tuple[int, ...]] = {}
     for module, (rows, columns) in sorted(_adapted(unet).items()):
         shapes[f"{_PREFIX}{module}.lora_A.weight"] = (rank, columns)
         shapes[f"{_PREFIX}{module}.lora_B.weight"] = (rows, rank)
     if reads_cameras:
-        width = unet[_TIME_EMBEDDING][0]
+        width = unet[TIME_EMBEDDING][0]
         shapes |= {"camera.first.weight": (width, CAMERA_FEATURES), "camera.first.bias": (width,)}
         shapes |= {"camera.last.weight": (width, width), "camera.last.bias": (width,)}
     return shapes
@@ -101,7 +105,7 @@ def trainable_of(unet: Shapes, rank: int, reads_cameras: bool) -> dict[str, tupl
 
 def _adapted(unet: Shapes) -> dict[str, tuple[int, int]]:
     """The linear layers that get an adapter, as peft finds them: by the end of their names."""
-    names = tuple(f".{target}.weight" for target in TARGET_MODULES)
+    names = tuple(f".{target}.weight" for target in UNet.lora_targets)
     return {
         name.removesuffix(".weight"): (shape[0], shape[1])
         for name, shape in unet.items()
@@ -122,5 +126,5 @@ def unet_like(adapter: Mapping[str, Tensor], camera: Mapping[str, Tensor]) -> di
             columns = down.shape[-1] if down is not None and down.ndim else 1
             shapes[f"{module}.weight"] = (up.shape[0] if up is not None and up.ndim else 1, columns)
     bias = camera.get("first.bias")
-    shapes[_TIME_EMBEDDING] = (bias.shape[0] if bias is not None and bias.ndim else 1, 1)
+    shapes[TIME_EMBEDDING] = (bias.shape[0] if bias is not None and bias.ndim else 1, 1)
     return shapes

@@ -1,48 +1,31 @@
-"""One round of the score network: K steps on the renders of all ranks, each rank on its slice.
+"""One round of the score network: K steps on the renders of all ranks, each rank on its share.
 
-The batch, its noise and its timesteps are keyed by position in the union of the ranks' samples, so they do not depend
-on how many ranks there are. This file does not know how ranks talk: the strategy is handed in.
+Times and noise of a render are keyed by (particle, view, round), so they depend neither on how many ranks there are nor
+on where in a batch the render is. This file does not know how ranks talk: the strategy is handed in.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from distvsd.config import ScoreConfig
 from distvsd.errors import DivergedError
-from distvsd.score.base import Strategy, Taken
+from distvsd.score.base import StepResult, Strategy
 from distvsd.score.lora import LoraScore
-from distvsd.score.replay import on_policy_lag
-from distvsd.score.work import Draws, Work
-from distvsd.vsd.objectives import draw_timesteps
+from distvsd.score.replay import Replay, on_policy_lag
+from distvsd.score.stored import OPTIMIZER_FILE, REPLAY_FILE
+from distvsd.score.work import Batch, Work
 from distvsd.vsd.rng import Purpose, normal, uniform
 from distvsd.vsd.samples import Samples, slices
 
 LAG_SAMPLES = 64  # of the union, in which the lag is measured: enough to see it, and its cost does not grow
 NAMED_ROWS = 8  # in an error message
-
-
-class TrainingOptions(Protocol):
-    """What is read of the configuration's `score` block; meanings and ranges are documented there."""
-
-    @property
-    def steps_per_round(self) -> int: ...
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def learning_rate(self) -> float: ...
-    @property
-    def learning_rate_scaling(self) -> str: ...
-    @property
-    def camera_drop(self) -> float: ...
-    @property
-    def replay_share(self) -> float: ...
-    @property
-    def max_skipped(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -54,32 +37,40 @@ class Fit:
     skipped: int
 
 
-def kept_rows(samples: int, replay_share: float) -> int:
-    """Rows of a round of `samples` renders that the replay keeps at most."""
-    return samples if replay_share > 0 else min(samples, LAG_SAMPLES)
+def kept_rows(samples: int, replay_share: float, num_views: int) -> int:
+    """Rows of a round of `samples` renders that the replay keeps at most: whole particles of `num_views` rows."""
+    return samples if replay_share > 0 else min(samples, max(LAG_SAMPLES // num_views, 1) * num_views)
 
 
 def _alone(value: Any) -> list[Any]:
     return [value]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ScoreTraining:
     """Trains the shared score network; every rank calls `round` with the same union.
 
-    strategy: how the ranks' parts become one step. slice_of(n): this rank's share of n rows. micro_batch: rows a
-    backward pass, 0 for all; one makes a row's gradient independent of its neighbours, which `numerics: exact` needs
-    with an exact reduction. gather(value): every rank's JSON-able value, by rank; collective, called only before the
-    error that names what went wrong.
+    strategy: how the ranks' parts become one step. share_of(n): this rank's share of n particles. num_particles,
+    num_views: of the run; the rows of a particle are adjacent in every batch. micro_batch: rows a backward pass, 0 for
+    all; one particle a pass makes its gradient independent of its neighbours, which `numerics: exact` needs with an
+    exact reduction. gather(value): every rank's JSON-able value, by rank; collective, called only before the error that
+    names what went wrong.
+
+    replay: recent renders of all ranks. left_out: optimiser steps that all ranks left out, one after another, up to
+    now.
     """
 
     score: LoraScore
     strategy: Strategy
-    slice_of: Callable[[int], slice]
-    options: TrainingOptions
+    share_of: Callable[[int], slice]
+    config: ScoreConfig
     seed: int
+    num_particles: int
+    num_views: int
     micro_batch: int
+    replay: Replay
     gather: Callable[[Any], list[Any]] = _alone
+    left_out: int = field(default=0, init=False)
 
     def round(self, union: Samples, step: int) -> Fit:
         """K optimiser steps, t uniform over the whole range, then the union joins the replay. Communicates K times.
@@ -87,103 +78,131 @@ class ScoreTraining:
         Raises DivergedError, on all ranks, when `max_skipped` steps in a row had to be left out.
         """
         losses, skipped = [], 0
-        for lane in range(self.options.steps_per_round):
-            loss = self._step(self._batch(union, step, lane), step, lane)
+        for lane in range(self.config.steps_per_round):
+            loss = self._step(*self._batch(union, step, lane), step, lane)
             if loss is None:
                 skipped += 1
             else:
                 losses.append(loss)
-        self.score.replay.push(self._worth_keeping(union), step)
+        self.replay.push(self._worth_keeping(union), step)
         return Fit(sum(losses) / len(losses) if losses else math.nan, skipped)
 
-    def _step(self, batch: Samples, step: int, lane: int) -> float | None:
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Everything a bit-for-bit resume needs: tensors by name by file name; copies, on the CPU.
+
+        Collective where the strategy keeps parts of the optimiser on every rank.
+        """
+        files = self.score.state(self.strategy.optimizer)
+        files[OPTIMIZER_FILE]["left_out"] = torch.tensor(self.left_out, dtype=torch.int64)
+        return files | {REPLAY_FILE: self.replay.state()}
+
+    def load_state(self, files: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Inverse of `state`; raises CheckpointError where a file or tensor is missing or has another shape."""
+        self.replay.check(files.get(REPLAY_FILE, {}))
+        self.score.load_state(files, self.strategy.optimizer)
+        self.replay.load_state(files[REPLAY_FILE])
+        self.left_out = int(files[OPTIMIZER_FILE].get("left_out", 0))
+
+    def lag(self, union: Samples, step: int) -> float | None:
+        """Score loss on these renders minus that on the oldest kept ones; None while nothing older is kept.
+
+        Every rank computes the same number from the same first samples of the union; call it before `round`.
+        Communicates only where a strategy has spread the network over ranks.
+        """
+        old = self.replay.oldest()
+        if old is None:
+            return None
+        first = slice(0, kept_rows(len(union), 0.0, self.num_views))
+        with self.strategy.calling():
+            return on_policy_lag(self.score, union[first], old[first], self.seed, step)
+
+    def _step(self, union: Samples, keys: Tensor, step: int, lane: int) -> float | None:
         """One optimiser step and its mean loss, or None where all ranks leave it out together."""
-        valid = float(batch.weight.sum())
+        valid = float(union.weight.sum())
         if valid == 0:
             self._leave_out(step, None, None)
             return None
-        draws = self._draw(batch, step, lane).never_empty()
-        work = Work(self.score, draws, valid, slices(len(draws.samples), self.micro_batch))
-        taken = self.strategy.step(work, self._rate(len(batch)))
-        if not taken.usable:
-            self._leave_out(step, draws, taken)
+        batch = self._draw(union, keys, step, lane).never_empty(self.num_views)
+        work = Work(self.score, batch, valid, slices(len(batch.samples), self.micro_batch, self.num_views))
+        result = self.strategy.step(work, self._rate(len(union)))
+        if not result.taken:
+            self._leave_out(step, batch, result)
             return None
-        self.score.left_out = 0
-        return taken.loss / valid
+        self.left_out = 0
+        return result.loss / valid
 
-    def _draw(self, batch: Samples, step: int, lane: int) -> Draws:
-        """This rank's share; the draws are keyed by position in the whole batch."""
-        mine = self.slice_of(len(batch))
-        rows = torch.arange(len(batch), device=batch.ids.device)[mine]
-        u = uniform(self.seed, Purpose.SCORE_TIMESTEP, rows, step, (), lane)
-        return Draws(
-            batch[mine],
-            draw_timesteps(u, 0.0, 1.0, self.score.num_timesteps),
-            normal(self.seed, Purpose.SCORE_NOISE, rows, step, tuple(batch.latents.shape[1:]), lane),
-            uniform(self.seed, Purpose.SCORE_CAMERA_DROP, rows, step, (), lane) >= self.options.camera_drop,
+    def _draw(self, union: Samples, keys: Tensor, step: int, lane: int) -> Batch:
+        """This rank's share of the step's rows, with the draws of their keys `[N]`."""
+        share = self.share_of(len(union) // self.num_views)
+        mine = slice(share.start * self.num_views, share.stop * self.num_views)
+        own = keys[mine]
+        return Batch(
+            union[mine],
+            self.score.process.times(uniform(self.seed, Purpose.SCORE_TIMESTEP, own, step, (), lane), 0.0, 1.0),
+            normal(self.seed, Purpose.SCORE_NOISE, own, step, tuple(union.latents.shape[1:]), lane),
+            uniform(self.seed, Purpose.SCORE_CAMERA_DROP, own, step, (), lane) >= self.config.camera_drop,
         )
 
-    def _leave_out(self, step: int, draws: Draws | None, taken: Taken | None) -> None:
-        """Counts a step that was left out; the last that may be communicates, and raises on all ranks."""
-        self.score.left_out += 1
-        if self.score.left_out < self.options.max_skipped:
-            return
-        if draws is None or taken is None:
-            cause = "no render of any particle was finite"
-        else:
-            bad = ~taken.rows.isfinite()
-            rows = torch.stack([draws.samples.ids[bad], draws.timesteps[bad]], 1).tolist()
-            cause = _cause(self.gather([rows, taken.sound]))
-        raise DivergedError(
-            f"the score network's last {self.score.left_out} optimiser steps were left out (score.max_skipped), up to "
-            f"round {step + 1}: {cause}. Its weights are those of before; resume with a lower score.learning_rate, "
-            "with score.max_grad_norm, or from an older checkpoint"
-        )
+    def _batch(self, union: Samples, step: int, lane: int) -> tuple[Samples, Tensor]:
+        """What step `lane` of the round trains on, its share of the union and of the replay; and the keys of its draws.
 
-    def _worth_keeping(self, union: Samples) -> Samples:
-        """Without a replayed share only the lag looks at kept renders, and it looks at so many of a round."""
-        return union[union.weight > 0][: kept_rows(len(union), self.options.replay_share)]
-
-    def lag(self, union: Samples, step: int) -> float | None:
-        """Score loss on these renders minus that on the oldest kept ones; None while nothing older is kept. Local.
-
-        Every rank computes the same number from the same first samples of the union; call it before `round`.
+        A fresh row has the key particle * V + view; replayed rows have the keys after all of those.
         """
-        old = self.score.replay.oldest()
-        if old is None:
-            return None
-        with self.strategy.calling():
-            return on_policy_lag(self.score, union[:LAG_SAMPLES], old[:LAG_SAMPLES], self.seed, step)
-
-    def _batch(self, union: Samples, step: int, lane: int) -> Samples:
-        """What step `lane` of the round trains on: its share of the union, and of the replay."""
         fresh = self._dealt(union, step, lane)
-        extra = round(len(fresh) * self.options.replay_share / (1 - self.options.replay_share))
-        old = self.score.replay.oldest()
+        keys = fresh.ids * self.num_views + torch.arange(len(fresh), device=fresh.ids.device) % self.num_views
+        share = self.config.replay_share
+        extra = round(len(fresh) // self.num_views * share / (1 - share))
+        old = self.replay.oldest()
         # After a change of resolution the kept renders do not fit; they are dropped when this union is pushed.
         if extra == 0 or old is None or old.latents.shape[1:] != union.latents.shape[1:]:
-            return fresh
-        return Samples.cat([fresh, self.score.replay.draw(extra, self.seed, step, lane)])
+            return fresh, keys
+        replayed = self.replay.draw(extra, self.seed, step, lane)
+        after = self.num_particles * self.num_views + torch.arange(len(replayed), device=keys.device)
+        return Samples.cat([fresh, replayed]), torch.cat((keys, after))
 
     def _dealt(self, union: Samples, step: int, lane: int) -> Samples:
-        """`batch_size` sound renders: in a random order of the round, from where the step before ended, around."""
-        size = self.options.batch_size
+        """The particles with about `batch_size` sound renders: in a random order of the round, from where the step
+        before ended, around."""
+        views = self.num_views
+        size = self.config.batch_size
         if size == 0:
             return union
         sound = union[union.weight > 0]  # masked ones could fill a step that then teaches nothing
-        if size >= len(sound):
+        count, wanted = len(sound) // views, max(size // views, 1)
+        if wanted >= count:
             return sound
-        rows = torch.arange(len(sound), device=union.ids.device)
-        order = uniform(self.seed, Purpose.SCORE_BATCH, rows, step, ()).argsort(stable=True)
-        return sound[order[(lane * size + rows[:size]) % len(sound)]]
+        order = uniform(self.seed, Purpose.SCORE_BATCH, sound.ids[::views], step, ()).argsort(stable=True)
+        dealt = order[(lane * wanted + torch.arange(wanted, device=order.device)) % count]
+        return sound[(dealt[:, None] * views + torch.arange(views, device=order.device)).flatten()]
+
+    def _worth_keeping(self, union: Samples) -> Samples:
+        """Without a replayed share only the lag looks at kept renders, and it looks at so many of a round."""
+        return union[union.weight > 0][: kept_rows(len(union), self.config.replay_share, self.num_views)]
 
     def _rate(self, batch_size: int) -> float:
-        match self.options.learning_rate_scaling:
+        match self.config.learning_rate_scaling:
             case "sqrt":
-                return self.options.learning_rate * math.sqrt(batch_size)
+                return self.config.learning_rate * math.sqrt(batch_size)
             case "linear":
-                return self.options.learning_rate * batch_size
-        return self.options.learning_rate
+                return self.config.learning_rate * batch_size
+        return self.config.learning_rate
+
+    def _leave_out(self, step: int, batch: Batch | None, result: StepResult | None) -> None:
+        """Counts a step that was left out. At `max_skipped` it communicates, and raises on all ranks."""
+        self.left_out += 1
+        if self.left_out < self.config.max_skipped:
+            return
+        if batch is None or result is None:
+            cause = "no render of any particle was finite"
+        else:
+            bad = ~result.rows.isfinite()
+            rows = [[int(i), t] for i, t in zip(batch.samples.ids[bad], batch.times[bad].tolist(), strict=True)]
+            cause = _cause(self.gather([rows, result.finite]))
+        raise DivergedError(
+            f"the score network's last {self.left_out} optimiser steps were left out (score.max_skipped), up to "
+            f"round {step + 1}: {cause}. Its weights are those of before; resume with a lower score.learning_rate, "
+            "with score.max_grad_norm, or from an older checkpoint"
+        )
 
 
 def _cause(reports: list[list[Any]]) -> str:

@@ -1,4 +1,4 @@
-"""What one rank has to compute in one step of the score network, before anyone has said how ranks add it up."""
+"""What one rank has to compute in one step of the score network; a strategy says how ranks add it up."""
 
 from __future__ import annotations
 
@@ -13,35 +13,36 @@ from distvsd.vsd.samples import Samples
 
 
 @dataclass(frozen=True)
-class Draws:
-    """What one rank trains on in one step: its rows of the batch, with a time, noise and a kept camera for each."""
+class Batch:
+    """What one rank trains on in one step: its rows, with a time, noise and whether the camera is kept for each."""
 
     samples: Samples
-    timesteps: Tensor
+    times: Tensor
     noise: Tensor
     keep_camera: Tensor
 
-    def never_empty(self) -> Draws:
-        """With one row of weight 0 where there is none: it changes no sum, and the rank runs what all others run."""
+    def never_empty(self, num_views: int) -> Batch:
+        """With one particle of weight 0 where it has no rows: no sum changes, and the rank runs what the others run."""
         if len(self.samples):
             return self
-        samples = Samples(*(_one_row(getattr(self.samples, field.name)) for field in fields(Samples)))
-        return Draws(samples, _one_row(self.timesteps), _one_row(self.noise), _one_row(self.keep_camera))
+        samples = Samples(*(_zeros(getattr(self.samples, field.name), num_views) for field in fields(Samples)))
+        columns = (_zeros(column, num_views) for column in (self.times, self.noise, self.keep_camera))
+        return Batch(samples, *columns)
 
 
-def _one_row(column: Tensor) -> Tensor:
-    return torch.zeros(1, *column.shape[1:], dtype=column.dtype, device=column.device)
+def _zeros(column: Tensor, rows: int) -> Tensor:
+    return torch.zeros(rows, *column.shape[1:], dtype=column.dtype, device=column.device)
 
 
 @dataclass(frozen=True)
 class Work:
     """One rank's part of a step; at least one row. denominator: the global weight, the same on every rank.
 
-    micro_batches: slices that cover the rows once, each one UNet call of `gradients`; `objective` makes one call.
+    micro_batches: slices that cover the rows once, each one network call of `gradients`; `objective` makes one call.
     """
 
     score: LoraScore
-    draws: Draws
+    batch: Batch
     denominator: float
     micro_batches: list[slice]
 
@@ -49,7 +50,7 @@ class Work:
     def scale(self) -> float:
         """A power of two, the same on every rank, that keeps the gradients of float16 activations from rounding to
         zero."""
-        return self.score.loss_scale(self.draws.samples.latents, self.denominator)
+        return self.score.loss_scale(self.batch.samples.latents, self.denominator)
 
     def gradients(self) -> tuple[Iterator[Tensor], Tensor]:
         """See `LoraScore.gradients`: a flat gradient `[G]` a micro-batch, and the losses `[N]`, whole at its end."""
@@ -60,4 +61,4 @@ class Work:
         return self.score.objective(*self._columns(), factor / self.denominator)
 
     def _columns(self) -> tuple[Samples, Tensor, Tensor, Tensor]:
-        return self.draws.samples, self.draws.timesteps, self.draws.noise, self.draws.keep_camera
+        return self.batch.samples, self.batch.times, self.batch.noise, self.batch.keep_camera

@@ -27,7 +27,7 @@ HEADS = {
     "wall": len(world.COLORS),
     "floor": len(world.COLORS),
 }
-SHIPPED = Path(__file__).parent.parent / "weights" / "shapes" / "classifier"
+SHIPPED = Path(__file__).parent / "weights" / "classifier"
 CHANNELS = (24, 48, 72, 96, 96)
 
 

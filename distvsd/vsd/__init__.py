@@ -1,18 +1,20 @@
 """The mathematics of the method: pure functions on tensors, and the random streams that feed them."""
 
-from distvsd.vsd.objectives import Objective, distillation_gradient, draw_timesteps, entropic_eps, weight
-from distvsd.vsd.process import add_noise, target, to_eps, to_x0
+from distvsd.vsd.objectives import ESD, SDS, VSD, Distillation, Draws, Objective, Predictions
+from distvsd.vsd.process import Diffusion, Flow, Process, add_noise
 from distvsd.vsd.samples import Samples
 
 __all__ = [
+    "ESD",
+    "SDS",
+    "VSD",
+    "Diffusion",
+    "Distillation",
+    "Draws",
+    "Flow",
     "Objective",
+    "Predictions",
+    "Process",
     "Samples",
     "add_noise",
-    "distillation_gradient",
-    "draw_timesteps",
-    "entropic_eps",
-    "target",
-    "to_eps",
-    "to_x0",
-    "weight",
 ]

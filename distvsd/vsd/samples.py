@@ -43,7 +43,11 @@ class Samples:
         return Samples(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Samples)))
 
 
-def slices(count: int, size: int) -> list[slice]:
-    """`count` rows in consecutive slices of at most `size` (all in one where that is 0); none for no rows."""
-    size = size or max(count, 1)
+def slices(count: int, size: int, unit: int = 1) -> list[slice]:
+    """`count` rows in consecutive slices of about `size` (all in one where that is 0); none for no rows.
+
+    No slice cuts through `unit` adjacent rows, the views of one particle: a slice has the whole units that fit into
+    `size`, and at least one.
+    """
+    size = max(size // unit, 1) * unit if size else max(count, 1)
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]

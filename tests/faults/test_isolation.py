@@ -107,7 +107,7 @@ def rounds(world, config, plan: str, change: Callable | None):
             found[f"round {step}"] = repr((done.lag, done.fit)).encode()
     for particle_id, tensors in parts.ensemble.state().items():
         found |= {f"particle {particle_id}: {name}": value.numpy().tobytes() for name, value in tensors.items()}
-    for file, tensors in parts.score.state().items():
+    for file, tensors in parts.training.state().items():
         found |= {f"{file}: {name}": value.numpy().tobytes() for name, value in tensors.items()}
     return found
 
@@ -190,8 +190,8 @@ def updates(world, config, plan, count):
         for step in range(count):
             done = parts.loop.round(step)
             told.append(dataclasses.asdict(done.update) | {"skipped": done.fit.skipped})
-    network = [parameter.detach().numpy().tobytes() for parameter in parts.score.trainable.values()]
-    kept = parts.score.replay.oldest()
+    network = [parameter.detach().numpy().tobytes() for parameter in parts.training.score.trainable.values()]
+    kept = parts.training.replay.oldest()
     return {
         "rounds": told,
         "replayed": sorted(set(kept.ids.tolist())) if kept else [],
@@ -286,7 +286,7 @@ def until_the_end(world, config, plan, change):
             try:
                 training.round(gathered, step)
             except DivergedError as error:
-                return str(error), step, parts.score.num_steps
+                return str(error), step, parts.training.score.local.num_steps
     raise AssertionError("the run should have ended")
 
 

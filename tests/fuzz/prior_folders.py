@@ -92,7 +92,8 @@ def _use(draw: random.Random, prior: Path) -> None:
     side = 2 * loaded.folder.downscale
     loaded.decode(loaded.encode(torch.full((1, 3, side, side), 0.5)))
     zero = torch.zeros(1, dtype=torch.int64)
-    loaded.eps(torch.ones(1, *loaded.latent_shape(side)), zero + len(loaded.alphas_cumprod) // 2, zero, zero, 3.0)
+    times = loaded.process.times(torch.tensor([0.5]), 0.0, 1.0)
+    loaded.guided_output(torch.ones(1, *loaded.latent_shape(side)), times, loaded.condition(zero, zero), 3.0)
     if draw.random() < 0.3 and loaded.resolution <= 128:
         loaded.sample([0], 1, 3.0, 2, 0)
 

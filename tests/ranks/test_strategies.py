@@ -78,7 +78,7 @@ def rounds(world: World, config: Any, first: int, last: int, state: State | None
     shape, training = run.prior.latent_shape(16), run.loop.training
     assert training is not None, "the run has a score network"
     if state is not None:
-        run.score.load_state(state)
+        training.load_state(state)
     result = Result({}, [], [], [])
     with injected(f"nan@reduce:rank=1:step={SPOILED}"):
         for step in range(first, last):
@@ -88,7 +88,7 @@ def rounds(world: World, config: Any, first: int, last: int, state: State | None
             fit = training.round(union, step)
             result.losses.append(fit.loss)
             result.skipped.append(fit.skipped)
-            result.states[step + 1] = run.score.state()
+            result.states[step + 1] = training.state()
     return result
 
 

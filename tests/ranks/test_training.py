@@ -1,7 +1,6 @@
 """Whole trainings on several ranks: the score learns from everyone, and the number of ranks changes nothing."""
 
 import dataclasses
-import functools
 import json
 from pathlib import Path
 
@@ -10,14 +9,11 @@ import torch
 
 from distvsd.config import load_config
 from distvsd.looking.opened import load_particles
-from distvsd.parallel.exchange import Exchange, slice_for
-from distvsd.parallel.reduce import reduce_gradients
+from distvsd.parallel.exchange import Exchange
 from distvsd.parallel.world import World
 from distvsd.run.build import build_run
 from distvsd.run.contents import verify as verify_run
 from distvsd.run.train import train
-from distvsd.score.strategies.flat import Flat
-from distvsd.score.training import ScoreTraining
 from distvsd.testing.pipelines import tiny_pipeline
 from distvsd.testing.ranks import run_ranks
 from distvsd.vsd.samples import Samples
@@ -141,18 +137,10 @@ def score_gradient(world, run, samples, counts):
     mine = samples[slice(first, first + counts[world.rank])]
     parts = build_run(run, world, lambda done: False)
     taken = []
-    parts.score.step = lambda gradient, rate: taken.append(gradient.clone())
-    reduce = functools.partial(reduce_gradients, world, length=sum(parts.score.num_parameters), numerics="fast")
-    training = ScoreTraining(
-        parts.score,
-        Flat(lambda vectors, sums: reduce(vectors, extra_sums=sums), parts.score.step),
-        functools.partial(slice_for, world),
-        run.score,
-        0,
-        0,
-    )
+    training = parts.training
+    training.score.local.step = lambda gradient, rate: taken.append(gradient.clone())
     # The adapter's second factor begins at zero, which would hide the first factor's gradient.
-    for parameter in parts.score.trainable.values():
+    for parameter in training.score.trainable.values():
         parameter.data += 0.01
     training.round(Exchange(world, counts).start(mine).wait(), 0)
     return taken[0]

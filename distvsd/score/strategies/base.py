@@ -1,11 +1,9 @@
-"""What strategies have in common: what they are given, what they give back, and how they say that a rank is lost."""
+"""What strategies have in common: a module of what is trained, the total loss, and how a lost rank becomes an error."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -14,58 +12,7 @@ from torch.nn import Parameter
 
 from distvsd.parallel.collectives import all_reduce_sum_, meet, talking
 from distvsd.parallel.world import World
-
-
-class Work(Protocol):
-    """One rank's part of a step, not computed yet. It has at least one row, of weight 0 where the rank has none."""
-
-    @property
-    def scale(self) -> float:
-        """What the objective is to be multiplied by in the backward pass, against float16's rounding to zero."""
-        ...
-
-    def gradients(self) -> tuple[Iterator[Tensor], Tensor]:
-        """A flat gradient `[G]` float32 for each micro-batch, whose sum over all ranks is the step's; row losses."""
-        ...
-
-    def objective(self, factor: float) -> tuple[Tensor, Tensor]:
-        """`factor` times this rank's part of the loss, a scalar with its graph, in one call; row losses `[N]`."""
-        ...
-
-
-@dataclass(frozen=True)
-class Taken:
-    """What became of a step, the same on every rank but for rows and sound: see `score.base.Taken`."""
-
-    usable: bool
-    loss: float
-    rows: Tensor
-    sound: bool | None
-
-
-class Held(Protocol):
-    """The trained numbers and AdamW's moments, wherever they are: see `score.base.Optimizer`."""
-
-    @property
-    def num_steps(self) -> int: ...
-    def values(self) -> Mapping[str, Tensor]: ...
-    def moments(self) -> Mapping[str, Mapping[str, Tensor]]: ...
-    def restore(
-        self, values: Mapping[str, Tensor], moments: Mapping[str, Mapping[str, Tensor]], num_steps: int
-    ) -> None: ...
-
-
-class Local(Held, Protocol):
-    """The optimiser of one rank that holds everything: `score.optimizer.AdapterOptimizer`."""
-
-    trainable: Mapping[str, Parameter]
-    max_grad_norm: float
-    num_steps: int
-    new_adamw: Callable[[Iterable[Tensor]], torch.optim.AdamW]
-
-    def rate(self, learning_rate: float) -> float: ...
-    def step(self, flat_gradient: Tensor, learning_rate: float) -> None: ...
-    def release(self) -> Mapping[str, Mapping[str, Tensor]]: ...
+from distvsd.score.work import Work
 
 
 class Trained(nn.Module):

@@ -3,38 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from contextlib import AbstractContextManager
 from importlib.util import find_spec
-from typing import Literal, Protocol
 
-from torch import nn
-
+from distvsd.config import ParallelConfig
 from distvsd.errors import BackendError
 from distvsd.parallel.world import World
-from distvsd.score.strategies.base import Held, Local, Taken, Work
+from distvsd.score.base import Strategy
+from distvsd.score.lora import LoraScore
 from distvsd.score.strategies.flat import Flat
 
 
-class Options(Protocol):
-    """What is read of the configuration's `parallel` block; meanings and ranges are documented there."""
-
-    @property
-    def strategy(self) -> Literal["flat", "ddp", "fsdp2", "deepspeed"]: ...
-    @property
-    def zero_stage(self) -> int: ...
-    @property
-    def timeout_s(self) -> float: ...
-
-
-class Strategy(Protocol):
-    """See `score.base.Strategy`."""
-
-    def begin(self) -> None: ...
-    def calling(self) -> AbstractContextManager[None]: ...
-    def step(self, work: Work, learning_rate: float) -> Taken: ...
-
-
-def refuse_missing(options: Options) -> None:
+def refuse_missing(options: ParallelConfig) -> None:
     """Raises BackendError where a strategy's library is not there; on every rank the same, before anything is loaded.
 
     Does not import deepspeed, which takes seconds.
@@ -55,33 +34,32 @@ def refuse_missing(options: Options) -> None:
             )
 
 
-def spreads_network(options: Options, world: World) -> bool:
+def spreads_network(options: ParallelConfig, world: World) -> bool:
     """Whether ranks hold parts of the frozen network, so that every call of it is every rank's."""
     whole = options.strategy in ("flat", "ddp") or (options.strategy == "deepspeed" and options.zero_stage < 3)
     return world.size > 1 and not whole
 
 
-def choose(options: Options, world: World, network: nn.Module, local: Local, flat: Flat) -> tuple[Strategy, Held]:
-    """The strategy, and who holds the trained numbers under it. A rank on its own has nobody to share with: `flat`.
+def choose(options: ParallelConfig, world: World, score: LoraScore, flat: Flat) -> Strategy:
+    """The strategy of the configuration. A rank on its own has nobody to share with: `flat`.
 
     Does not communicate; the strategy does so from `begin` on.
     """
     if world.size == 1:
-        return flat, local
+        return flat
     match options.strategy:
         case "flat":
-            return flat, local
+            return flat
         case "ddp":
             from distvsd.score.strategies.ddp import Ddp
 
-            return Ddp(world, local), local
+            return Ddp(world, score.local)
         case "fsdp2":
             from distvsd.score.strategies.fsdp2 import Fsdp2
 
-            return Fsdp2(world, network, local, flat), local
+            return Fsdp2(world, score.network, score.local, flat)
         case "deepspeed":
             from distvsd.score.strategies.deepspeed import DeepSpeed
 
-            engine = DeepSpeed(world, options.zero_stage, network, local, options.timeout_s)
-            return engine, engine
+            return DeepSpeed(world, options, score.network, score.local)
     raise ValueError(f"parallel.strategy is {options.strategy!r}; known are flat, ddp, fsdp2 and deepspeed")

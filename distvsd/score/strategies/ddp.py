@@ -11,15 +11,23 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distvsd.faults import fault, poison
 from distvsd.parallel.world import World
-from distvsd.score.strategies.base import Local, Taken, Trained, Work, flat, together, total_loss
+from distvsd.score.base import StepResult
+from distvsd.score.optimizer import AdapterOptimizer
+from distvsd.score.strategies.base import Trained, flat, together, total_loss
+from distvsd.score.work import Work
 
 
 class Ddp:
     """DistributedDataParallel around what is trained; the frozen network is every rank's own and is not broadcast."""
 
-    def __init__(self, world: World, local: Local) -> None:
+    def __init__(self, world: World, local: AdapterOptimizer) -> None:
         self._world = world
         self._local = local
+
+    @property
+    def optimizer(self) -> AdapterOptimizer:
+        """See `score.base.Strategy`."""
+        return self._local
 
     def begin(self) -> None:
         """Compares and broadcasts what is trained, the first time."""
@@ -29,7 +37,7 @@ class Ddp:
         """See `score.base.Strategy`: every rank's own."""
         return nullcontext()
 
-    def step(self, work: Work, learning_rate: float) -> Taken:
+    def step(self, work: Work, learning_rate: float) -> StepResult:
         """See `score.base.Strategy`. What is not finite shows in the sum, so the optimiser comes after it."""
         world, scale = self._world, work.scale
         self.begin()
@@ -44,7 +52,7 @@ class Ddp:
         usable = math.isfinite(loss) and bool(gradient.isfinite().all())
         if usable:
             self._local.step(gradient, learning_rate)
-        return Taken(usable, loss, rows, None)
+        return StepResult(usable, loss, rows, None)
 
     @cached_property
     def _wrapped(self) -> torch.nn.Module:

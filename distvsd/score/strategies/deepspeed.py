@@ -15,11 +15,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distvsd.config import ParallelConfig
 from distvsd.errors import BackendError
 from distvsd.faults import fault, poison
 from distvsd.parallel.collectives import all_gather_rows, device_timeout
 from distvsd.parallel.world import World
-from distvsd.score.strategies.base import Local, Taken, Trained, Work, together, total_loss
+from distvsd.score.base import StepResult
+from distvsd.score.optimizer import AdapterOptimizer
+from distvsd.score.strategies.base import Trained, together, total_loss
+from distvsd.score.work import Work
 
 # Numbers of a tensor that ZeRO-3 leaves whole on every rank, because gathering it would cost more than it saves.
 PERSISTENT = 100_000
@@ -30,16 +34,22 @@ class DeepSpeed:
     """A DeepSpeedEngine that owns what is trained, from the first step on; before that `local` does.
 
     It reduces, clips, leaves out what is not finite, and steps by itself, in float32 whatever the network's dtype.
-    network: partitioned by stage 3, whose every call then is collective. timeout_s: for the group that DeepSpeed opens.
+    network: partitioned by stage 3, whose every call then is collective. config: the stage, and the timeout of the
+    group that DeepSpeed opens.
     """
 
-    def __init__(self, world: World, stage: int, network: nn.Module, local: Local, timeout_s: float) -> None:
+    def __init__(self, world: World, config: ParallelConfig, network: nn.Module, local: AdapterOptimizer) -> None:
         self._world = world
-        self._stage = stage
+        self._stage = config.zero_stage
         self._network = network
         self._local = local
-        self._timeout_s = timeout_s
+        self._timeout_s = config.timeout_s
         self._engine: Any = None
+
+    @property
+    def optimizer(self) -> DeepSpeed:
+        """See `score.base.Strategy`."""
+        return self
 
     def begin(self) -> None:
         """Hands the parameters over, with the moments of a resumed run, the first time."""
@@ -51,7 +61,7 @@ class DeepSpeed:
         """See `score.base.Strategy`: every rank's with stage 3."""
         return together(self._world) if self._stage == 3 else nullcontext()
 
-    def step(self, work: Work, learning_rate: float) -> Taken:
+    def step(self, work: Work, learning_rate: float) -> StepResult:
         """See `score.base.Strategy`. Without a finite norm of the reduced gradient DeepSpeed leaves the step out."""
         self.begin()
         engine = self._engine
@@ -69,15 +79,15 @@ class DeepSpeed:
             engine.step()
         usable = bool(engine.was_step_applied())
         self._local.num_steps += usable
-        return Taken(usable, loss, rows, None)
+        return StepResult(usable, loss, rows, None)
 
     @property
     def num_steps(self) -> int:
-        """See `score.base.Optimizer`."""
+        """See `score.base.OptimizerState`."""
         return self._local.num_steps
 
     def values(self) -> Mapping[str, Tensor]:
-        """See `score.base.Optimizer`."""
+        """See `score.base.OptimizerState`."""
         if self._engine is None or self._stage < 3:
             return self._local.values()
         from deepspeed.utils import safe_get_local_fp32_param
@@ -85,7 +95,7 @@ class DeepSpeed:
         return self._gathered(safe_get_local_fp32_param)
 
     def moments(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """See `score.base.Optimizer`."""
+        """See `score.base.OptimizerState`."""
         if self._engine is None or not self.num_steps:
             return self._local.moments()
         from deepspeed.utils import safe_get_full_optimizer_state, safe_get_local_optimizer_state
@@ -108,7 +118,7 @@ class DeepSpeed:
     def restore(
         self, values: Mapping[str, Tensor], moments: Mapping[str, Mapping[str, Tensor]], num_steps: int
     ) -> None:
-        """See `score.base.Optimizer`."""
+        """See `score.base.OptimizerState`."""
         assert self._engine is None, "a state is restored before the first step"
         self._local.restore(values, moments, num_steps)
 

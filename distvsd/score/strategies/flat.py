@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-from distvsd.score.strategies.base import Taken, Work
+from distvsd.parallel.reduce import Reduced
+from distvsd.score.base import StepResult
+from distvsd.score.optimizer import AdapterOptimizer
+from distvsd.score.work import Work
 
 
-class Reduced(Protocol):
-    """What a reduction gives back: see `parallel.reduce.Reduced`."""
+class Reduce(Protocol):
+    """`parallel.reduce.reduce_gradients` with its world, length and numerics. Collective."""
 
-    @property
-    def gradient(self) -> Tensor: ...
-    @property
-    def sums(self) -> Tensor: ...
-    @property
-    def usable(self) -> bool: ...
-
-
-Reduce = Callable[[Iterable[Tensor], Tensor], Reduced]
-"""(gradients of this rank's micro-batches, rows to sum, read after the gradients) -> Reduced. Collective."""
+    def __call__(self, vectors: Iterable[Tensor], *, extra_sums: Tensor) -> Reduced: ...
 
 
 @dataclass(frozen=True)
 class Flat:
-    """reduce: the collective sum. move(gradient, learning rate): the optimiser's step, the same on every rank."""
+    """reduce: the collective sum. optimizer: takes the step, the same on every rank."""
 
     reduce: Reduce
-    move: Callable[[Tensor, float], None]
+    optimizer: AdapterOptimizer
 
     def begin(self) -> None:
         """Nothing is spread."""
@@ -41,12 +35,12 @@ class Flat:
         """See `score.base.Strategy`: every rank's own."""
         return nullcontext()
 
-    def step(self, work: Work, learning_rate: float) -> Taken:
+    def step(self, work: Work, learning_rate: float) -> StepResult:
         """See `score.base.Strategy`. Looks at the gradient before it is used; one collective."""
         vectors, rows = work.gradients()
-        reduced = self.reduce(vectors, rows[:, None])
+        reduced = self.reduce(vectors, extra_sums=rows[:, None])
         if reduced.usable:
-            self.move(reduced.gradient, learning_rate)
-            return Taken(True, float(reduced.sums[0]), rows, True)
-        sound = all(bool(vector.isfinite().all()) for vector in work.gradients()[0])  # computed again: it is rare
-        return Taken(False, float(reduced.sums[0]), rows, sound)
+            self.optimizer.step(reduced.gradient, learning_rate)
+            return StepResult(True, float(reduced.sums[0]), rows, True)
+        finite = all(bool(vector.isfinite().all()) for vector in work.gradients()[0])  # computed again: it is rare
+        return StepResult(False, float(reduced.sums[0]), rows, finite)

@@ -7,8 +7,11 @@ from contextlib import AbstractContextManager
 from torch import nn
 
 from distvsd.parallel.world import World
-from distvsd.score.strategies.base import Local, Taken, Work, together
+from distvsd.score.base import StepResult
+from distvsd.score.optimizer import AdapterOptimizer
+from distvsd.score.strategies.base import together
 from distvsd.score.strategies.flat import Flat
+from distvsd.score.work import Work
 
 
 class Fsdp2:
@@ -20,12 +23,17 @@ class Fsdp2:
     network: whose blocks are gathered one at a time; every call of it is collective once `begin` was called.
     """
 
-    def __init__(self, world: World, network: nn.Module, local: Local, flat: Flat) -> None:
+    def __init__(self, world: World, network: nn.Module, local: AdapterOptimizer, flat: Flat) -> None:
         self._world = world
         self._network = network
         self._local = local
         self._flat = flat
         self._is_spread = False
+
+    @property
+    def optimizer(self) -> AdapterOptimizer:
+        """See `score.base.Strategy`."""
+        return self._local
 
     def begin(self) -> None:
         """Cuts the network up, the first time; every rank has loaded the same, so nothing is sent.
@@ -48,7 +56,7 @@ class Fsdp2:
         """See `score.base.Strategy`: every rank's."""
         return together(self._world)
 
-    def step(self, work: Work, learning_rate: float) -> Taken:
+    def step(self, work: Work, learning_rate: float) -> StepResult:
         """See `score.base.Strategy`."""
         self.begin()
         with together(self._world):

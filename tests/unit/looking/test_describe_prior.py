@@ -24,7 +24,7 @@ def test_a_description_counts_what_loading_finds_and_is_json(shared_pipeline: Ca
     prior = load_prior(str(folder), ["a red cube"])
     encoder = CLIPTextModel.from_pretrained(folder / "text_encoder")
     parts = described["components"]
-    assert parts["unet"]["parameters"] == sum(value.numel() for value in prior.unet.parameters())
+    assert parts["unet"]["parameters"] == sum(value.numel() for value in prior.denoiser.module.parameters())
     assert parts["vae"]["parameters"] == sum(value.numel() for value in prior.codec.vae.parameters())  # type: ignore[attr-defined]
     assert parts["text_encoder"]["parameters"] == sum(value.numel() for value in encoder.parameters())
     assert parts["unet"]["bytes"] == (folder / "unet/diffusion_pytorch_model.safetensors").stat().st_size

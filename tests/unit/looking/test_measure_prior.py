@@ -8,14 +8,14 @@ import torch
 from distvsd.cameras import orbit
 from distvsd.looking import measure_prior as measured
 from distvsd.looking.labels import expected_labels
+from distvsd.networks.base import Condition
 from distvsd.shapes import world
+from distvsd.vsd.process import Diffusion
 from distvsd.vsd.rng import Purpose, generator
 
 
 class Painter:
     """A prior whose samples are drawings of what the caption says; `blunder` changes labels before they are drawn."""
-
-    alphas_cumprod = torch.ones(10)
 
     def __init__(self, prompts, blunder=lambda labels: None):
         self.texts = types.SimpleNamespace(prompts=tuple(prompts))
@@ -25,8 +25,15 @@ class Painter:
     def latent_shape(self, resolution):
         return 48, resolution // 4, resolution // 4
 
-    def eps(self, noisy, timesteps, ids, views, guidance_scale):
-        return noisy
+    def condition(self, ids, views):
+        return Condition(torch.zeros(len(ids), 1, 1))
+
+    class denoiser:
+        process = Diffusion(torch.linspace(0.9, 0.1, 10), "epsilon")
+
+        @staticmethod
+        def predict(noisy, times, condition):
+            return noisy
 
     def sample(self, ids, count, guidance_scale, steps, seed):
         assert len(ids) == count

@@ -144,8 +144,10 @@ def test_a_cache_of_the_hub_with_links_to_its_blobs_is_a_prior(
         link.symlink_to(os.path.relpath(blobs / f"{number:064x}", link.parent))
     found = load_prior(str(snapshot), ["a red cube"])
     assert found.identity() == wanted.identity()
-    assert torch.equal(found.texts.negative, wanted.texts.negative)
-    assert all(map(torch.equal, found.unet.state_dict().values(), wanted.unet.state_dict().values()))
+    assert torch.equal(found.texts.negative(1).text, wanted.texts.negative(1).text)
+    assert all(
+        map(torch.equal, found.denoiser.module.state_dict().values(), wanted.denoiser.module.state_dict().values())
+    )
 
 
 def test_what_is_no_regular_file_is_refused_and_never_waited_for(own_pipeline: Callable[..., Path]) -> None:
@@ -257,10 +259,10 @@ def test_a_quantised_pipeline_is_refused_by_the_name_of_the_setting(
 
 def test_settings_that_name_other_code_or_storage_change_nothing(own_pipeline: Callable[..., Path]) -> None:
     folder = own_pipeline("sd15")
-    wanted = load_prior(str(folder), ["a red cube"]).texts.negative
+    wanted = load_prior(str(folder), ["a red cube"]).texts.negative(1).text
     settings = {"transformers_weights": "other.bin", "torch_dtype": "float16", "attn_implementation": "a/kernel"}
     change(folder / TEXT_CONFIG, _attn_implementation="a/kernel", configuration_files=["config.9.json"], **settings)
-    assert torch.equal(load_prior(str(folder), ["a red cube"]).texts.negative, wanted)
+    assert torch.equal(load_prior(str(folder), ["a red cube"]).texts.negative(1).text, wanted)
 
 
 def test_a_tokenizer_without_a_token_to_pad_with_is_refused(own_pipeline: Callable[..., Path]) -> None:
@@ -289,7 +291,7 @@ def test_a_length_of_texts_that_no_encoder_has_is_refused(length: Any, own_pipel
     folder = own_pipeline("sd15")
     change(folder / "tokenizer/tokenizer_config.json", model_max_length=length)
     if length in (HUGE, None):  # the encoder's own length holds
-        assert load_prior(str(folder), ["a red cube"]).texts.negative.shape[1] == 77
+        assert load_prior(str(folder), ["a red cube"]).texts.negative(1).text.shape[1] == 77
     else:
         assert "token" in refusal(folder)
 

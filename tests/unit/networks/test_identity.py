@@ -31,7 +31,12 @@ def loaded(folder: Path) -> list[torch.Tensor]:
     """Everything a run takes from the prior: texts, both networks, the schedule."""
     prior = load_prior(str(folder), ["a red cube"])
     codec = prior.codec.state_dict().values() if isinstance(prior.codec, torch.nn.Module) else ()
-    return [prior.texts.bare(torch.tensor([0])), prior.alphas_cumprod, *prior.unet.state_dict().values(), *codec]
+    return [
+        prior.texts.bare(torch.tensor([0])).text,
+        prior.process.alphas_cumprod,
+        *prior.denoiser.module.state_dict().values(),
+        *codec,
+    ]
 
 
 def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:

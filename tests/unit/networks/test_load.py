@@ -33,11 +33,11 @@ def test_prompts_are_encoded_as_stable_diffusion_pipeline_encodes_them(
     prior = load_prior(str(folder), PROMPTS, negative_prompt="blurry, grey")
     for index, prompt in enumerate(PROMPTS):
         wanted, negative = reference.encode_prompt(prompt, "cpu", 1, True, negative_prompt="blurry, grey")
-        torch.testing.assert_close(prior.texts.bare(torch.tensor([index])), wanted, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(prior.texts.negative, negative, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(prior.texts.bare(torch.tensor([index])).text, wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(prior.texts.negative(1).text, negative, rtol=1e-5, atol=1e-5)
     viewed, _ = reference.encode_prompt("a red cube, side view", "cpu", 1, False)
     side = torch.tensor([VIEWS.index("side view")])
-    torch.testing.assert_close(prior.texts.viewed(torch.tensor([0]), side), viewed, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(prior.texts.viewed(torch.tensor([0]), side).text, viewed, rtol=1e-5, atol=1e-5)
 
 
 def test_the_embedded_layout_encodes_prompts_with_its_own_tokenizer(shared_pipeline: Callable[..., Path]) -> None:
@@ -49,7 +49,7 @@ def test_the_embedded_layout_encodes_prompts_with_its_own_tokenizer(shared_pipel
     with torch.no_grad():
         wanted = CLIPTextModel.from_pretrained(folder / "text_encoder").eval()(ids).last_hidden_state
     prior = load_prior(str(folder), ["a red cube"])
-    viewed = prior.texts.viewed(torch.tensor([0]), torch.tensor([VIEWS.index("back view")]))
+    viewed = prior.texts.viewed(torch.tensor([0]), torch.tensor([VIEWS.index("back view")])).text
     assert viewed.shape[1] == 16
     torch.testing.assert_close(viewed, wanted, rtol=1e-5, atol=1e-5)
 
@@ -58,14 +58,14 @@ def test_an_encoder_with_projection_gives_the_states_of_its_tokens_not_the_poole
     own_pipeline: Callable[..., Path],
 ) -> None:
     folder = own_pipeline("sd15")
-    plain = load_prior(str(folder), ["a red cube"]).texts.bare(torch.tensor([0]))
+    plain = load_prior(str(folder), ["a red cube"]).texts.bare(torch.tensor([0])).text
     index = json.loads((folder / "model_index.json").read_text())
     index["text_encoder"] = ["transformers", "CLIPTextModelWithProjection"]
     (folder / "model_index.json").write_text(json.dumps(index))
     weights = {name: value.clone() for name, value in load_file(folder / "text_encoder/model.safetensors").items()}
     weights["text_projection.weight"] = torch.eye(32)
     save_file(weights, folder / "text_encoder/model.safetensors", metadata={"format": "pt"})
-    projected = load_prior(str(folder), ["a red cube"]).texts.bare(torch.tensor([0]))
+    projected = load_prior(str(folder), ["a red cube"]).texts.bare(torch.tensor([0])).text
     torch.testing.assert_close(projected, plain)
 
 
@@ -88,16 +88,16 @@ def test_the_text_encoder_is_freed_before_the_prior_is_returned(
         assert [encoder() for encoder in encoders] == [None]
     finally:
         gc.enable()
-    assert prior.texts.bare(torch.tensor([0])).isfinite().all()
+    assert prior.texts.bare(torch.tensor([0])).text.isfinite().all()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_everything_is_frozen(layout: str, shared_prior: Callable[..., Pipeline]) -> None:
     prior = shared_prior(layout)
-    modules = [prior.unet, prior.codec]
+    modules = [prior.denoiser.module, prior.codec]
     assert all(not parameter.requires_grad for module in modules for parameter in module.parameters())  # type: ignore[attr-defined]
-    assert all(not part.training for part in prior.unet.modules())
-    assert not prior.texts.negative.requires_grad
+    assert all(not part.training for part in prior.denoiser.module.modules())
+    assert not prior.texts.negative(1).text.requires_grad
 
 
 def test_the_schedule_is_the_one_the_scheduler_class_computes(shared_prior: Callable[..., Pipeline]) -> None:
@@ -105,9 +105,9 @@ def test_the_schedule_is_the_one_the_scheduler_class_computes(shared_prior: Call
     # Stable Diffusion's schedule by its formula: square roots of the betas are evenly spaced.
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     wanted = (1 - betas).cumprod(0).float()
-    assert prior.alphas_cumprod.dtype == torch.float32
-    torch.testing.assert_close(prior.alphas_cumprod, wanted, rtol=1e-4, atol=1e-6)
-    assert shared_prior("shapes").alphas_cumprod[-1] == 0
+    assert prior.process.alphas_cumprod.dtype == torch.float32
+    torch.testing.assert_close(prior.process.alphas_cumprod, wanted, rtol=1e-4, atol=1e-6)
+    assert shared_prior("shapes").process.alphas_cumprod[-1] == 0
 
 
 @pytest.mark.parametrize("name", ("float16", "bfloat16"))
@@ -116,12 +116,12 @@ def test_half_precision_holds_the_networks_and_texts_and_nothing_else(
 ) -> None:
     prior = load_prior(str(shared_pipeline("sd21")), ["a red cube"], dtype=name)
     half = getattr(torch, name)
-    assert {parameter.dtype for parameter in prior.unet.parameters()} == {half}
-    assert prior.texts.negative.dtype == half
-    assert prior.alphas_cumprod.dtype == torch.float32
+    assert {parameter.dtype for parameter in prior.denoiser.module.parameters()} == {half}
+    assert prior.texts.negative(1).text.dtype == half
+    assert prior.process.alphas_cumprod.dtype == torch.float32
     assert prior.encode(torch.full((1, 3, 64, 64), 0.3)).dtype == torch.float32
-    zero = torch.zeros(1, dtype=torch.int64)
-    assert prior.eps(torch.ones(1, 4, 8, 8), zero + 500, zero, zero, 7.5).dtype == torch.float32
+    condition, t = prior.condition(torch.tensor([0])), torch.tensor([500])
+    assert prior.guided_output(torch.ones(1, 4, 8, 8), t, condition, 7.5).dtype == torch.float32
     assert torch.get_default_dtype() == torch.float32
 
 
@@ -155,7 +155,7 @@ def test_weights_saved_only_as_the_fp16_variant_load(own_pipeline: Callable[...,
         save_file(weights, source.with_suffix(".fp16.safetensors"), metadata={"format": "pt"})
         source.unlink()
     loaded = load_prior(str(folder), ["a red cube"], dtype="float16")
-    for one, other in zip(wanted.unet.parameters(), loaded.unet.parameters(), strict=True):
+    for one, other in zip(wanted.denoiser.module.parameters(), loaded.denoiser.module.parameters(), strict=True):
         assert torch.equal(one, other)
 
 

@@ -13,13 +13,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distvsd.config import Config, Schedule
+from distvsd.config import Config, Schedule, ScoreConfig
 from distvsd.errors import ConfigError
+from distvsd.networks.base import LatentSpace
+from distvsd.networks.unet import UNet
 from distvsd.parallel.assign import owners
 from distvsd.particles.good import GOOD_EVERY, most_copies
 from distvsd.plan.needs import grid_resolutions, particle_parameters
 from distvsd.plan.plan import adapter_parameters, make_plan
 from distvsd.plan.text import amount, draw
+from distvsd.vsd.process import Diffusion
 from distvsd.vsd.samples import Samples
 
 UNET = {
@@ -198,12 +201,14 @@ def test_the_adapter_of_an_unknown_block_is_not_guessed() -> None:
 def test_the_counts_are_what_the_score_network_really_has(prior: str, depths: Any) -> None:
     from diffusers import UNet2DConditionModel
 
-    from distvsd.score.adapter import adapted_unet
+    from distvsd.score.adapter import adapted
     from distvsd.score.adapter import adapter_parameters as parameters_of
 
     shape = UNET | {"transformer_layers_per_block": depths}
-    adapted, camera = adapted_unet(UNet2DConditionModel(**shape), 3, "normal", 0, True, "cpu")
-    assert adapter_parameters(shape, 3) == sum(value.numel() for value in parameters_of(adapted).values())
+    process = Diffusion(torch.linspace(0.9, 0.1, 10), "epsilon")
+    base = UNet(UNet2DConditionModel(**shape), LatentSpace(4, 8, 64), process, torch.float32)
+    model, camera = adapted(base, ScoreConfig(rank=3), 0, True, "cpu")
+    assert adapter_parameters(shape, 3) == sum(value.numel() for value in parameters_of(model).values())
     plan = make_plan(config(prior))
     assert plan["prior"]["camera_parameters"] == sum(value.numel() for value in camera.parameters())
 

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from distvsd.prior import Pipeline, load_prior
+from distvsd.prior.guidance import ClassifierFree
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 IDS, VIEWS = torch.tensor([1, 0, 1, 1]), torch.tensor([0, 10, 2, 8])
@@ -28,10 +30,18 @@ def draw(channels: int) -> Tensor:
     return torch.linspace(-2, 2, 4 * channels * 64).sin().view(4, channels, 8, 8) * 1.5
 
 
+def ask(prior: Pipeline, noisy: Tensor, scale: float, *parts: Any, t: Tensor = TIMESTEPS) -> Tensor:
+    """The one part that is asked for, the guided prediction unless named."""
+    wanted = frozenset(parts or ("guided",))
+    condition = prior.condition(IDS[: len(noisy)], VIEWS[: len(noisy)])
+    found = prior.ask(noisy, t[: len(noisy)], condition, wanted, ClassifierFree(scale))
+    return found.of(next(iter(wanted)))
+
+
 def batches(prior: Pipeline) -> list[int]:
     """The sizes of the UNet's batches from now on."""
     sizes: list[int] = []
-    prior.unet.register_forward_pre_hook(lambda module, arguments: sizes.append(len(arguments[0])))
+    prior.denoiser.module.register_forward_pre_hook(lambda module, arguments: sizes.append(len(arguments[0])))
     return sizes
 
 
@@ -69,9 +79,8 @@ def test_eps_equals_guidance_written_out_sample_by_sample(
     layout: str, prediction: str, shared_prior: Callable[..., Pipeline]
 ) -> None:
     prior = shared_prior(layout, prediction)
-    assert prior.prediction_type == prediction
     noisy = draw(prior.folder.latent_channels)
-    eps = prior.eps(noisy, TIMESTEPS, IDS, VIEWS, 7.5)
+    eps = ask(prior, noisy, 7.5)
     assert eps.dtype == torch.float32
     assert not eps.requires_grad
     # At t = 20 an x0-prediction is divided by a small sigma, hence relative to the size of the result.
@@ -85,12 +94,12 @@ def test_guidance_runs_one_call_of_twice_the_batch_and_scale_one_runs_half_of_it
     prior = load(shared_pipeline("sd15"))
     sizes = batches(prior)
     noisy = draw(4)
-    prior.eps(noisy, TIMESTEPS, IDS, VIEWS, 7.5)
-    conditional = prior.eps(noisy, TIMESTEPS, IDS, VIEWS, 1.0)
-    unconditional = prior.eps(noisy, TIMESTEPS, IDS, VIEWS, 0.0)
+    ask(prior, noisy, 7.5)
+    conditional = ask(prior, noisy, 1.0)
+    unconditional = ask(prior, noisy, 0.0)
     assert sizes == [8, 4, 4]
     # The two halves are what larger scales are made of.
-    together = prior.eps(noisy, TIMESTEPS, IDS, VIEWS, 3.0)
+    together = ask(prior, noisy, 3.0)
     torch.testing.assert_close(together, unconditional + 3 * (conditional - unconditional), rtol=1e-4, atol=1e-5)
 
 
@@ -100,23 +109,22 @@ def test_a_micro_batch_bounds_the_samples_of_a_call_and_changes_nothing_else(
     whole, parts = shared_prior("shapes"), load(shared_pipeline("shapes"), micro_batch=3)
     sizes = batches(parts)
     noisy = draw(48)
-    eps = parts.eps(noisy, TIMESTEPS, IDS, VIEWS, 5.0)
+    eps = ask(parts, noisy, 5.0)
     assert sizes == [6, 2]
-    torch.testing.assert_close(eps, whole.eps(noisy, TIMESTEPS, IDS, VIEWS, 5.0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(eps, ask(whole, noisy, 5.0), rtol=1e-5, atol=1e-5)
 
 
 def test_no_samples_give_no_eps_and_no_call(shared_pipeline: Callable[..., Path]) -> None:
     prior = load(shared_pipeline("sd15"))
     sizes = batches(prior)
-    none = torch.zeros(0, dtype=torch.int64)
-    assert prior.eps(torch.zeros(0, 4, 8, 8), none, none, none, 7.5).shape == (0, 4, 8, 8)
+    assert ask(prior, torch.zeros(0, 4, 8, 8), 7.5).shape == (0, 4, 8, 8)
     assert sizes == []
 
 
 def test_no_gradient_flows_through_the_prior(shared_prior: Callable[..., Pipeline]) -> None:
     prior = shared_prior("sd15")
     noisy = draw(4).requires_grad_()
-    assert not prior.eps(noisy, TIMESTEPS, IDS, VIEWS, 7.5).requires_grad
+    assert not ask(prior, noisy, 7.5).requires_grad
 
 
 def test_at_pure_noise_the_eps_of_a_v_prediction_is_the_input(
@@ -126,4 +134,27 @@ def test_at_pure_noise_the_eps_of_a_v_prediction_is_the_input(
     noisy = draw(48)
     # alpha = 0 and sigma = 1, so eps = alpha v + sigma x = x.
     last = torch.full((4,), 999)
-    torch.testing.assert_close(prior.eps(noisy, last, IDS, VIEWS, 7.5), noisy)
+    torch.testing.assert_close(ask(prior, noisy, 7.5, t=last), noisy)
+
+
+def test_each_part_is_what_guidance_combines_and_all_of_them_take_one_call(
+    shared_pipeline: Callable[..., Path],
+) -> None:
+    prior = load(shared_pipeline("sd15"))
+    noisy, parts = draw(4), frozenset({"conditional", "unconditional", "guided"})
+    condition = prior.condition(IDS, VIEWS)
+    sizes = batches(prior)
+    found = prior.ask(noisy, TIMESTEPS, condition, parts, ClassifierFree(3.0))
+    assert sizes == [8]
+    mixed = found.of("unconditional") + 3 * (found.of("conditional") - found.of("unconditional"))
+    torch.testing.assert_close(found.of("guided"), mixed, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ask(prior, noisy, 3.0, "conditional"), found.of("conditional"), rtol=1e-4, atol=1e-5)
+    assert sizes == [8, 4]
+
+
+def test_the_views_of_a_particle_are_asked_about_in_one_call(shared_pipeline: Callable[..., Path]) -> None:
+    prior = load(shared_pipeline("sd15"), micro_batch=3)
+    sizes = batches(prior)
+    condition = prior.condition(IDS, VIEWS, views_per_particle=2)
+    prior.ask(draw(4), TIMESTEPS, condition, frozenset({"conditional"}), ClassifierFree(1.0))
+    assert sizes == [2, 2]

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from distvsd.errors import PriorError
+from distvsd.networks.base import Condition
 from distvsd.prior.prompts import VIEWS, PromptTable, view_index, view_indices, view_suffix
 
 
@@ -14,12 +14,14 @@ class Encoder:
     def __init__(self) -> None:
         self.texts: list[str] = []
 
-    def __call__(self, texts: object) -> Tensor:
+    def __call__(self, texts: object) -> Condition:
         self.texts = list(texts)  # type: ignore[call-overload]
-        return torch.arange(len(self.texts), dtype=torch.float32)[:, None, None].expand(-1, 3, 2).contiguous()
+        numbers = torch.arange(len(self.texts), dtype=torch.float32)
+        return Condition(numbers[:, None, None].expand(-1, 3, 2).contiguous(), pooled=numbers[:, None])
 
-    def read(self, embeddings: Tensor) -> list[str]:
-        return [self.texts[int(row[0, 0])] for row in embeddings]
+    def read(self, condition: Condition) -> list[str]:
+        assert condition.pooled is not None and torch.equal(condition.text[:, 0, 0], condition.pooled[:, 0])
+        return [self.texts[int(row[0, 0])] for row in condition.text]
 
 
 def table(prompts: list[str], view_dependent: bool = True, negative: str = "") -> tuple[PromptTable, Encoder]:
@@ -89,10 +91,9 @@ def test_the_empty_prompt_is_legal_and_has_no_views() -> None:
     assert encoder.read(texts.viewed(torch.tensor([0]), torch.tensor([2]))) == [""]
 
 
-def test_the_negative_prompt_is_one_row() -> None:
+def test_the_negative_prompt_comes_as_often_as_asked() -> None:
     texts, encoder = table(["a cat"], negative="blurry")
-    assert texts.negative.shape == (1, 3, 2)
-    assert encoder.read(texts.negative) == ["blurry"]
+    assert encoder.read(texts.negative(3)) == ["blurry"] * 3
 
 
 def test_prompts_are_found_again_by_their_words_and_unknown_ones_are_refused() -> None:

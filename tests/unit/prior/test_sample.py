@@ -36,14 +36,14 @@ def test_samples_are_those_of_stable_diffusion_pipeline_from_the_same_noise(
 
 def test_a_schedule_that_ends_in_pure_noise_is_sampled_from_its_very_end(shared_prior: Callable[..., Pipeline]) -> None:
     prior = shared_prior("shapes")
-    text = prior.texts.bare(torch.tensor([0]))
+    text = prior.texts.bare(torch.tensor([0])).text
     x = normal(3, Purpose.SAMPLE, [0], 0, (48, 8, 8))
-    abar = [*prior.alphas_cumprod.tolist(), 1.0]
+    abar = [*prior.process.alphas_cumprod.tolist(), 1.0]
     # DDIM by hand: x0 = alpha x - sigma v, eps = sigma x + alpha v; five trailing timesteps; after the last
     # the image is clean (index -1).
     with torch.no_grad():
         for t, before in ((999, 799), (799, 599), (599, 399), (399, 199), (199, -1)):
-            v = prior.unet(x, torch.tensor([t]), encoder_hidden_states=text).sample
+            v = prior.denoiser.module(x, torch.tensor([t]), encoder_hidden_states=text).sample
             alpha, sigma = abar[t] ** 0.5, (1 - abar[t]) ** 0.5
             clean, eps = alpha * x - sigma * v, sigma * x + alpha * v
             x = abar[before] ** 0.5 * clean + (1 - abar[before]) ** 0.5 * eps

@@ -267,7 +267,7 @@ def test_a_network_that_reads_no_cameras_resumes_from_a_checkpoint_that_holds_a_
 ) -> None:
     config, parts = finished
     checkpoint = open_checkpoint(Path(config.run.dir) / "checkpoints", 2)
-    shapes = {name: tuple(parameter.shape) for name, parameter in parts.score.trainable.items()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in parts.training.score.trainable.items()}
     adapter = {name: shape for name, shape in shapes.items() if not name.startswith("camera.")}
     assert len(adapter) < len(shapes)
     assert checkpoint.problems(Contents(config, adapter, parts.prior.folder)) == []

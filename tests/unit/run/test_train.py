@@ -22,6 +22,7 @@ from distvsd.faults import injected
 from distvsd.looking.opened import load_particles
 from distvsd.networks.identity import Identity
 from distvsd.parallel.world import World
+from distvsd.prior.guidance import GUIDED, ClassifierFree
 from distvsd.run.build import Run, build_run
 from distvsd.run.contents import verify as verify_run
 from distvsd.run.loop import Round
@@ -159,9 +160,10 @@ def test_a_score_that_is_never_shown_a_camera_is_never_asked_with_one(
         run.loop.round(step)
     samples = run.loop.encode(run.ensemble.render(2, 16), 16).detached()
     t = torch.full_like(samples.ids, 500)
-    asked = run.score.eps(samples.latents, t, samples.ids, samples.cameras)
-    assert torch.equal(asked, run.score.eps(samples.latents, t, samples.ids, None))
-    assert not torch.equal(asked, run.prior.eps(samples.latents, t, samples.ids, samples.views, 1.0))
+    asked = run.training.score.eps(samples.latents, t, samples.ids, samples.cameras)
+    assert torch.equal(asked, run.training.score.eps(samples.latents, t, samples.ids, None))
+    prior = run.prior.ask(samples.latents, t, run.prior.condition(samples.ids), GUIDED, ClassifierFree(1.0))
+    assert not torch.equal(asked, prior.of("guided"))
 
 
 @pytest.mark.parametrize("recompute", ["false", "true"])
@@ -225,7 +227,7 @@ def test_a_micro_batch_bounds_every_call_of_the_unet_and_changes_only_rounding(
         config = configured(score__micro_batch=micro_batch, particles__count=5, prior__guidance_scale=1)
         run = build_run(config, ALONE, lambda done: False)
         calls: list[tuple[Any, ...]] = []
-        for unet in (run.prior.unet, run.score.network):
+        for unet in (run.prior.denoiser.module, run.training.score.network):
             unet.register_forward_pre_hook(lambda module, arguments, calls=calls: calls.append(arguments))
         for step in (0, 1):
             run.loop.round(step)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from distvsd.config import ScoreConfig
+from distvsd.networks.base import Condition, LatentSpace
+from distvsd.networks.unet import UNet
 from distvsd.score.lora import LoraScore
+from distvsd.score.replay import Replay
+from distvsd.score.strategies.flat import Flat
+from distvsd.score.training import ScoreTraining
 from distvsd.vsd import rng
+from distvsd.vsd.process import Diffusion
 from distvsd.vsd.rng import Purpose
 from distvsd.vsd.samples import Samples
 
@@ -19,39 +26,74 @@ NUM_TIMESTEPS = 100
 
 
 @dataclass(frozen=True)
-class Options:
-    """The fields of the configuration that the score network reads."""
-
-    rank: int = 2
-    init: str = "kaiming"
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    warmup: int = 0
-    weight_decay: float = 1e-2
-    max_grad_norm: float = 0.0
-    replay_rounds: int = 2
-
-
-@dataclass(frozen=True)
 class Batch:
     """The arguments of `loss`."""
 
     samples: Samples
-    timesteps: Tensor
+    times: Tensor
     noise: Tensor
     keep_camera: Tensor
 
     def arguments(self) -> tuple[Samples, Tensor, Tensor, Tensor]:
-        return self.samples, self.timesteps, self.noise, self.keep_camera
+        return self.samples, self.times, self.noise, self.keep_camera
+
+
+@dataclass(frozen=True)
+class Sum:
+    gradient: Tensor
+    sums: Tensor
+    usable: bool
+
+
+@dataclass
+class OneRank:
+    """The reduction of a world of one rank, which remembers what it was given."""
+
+    gradients: list[Tensor] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+
+    def __call__(self, vectors: Sequence[Tensor], *, extra_sums: Tensor) -> Sum:
+        total = torch.stack(list(vectors)).sum(0)
+        self.gradients.append(total)
+        self.rows.append(len(extra_sums))
+        usable = bool(total.isfinite().all() and extra_sums.isfinite().all())
+        return Sum(total, extra_sums.sum(0), usable)
+
+
+def training(
+    score: LoraScore,
+    reduce: Any,
+    share: Callable[[int], slice] = lambda n: slice(0, n),
+    num_views: int = 1,
+    replay_rounds: int = 2,
+    **options: Any,
+) -> ScoreTraining:
+    settings = {"learning_rate": 1e-2, "camera_drop": 0.0} | options
+    return ScoreTraining(
+        score=score,
+        strategy=Flat(reduce, score.local),
+        share_of=share,
+        config=ScoreConfig(**settings),
+        seed=3,
+        num_particles=100,
+        num_views=num_views,
+        micro_batch=0,
+        replay=Replay(replay_rounds, num_views),
+    )
 
 
 def draw(lane: int, *shape: int) -> Tensor:
     return rng.normal(11, Purpose.SAMPLE, [0], 0, shape, lane)[0]
 
 
-def text_of(ids: Tensor) -> Tensor:
-    """One text for each of eight particles, [N, 3, 8]."""
-    return draw(1, 8, 3, 8).to(ids.device)[ids]
+def text_of(ids: Tensor) -> Condition:
+    """One of eight texts for each particle, [N, 3, 8]."""
+    return Condition(draw(1, 8, 3, 8).to(ids.device)[ids % 8])
+
+
+def denoiser_of(unet: Any, prediction_type: Any = "epsilon") -> UNet:
+    process = Diffusion(torch.linspace(0.99, 0.01, NUM_TIMESTEPS), prediction_type)
+    return UNet(unet, LatentSpace(4, 8, 64), process, next(unet.parameters()).dtype)
 
 
 @pytest.fixture
@@ -94,9 +136,16 @@ def make_score() -> Callable[..., LoraScore]:
         **options: Any,
     ) -> LoraScore:
         """shaken: every trained number is random, as if trained, so that no gradient is zero by initialisation."""
-        abar = torch.linspace(0.99, 0.01, NUM_TIMESTEPS)
-        settings = Options(**options)
-        score = LoraScore(unet, abar, prediction_type, text_of, settings, seed, "cpu", micro_batch, reads_cameras)
+        settings = {"rank": 2, "init": "kaiming", "warmup": 0} | options
+        score = LoraScore(
+            base=denoiser_of(unet, prediction_type),
+            text_of=text_of,
+            config=ScoreConfig(**settings),
+            seed=seed,
+            device="cpu",
+            micro_batch=micro_batch,
+            reads_cameras=reads_cameras,
+        )
         if shaken:
             with torch.no_grad():
                 for index, parameter in enumerate(score.trainable.values()):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from distvsd.config import ScoreConfig
 from distvsd.errors import BackendError
 from distvsd.score.lora import LoraScore
-from distvsd.vsd.process import to_eps
+from distvsd.vsd.process import Diffusion
 
-from .conftest import Options, text_of
+from .conftest import denoiser_of, text_of
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
@@ -19,11 +20,11 @@ def test_at_the_start_the_score_network_is_the_prior_bit_for_bit(
 ):
     score, batch = make_score(unet, prediction_type), make_batch()
     with torch.no_grad():
-        output = unet(batch.noise, batch.timesteps, encoder_hidden_states=text_of(batch.samples.ids)).sample
-    abar = torch.linspace(0.99, 0.01, 100)[batch.timesteps]
-    expected = to_eps(output, batch.noise, abar, prediction_type)
+        output = unet(batch.noise, batch.times, encoder_hidden_states=text_of(batch.samples.ids).text).sample
+    process = Diffusion(torch.linspace(0.99, 0.01, 100), prediction_type)
+    expected = process.to_eps(output, batch.noise, batch.times)
     cameras = batch.samples.cameras if with_camera else None
-    eps = score.eps(batch.noise, batch.timesteps, batch.samples.ids, cameras)
+    eps = score.eps(batch.noise, batch.times, batch.samples.ids, cameras)
     assert torch.equal(eps, expected)
     assert eps.dtype == torch.float32 and not eps.requires_grad
 
@@ -31,7 +32,7 @@ def test_at_the_start_the_score_network_is_the_prior_bit_for_bit(
 def test_the_frozen_tensors_are_shared_and_only_adapter_and_camera_are_new(unet, make_score):
     score = make_score(unet)
     shared = {t.data_ptr() for t in (*unet.parameters(), *unet.buffers())}
-    network = score._unet
+    network = score.network
     new = [name for name, t in network.state_dict().items() if t.data_ptr() not in shared]
     assert new and all(".lora_" in name or name.startswith("class_embedding.") for name in new)
     assert shared == {t.data_ptr() for t in (*network.parameters(), *network.buffers())} & shared
@@ -40,17 +41,17 @@ def test_the_frozen_tensors_are_shared_and_only_adapter_and_camera_are_new(unet,
 
 def test_training_the_score_network_leaves_the_prior_as_it_was(unet, make_score, make_batch):
     batch = make_batch()
-    text = text_of(batch.samples.ids)
-    names, before = list(unet.state_dict()), unet(batch.noise, batch.timesteps, text).sample
+    text = text_of(batch.samples.ids).text
+    names, before = list(unet.state_dict()), unet(batch.noise, batch.times, text).sample
     score = make_score(unet)
-    eps = score.eps(batch.noise, batch.timesteps, batch.samples.ids, batch.samples.cameras)
+    eps = score.eps(batch.noise, batch.times, batch.samples.ids, batch.samples.cameras)
     for _ in range(3):
         (gradient,), _ = score.gradients(*batch.arguments(), 5.0, [slice(0, 5)])
         score.step(gradient, 1e-1)
     assert list(unet.state_dict()) == names
     assert unet.class_embedding is None
-    assert torch.equal(unet(batch.noise, batch.timesteps, text).sample, before)
-    after = score.eps(batch.noise, batch.timesteps, batch.samples.ids, batch.samples.cameras)
+    assert torch.equal(unet(batch.noise, batch.times, text).sample, before)
+    after = score.eps(batch.noise, batch.times, batch.samples.ids, batch.samples.cameras)
     assert (after - eps).abs().max() > 1e-2
 
 
@@ -68,7 +69,8 @@ def test_parameters_of_stable_diffusion_2_1_are_counted_exactly():
             cross_attention_dim=1024,
             use_linear_projection=True,
         ).requires_grad_(False)
-    score = LoraScore(unet, torch.linspace(0.99, 0.01, 1000), "v_prediction", text_of, Options(rank=4), 0, "meta")
+    config = ScoreConfig(rank=4)
+    score = LoraScore(base=denoiser_of(unet), text_of=text_of, config=config, seed=0, device="meta")
     assert score.num_parameters == (829_952, 16 * 1280 + 1280 + 1280 * 1280 + 1280)
     assert score.num_parameters[1] == 1_661_440
 
@@ -107,7 +109,7 @@ def test_the_adapter_starts_from_its_seed_and_leaves_the_global_generator_alone(
 
 def test_micro_batches_of_eps_agree_with_one_call(unet, make_score, make_batch):
     batch = make_batch()
-    arguments = (batch.noise, batch.timesteps, batch.samples.ids, batch.samples.cameras)
+    arguments = (batch.noise, batch.times, batch.samples.ids, batch.samples.cameras)
     whole = make_score(unet, shaken=True).eps(*arguments)
     assert torch.allclose(make_score(unet, shaken=True, micro_batch=2).eps(*arguments), whole, atol=1e-5)
 
@@ -123,13 +125,6 @@ def test_micro_batches_of_eps_agree_with_one_call(unet, make_score, make_batch):
 def test_a_prior_with_other_conditions_is_refused(make_unet, make_score, changes, word):
     with pytest.raises(BackendError, match=word):
         make_score(make_unet(**changes))
-
-
-def test_the_configuration_of_the_program_is_accepted(unet):
-    from distvsd.config import ScoreConfig
-
-    score = LoraScore(unet, torch.linspace(0.99, 0.01, 100), "epsilon", text_of, ScoreConfig(), 0, "cpu")
-    assert score.num_timesteps == 100 and score.num_steps == 0
 
 
 @pytest.mark.parametrize("rank", [2, 8])
@@ -152,7 +147,7 @@ def test_without_cameras_there_is_no_camera_network_and_nothing_reads_one(unet, 
     score, batch = make_score(unet, shaken=True, reads_cameras=False), make_batch()
     assert all(".lora_" in name for name in score.trainable) and score.num_parameters[1] == 0
     assert "score/camera.safetensors" not in score.state()
-    arguments = (batch.noise, batch.timesteps, batch.samples.ids)
+    arguments = (batch.noise, batch.times, batch.samples.ids)
     eps = score.eps(*arguments, batch.samples.cameras)
     assert torch.equal(eps, score.eps(*arguments, None))
     # The same network as one whose camera network still is zero.

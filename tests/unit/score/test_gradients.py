@@ -27,11 +27,11 @@ def independent_loss(unet, trainable: dict[str, Tensor], batch, row: int, predic
     hidden = trainable["camera.first.weight"] @ camera + trainable["camera.first.bias"]
     embedding = trainable["camera.last.weight"] @ (hidden * hidden.sigmoid()) + trainable["camera.last.bias"]
     base.time_embedding.register_forward_hook(lambda module, inputs, output: output + embedding)
-    t = batch.timesteps[row]
+    t = batch.times[row]
     abar = torch.linspace(0.99, 0.01, 100)[t].double()
     x0, noise = batch.samples.latents[row].double(), batch.noise[row].double()
     noisy = abar.sqrt() * x0 + (1 - abar).sqrt() * noise
-    text = text_of(batch.samples.ids[row : row + 1]).double()
+    text = text_of(batch.samples.ids[row : row + 1]).text.double()
     output = functional_call(base, merged, (noisy[None], t, text)).sample[0]
     wanted = {"epsilon": noise, "v_prediction": abar.sqrt() * noise - (1 - abar).sqrt() * x0, "sample": x0}
     return ((output - wanted[prediction_type]) ** 2).mean()
@@ -115,8 +115,8 @@ def test_a_dropped_camera_does_not_reach_the_loss_and_a_kept_one_does(unet, make
     score, batch = make_score(unet, shaken=True), make_batch(4)
     keep = torch.tensor([True, False, True, False])
     moved = replace(batch.samples, cameras=batch.samples.cameras + 1)
-    before = score.loss(batch.samples, batch.timesteps, batch.noise, keep)
-    after = score.loss(moved, batch.timesteps, batch.noise, keep)
+    before = score.loss(batch.samples, batch.times, batch.noise, keep)
+    after = score.loss(moved, batch.times, batch.noise, keep)
     assert torch.equal(before != after, keep)
 
 
@@ -124,7 +124,7 @@ def test_eps_without_a_camera_is_eps_with_the_zero_camera_and_differs_from_one_w
     unet, make_score, make_batch
 ):
     score, batch = make_score(unet, shaken=True), make_batch(2)
-    arguments = (batch.noise, batch.timesteps, batch.samples.ids)
+    arguments = (batch.noise, batch.times, batch.samples.ids)
     nowhere = score.eps(*arguments, None)
     assert torch.equal(nowhere, score.eps(*arguments, torch.zeros(2, 16)))
     assert (nowhere - score.eps(*arguments, batch.samples.cameras)).abs().max() > 1e-3

@@ -172,7 +172,7 @@ def test_two_views_of_a_particle_draw_their_own_noise(unet, make_score, make_bat
     seen: list[torch.Tensor] = []
 
     class Watching:
-        num_timesteps = 100
+        process = score.process
 
         def loss(self, samples, timesteps, noise, keep_camera):
             seen.append(noise)

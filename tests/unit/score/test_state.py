@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from distvsd.errors import CheckpointError
 
+from .conftest import OneRank, training
+
 
 def train(score, batch, steps: int) -> None:
     for _ in range(steps):
@@ -17,11 +19,11 @@ def train(score, batch, steps: int) -> None:
         score.step(gradient, 1e-2)
 
 
-def write(score, folder) -> None:
+def write(trained, folder) -> None:
     (folder / "score").mkdir()
-    for file, tensors in score.state().items():
+    for file, tensors in trained.state().items():
         save_file(tensors, folder / file)
-    for file, text in score.texts().items():
+    for file, text in trained.score.texts().items():
         (folder / file).write_text(text)
 
 
@@ -35,17 +37,19 @@ def test_a_restored_score_network_goes_on_bit_for_bit(unet, make_score, make_bat
     batch = make_batch(3)
     score = make_score(unet, warmup=5)
     train(score, batch, 3)
-    score.replay.push(batch.samples, 0)
-    score.left_out = 2
-    write(score, tmp_path)
+    saved = training(score, OneRank())
+    saved.replay.push(batch.samples, 0)
+    saved.left_out = 2
+    write(saved, tmp_path)
     files = {f"score/{path.name}": load_file(path) for path in (tmp_path / "score").glob("*.safetensors")}
-    restored = make_score(unet, seed=99, warmup=5)
+    other = make_score(unet, seed=99, warmup=5)
+    restored = training(other, OneRank())
     restored.load_state(files)
-    assert equal(restored.state(), score.state()) and restored.left_out == 2
+    assert equal(restored.state(), saved.state()) and restored.left_out == 2
     train(score, batch, 3)
-    train(restored, batch, 3)
-    assert restored.num_steps == 6
-    assert equal(restored.state(), score.state())
+    train(other, batch, 3)
+    assert other.local.num_steps == 6
+    assert equal(restored.state(), saved.state())
 
 
 def test_state_before_the_first_step_restores_too(unet, make_score, make_batch):
@@ -72,7 +76,7 @@ def test_peft_alone_loads_the_folder(unet, make_unet, make_score, make_batch, tm
 
     score = make_score(unet)
     train(score, make_batch(3), 2)
-    write(score, tmp_path)
+    write(training(score, OneRank()), tmp_path)
     loaded = PeftModel.from_pretrained(make_unet(), str(tmp_path / "score"))
     adapter = get_peft_model_state_dict(loaded)
     ours = {name: p for name, p in score.trainable.items() if not name.startswith("camera.")}
@@ -86,7 +90,7 @@ def test_the_adapter_files_are_those_peft_itself_would_write(unet, make_unet, ma
 
     score = make_score(unet, rank=3)
     train(score, make_batch(3), 1)
-    write(score, tmp_path)
+    write(training(score, OneRank()), tmp_path)
     settings = LoraConfig(r=3, lora_alpha=3, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
     theirs = get_peft_model(make_unet(), settings)
     set_peft_model_state_dict(theirs, load_file(tmp_path / "score" / "adapter_model.safetensors"))
@@ -102,11 +106,12 @@ def test_the_adapter_files_are_those_peft_itself_would_write(unet, make_unet, ma
 def test_a_checkpoint_from_before_steps_left_out_were_counted_is_read(unet, make_score, make_batch):
     score = make_score(unet)
     train(score, make_batch(3), 1)
-    old = score.state()
+    saved = training(score, OneRank())
+    old = saved.state()
     del old["score/optimizer.safetensors"]["left_out"]
-    restored = make_score(unet, seed=99)
+    restored = training(make_score(unet, seed=99), OneRank())
     restored.load_state(old)
-    assert equal(restored.state(), score.state()) and restored.left_out == 0
+    assert equal(restored.state(), saved.state()) and restored.left_out == 0
 
 
 @pytest.mark.parametrize(
@@ -121,9 +126,9 @@ def test_a_checkpoint_from_before_steps_left_out_were_counted_is_read(unet, make
 def test_a_missing_tensor_is_named_and_nothing_is_loaded(unet, make_score, make_batch, file, name):
     score = make_score(unet)
     train(score, make_batch(3), 1)
-    torn = score.state()
+    torn = training(score, OneRank()).state()
     del torn[file][name]
-    other = make_score(unet, seed=99)
+    other = training(make_score(unet, seed=99), OneRank())
     before = other.state()
     with pytest.raises(CheckpointError, match=name.rsplit(".", 1)[-1]):
         other.load_state(torn)

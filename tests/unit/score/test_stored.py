@@ -15,7 +15,7 @@ from distvsd.testing.pipelines import tiny_pipeline
 @pytest.mark.parametrize("layout", ["sd15", "sd21", "shapes"])
 def test_the_headers_of_a_prior_tell_what_its_score_network_trains(layout, make_score, tmp_path):
     folder = tiny_pipeline(tmp_path, layout)
-    score = make_score(load_prior(str(folder), ["a cube"]).unet, rank=3)
+    score = make_score(load_prior(str(folder), ["a cube"]).denoiser.module, rank=3)
     trained = {name: tuple(parameter.shape) for name, parameter in score.trainable.items()}
     assert all(parameter.dtype == torch.float32 for parameter in score.trainable.values())
     headers = open_folder(str(folder)).weights["unet"].headers

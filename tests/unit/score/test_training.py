@@ -25,10 +25,13 @@ def test_the_first_steps_are_adamw_with_linear_warm_up(unet, make_score):
     # The same gradient again: bias correction gives m-hat = g, v-hat = g^2 once more. Rate 1e-2 * 2/4.
     rate = 5e-3
     assert torch.allclose(flat(score), expected * (1 - rate * 0.1) - rate * gradient.sign(), atol=1e-5)
-    for _ in range(4):
+    for _ in range(3):
         score.step(gradient, 1e-2)
-    assert score.local._adamw.param_groups[0]["lr"] == 1e-2
-    assert score.num_steps == 6
+    before = flat(score)
+    score.step(gradient, 1e-2)
+    # The warm-up of four steps is over: the full rate.
+    assert torch.allclose(flat(score), before * (1 - 1e-2 * 0.1) - 1e-2 * gradient.sign(), atol=1e-5)
+    assert score.local.num_steps == 6
 
 
 def test_clipping_scales_a_long_gradient_down_and_leaves_a_short_one(unet, make_score):
@@ -57,3 +60,10 @@ def test_micro_batches_cover_every_row_once():
     assert slices(5, 0) == [slice(0, 5)]
     assert slices(5, 2) == [slice(0, 2), slice(2, 4), slice(4, 5)]
     assert slices(0, 0) == []
+
+
+def test_micro_batches_never_cut_through_the_views_of_a_particle():
+    assert slices(12, 5, 3) == [slice(0, 3), slice(3, 6), slice(6, 9), slice(9, 12)]
+    assert slices(12, 6, 3) == [slice(0, 6), slice(6, 12)]
+    assert slices(6, 1, 3) == [slice(0, 3), slice(3, 6)]
+    assert slices(6, 0, 3) == [slice(0, 6)]

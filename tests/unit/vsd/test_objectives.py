@@ -1,13 +1,13 @@
 """The distillation gradients, against a computation in float64 written out here."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 
 from distvsd.faults import injected
-from distvsd.vsd.objectives import Objective, draw_timesteps
+from distvsd.vsd.objectives import ESD, SDS, VSD, Distillation, Predictions
+from distvsd.vsd.process import Diffusion
 from distvsd.vsd.rng import Purpose, normal, uniform
 from distvsd.vsd.samples import Samples
 
@@ -27,17 +27,34 @@ def samples(num_particles=3):
     )
 
 
-def prior_eps(noisy, timesteps, ids, views):
-    return torch.sin(noisy) + timesteps.reshape(-1, 1, 1, 1) * 0.01 + views.reshape(-1, 1, 1, 1)
+def prior_eps(noisy, times, views):
+    return torch.sin(noisy) + times.reshape(-1, 1, 1, 1) * 0.01 + views.reshape(-1, 1, 1, 1)
 
 
-def score_eps(noisy, timesteps, ids, cameras):
+def prior(noisy, times, samples, parts):
+    return Predictions(**dict.fromkeys(parts, prior_eps(noisy, times, samples.views)))
+
+
+def score_eps(noisy, times, ids, cameras):
     shift = 0.0 if cameras is None else cameras.sum(1).reshape(-1, 1, 1, 1)
     return torch.cos(noisy) + shift
 
 
-def objective(kind, **options):
-    return Objective(kind, SEED, VIEWS, ABAR, prior_eps, score_eps, lambda step: 0.02, lambda step: 0.98, **options)
+OBJECTIVES = {"vsd": lambda esd_lambda: VSD(), "sds": lambda esd_lambda: SDS(), "esd": ESD}
+
+
+def distillation(kind, esd_lambda=0.5, **changes):
+    parts = {
+        "objective": OBJECTIVES[kind](esd_lambda),
+        "process": Diffusion(ABAR, "epsilon"),
+        "prior": prior,
+        "score": score_eps,
+        "seed": SEED,
+        "num_views": VIEWS,
+        "t_min": lambda step: 0.02,
+        "t_max": lambda step: 0.98,
+    }
+    return Distillation(**parts | changes)
 
 
 def by_hand(kind, batch, esd_lambda=0.5):
@@ -66,7 +83,7 @@ def by_hand(kind, batch, esd_lambda=0.5):
 @pytest.mark.parametrize("kind", ["vsd", "sds", "esd"])
 def test_gradient_equals_the_formula_in_float64(kind):
     batch = samples()
-    gradient = objective(kind, esd_lambda=0.3)(batch, STEP).double()
+    gradient = distillation(kind, esd_lambda=0.3)(batch, STEP).double()
     expected = by_hand(kind, batch, esd_lambda=0.3)
     assert (gradient - expected).abs().max() / expected.abs().max() < 1e-6
 
@@ -74,29 +91,47 @@ def test_gradient_equals_the_formula_in_float64(kind):
 @pytest.mark.parametrize(("esd_lambda", "has_camera"), [(0.0, True), (1.0, False)])
 def test_esd_asks_the_score_once_where_the_other_answer_would_count_for_nothing(esd_lambda, has_camera):
     asked, batch = [], samples()
-    found = replace(
-        objective("esd", esd_lambda=esd_lambda),
-        score_eps=lambda noisy, timesteps, ids, cameras: (
-            asked.append(cameras is not None) or score_eps(noisy, timesteps, ids, cameras)
-        ),
-    )(batch, STEP)
+
+    def score(noisy, times, ids, cameras):
+        asked.append(cameras is not None)
+        return score_eps(noisy, times, ids, cameras)
+
+    found = distillation("esd", esd_lambda=esd_lambda, score=score)(batch, STEP)
     assert asked == [has_camera]
     expected = by_hand("esd", batch, esd_lambda)
     assert (found.double() - expected).abs().max() / expected.abs().max() < 1e-6
 
 
+def test_sds_asks_no_score_network():
+    assert torch.equal(distillation("sds", score=None)(samples(), STEP), distillation("sds")(samples(), STEP))
+
+
 def test_vsd_is_zero_where_the_score_is_the_prior():
-    same = Objective(
-        "vsd", SEED, VIEWS, ABAR, lambda n, t, i, v: n * 2, lambda n, t, i, c: n * 2, lambda s: 0.1, lambda s: 0.9
-    )
+    same = distillation("vsd", prior=lambda n, t, s, parts: Predictions(guided=n * 2), score=lambda n, t, i, c: n * 2)
     assert same(samples(), STEP).abs().max() == 0
+
+
+@pytest.mark.parametrize("kind", ["vsd", "sds", "esd"])
+def test_the_prior_is_asked_once_and_for_what_the_objective_needs(kind):
+    asked = []
+    ask = distillation(kind, prior=lambda n, t, s, parts: asked.append(parts) or prior(n, t, s, parts))
+    ask(samples(), STEP)
+    assert asked == [frozenset({"guided"})]
+
+
+def test_a_prediction_that_is_read_but_not_named_as_needed_is_an_error():
+    class Careless(VSD):
+        needs = frozenset({"guided"})
+
+    with pytest.raises(ValueError, match="'score'"):
+        distillation("vsd", objective=Careless())(samples(), STEP)
 
 
 def test_a_masked_sample_has_no_gradient_and_its_nan_reaches_nobody():
     batch, clean = samples(), samples()
     batch.latents[3] = math.nan
     batch.weight[3] = 0
-    gradient, expected = objective("vsd")(batch, STEP), objective("vsd")(clean, STEP)
+    gradient, expected = distillation("vsd")(batch, STEP), distillation("vsd")(clean, STEP)
     assert gradient[3].abs().max() == 0
     keep = [0, 1, 2, 4, 5]
     assert torch.equal(gradient[keep], expected[keep])
@@ -105,31 +140,23 @@ def test_a_masked_sample_has_no_gradient_and_its_nan_reaches_nobody():
 def test_a_particles_draws_do_not_depend_on_its_neighbours():
     everyone = samples()
     alone = everyone[slice(2, 4)]
-    torch.testing.assert_close(objective("sds")(everyone, STEP)[2:4], objective("sds")(alone, STEP), rtol=0, atol=0)
+    torch.testing.assert_close(
+        distillation("sds")(everyone, STEP)[2:4], distillation("sds")(alone, STEP), rtol=0, atol=0
+    )
 
 
 def test_no_samples_give_no_gradient_and_call_no_network():
     nobody = samples()[slice(0, 0)]
-    silent = Objective("vsd", SEED, VIEWS, ABAR, None, None, lambda s: 0.0, lambda s: 1.0)
+    silent = distillation("vsd", prior=None, score=None)
     assert silent(nobody, STEP).shape == (0, 4, 3, 3)
-
-
-def test_timesteps_fill_their_range_evenly_and_never_leave_it():
-    u = (torch.arange(10_000) + 0.5) / 10_000
-    t = draw_timesteps(u, 0.02, 0.5, 1000)
-    # 0.02 * 999 = 19.98 and 0.5 * 999 = 499.5, which Python rounds to even.
-    assert (t.min().item(), t.max().item()) == (20, 500)
-    counts = torch.bincount(t)[20:]
-    assert counts.min() >= 20 and counts.max() <= 22  # 10,000 / 481 = 20.8 each
-    assert draw_timesteps(torch.tensor([0.0, 1 - 2**-24]), 0.0, 1.0, 1000).tolist() == [0, 999]
 
 
 @pytest.mark.parametrize("kind", ["sds", "vsd", "esd"])
 def test_an_answer_that_is_not_finite_stays_in_the_rows_of_its_particle(kind):
     batch = samples()
-    clean = objective(kind)(batch, STEP)
+    clean = distillation(kind)(batch, STEP)
     with injected("nan@score:particle=21"):
-        struck = objective(kind)(batch, STEP)
+        struck = distillation(kind)(batch, STEP)
     of_particle = batch.ids == 21
     assert struck[of_particle].isnan().all() and torch.equal(struck[~of_particle], clean[~of_particle])
 
@@ -138,5 +165,5 @@ def test_a_masked_particle_does_not_even_pass_on_an_answer_that_is_not_finite():
     batch = samples()
     batch.weight[batch.ids == 21] = 0
     with injected("nan@score:particle=21"):
-        gradient = objective("vsd")(batch, STEP)
+        gradient = distillation("vsd")(batch, STEP)
     assert torch.equal(gradient[batch.ids == 21], torch.zeros(VIEWS, 4, 3, 3)) and gradient.isfinite().all()
