@@ -17,7 +17,7 @@ from distvsd.run.build import make_ensemble
 from distvsd.runtime.memory import host_memory
 from distvsd.vsd.samples import Samples
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SMOKE = ROOT / "configs" / "smoke.yaml"
 PRIOR = {"latent_channels": 48, "downscale": 4, "resolution": 64}
 TRAIN = """

@@ -17,7 +17,7 @@ from distvsd.plan.plan import make_plan
 from distvsd.plan.text import ASSUMED, draw, duration
 
 ROUNDS, MOMENTS = 4000, 40_000
-QUICKSTART = str(Path(__file__).parents[2] / "configs/quickstart.yaml")
+QUICKSTART = str(Path(__file__).parents[3] / "configs/quickstart.yaml")
 
 
 def config(every: int, asynchronous: bool, **schedule: Any) -> Config:

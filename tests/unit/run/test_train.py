@@ -30,7 +30,7 @@ from distvsd.run.train import train
 from distvsd.testing.pipelines import tiny_pipeline
 from tests.small_run import TINY
 
-SMOKE = Path(__file__).parents[2] / "configs" / "smoke.yaml"
+SMOKE = Path(__file__).parents[3] / "configs" / "smoke.yaml"
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 SMALL = {
     "particles.count": 2,
