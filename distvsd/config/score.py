@@ -10,8 +10,12 @@ from distvsd.config.ranges import Betas, Count, Positive, Range, Rate, Share, We
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """The shared score network: a LoRA adapter of the prior's UNet with a camera condition."""
+    """The shared score network: a LoRA adapter of a frozen network with a camera condition."""
 
+    base: str = ""
+    """A diffusers pipeline folder whose network is adapted; empty: the prior's. It must have the prior's latents, text
+    encoder and noise schedule, and may predict something else. The paper teaches with SD 2.1 base and learns on SD
+    2.1."""
     rank: Annotated[int, Range(1, 1024)] = 4
     """Rank of the adapter."""
     init: Literal["normal", "kaiming"] = "normal"

@@ -27,7 +27,6 @@ from distvsd.plan.needs import refuse_too_large
 from distvsd.prior.guidance import ClassifierFree
 from distvsd.prior.load import load_prior
 from distvsd.prior.pipeline import Pipeline
-from distvsd.prior.prompts import PromptTable
 from distvsd.prior.teacher import Teacher
 from distvsd.render import HashGrid
 from distvsd.render.volume import VolumeBackend
@@ -35,6 +34,7 @@ from distvsd.run.encode import Encoder
 from distvsd.run.loop import Loop, Round
 from distvsd.runtime.memory import host_memory
 from distvsd.score.lora import LoraScore
+from distvsd.score.other_base import load_other_base
 from distvsd.score.replay import Replay
 from distvsd.score.spread import SpreadDistillation
 from distvsd.score.strategies.choose import choose, refuse_missing, spreads_network
@@ -115,8 +115,9 @@ def build_run(
         prior = replace(prior, denoiser=custom.denoiser(prior.denoiser))
     training = None
     if objective.needs & {"score", "score_without_camera"}:
-        training = _score_training(config, world, prior.denoiser, prior.texts)
-        if spreads_network(config.parallel, world):  # a second module tree would hold all of the network
+        training = _score_training(config, world, prior)
+        if spreads_network(config.parallel, world) and not config.score.base:
+            # A second module tree would hold all of the network.
             prior = replace(prior, denoiser=training.score.without_adapter())
     assigned = owners(config.particles.count, world.size)
     ensemble = make_ensemble(config, prior, assigned[world.rank], world.device)
@@ -161,6 +162,20 @@ def make_objective(config: ObjectiveConfig) -> Objective:
     raise ValueError(f"objective.kind is {config.kind!r}; known are 'vsd', 'sds' and 'esd'")
 
 
+def _base_of_score(config: Config, world: World, prior: Pipeline) -> Adaptable:
+    if not config.score.base:
+        return prior.denoiser
+    waits = spreads_network(config.parallel, world)  # in the host's memory, see `build_run`
+    return load_other_base(
+        config.score.base,
+        prior=prior.folder,
+        process=prior.process,
+        dtype=prior.dtype,
+        device=world.device,
+        network_device=torch.device("cpu") if waits else world.device,
+    )
+
+
 def _distillation(
     config: Config, world: World, objective: Objective, prior: Pipeline, training: ScoreTraining | None
 ) -> Distillation | SpreadDistillation:
@@ -180,12 +195,12 @@ def _distillation(
     return SpreadDistillation(distillation, training.strategy)
 
 
-def _score_training(config: Config, world: World, base: Adaptable, texts: PromptTable) -> ScoreTraining:
-    """The score network on `base`, how ranks train it, and its replay."""
+def _score_training(config: Config, world: World, prior: Pipeline) -> ScoreTraining:
+    """The score network, how ranks train it, and its replay."""
     exact, views = config.parallel.numerics == "exact", config.particles.views
     score = LoraScore(
-        base=base,
-        text_of=texts.bare,
+        base=_base_of_score(config, world, prior),
+        text_of=prior.texts.bare,
         config=config.score,
         seed=config.run.seed,
         device=world.device,
