@@ -77,13 +77,13 @@ def open_tracker(
         return Tracker(None, note, limits or Limits())
     environment = os.environ
     opening = Opening(
-        mode,
-        run_dir,
-        _run_id(run_dir, note),
-        "" if environment.get("WANDB_PROJECT") else project,
-        "" if environment.get("WANDB_NAME") else name,
-        "" if environment.get("WANDB_RUN_GROUP") else group or environment.get("WANDB_SWEEP_ID", ""),
-        config,
+        mode=mode,
+        run_dir=run_dir,
+        run_id=_run_id(run_dir, note),
+        project="" if environment.get("WANDB_PROJECT") else project,
+        name="" if environment.get("WANDB_NAME") else name,
+        group="" if environment.get("WANDB_RUN_GROUP") else group or environment.get("WANDB_SWEEP_ID", ""),
+        config=config,
     )
     return Tracker(opening, note, limits or Limits())
 

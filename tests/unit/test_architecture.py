@@ -85,13 +85,17 @@ LAZY = {
 
 @dataclass(frozen=True)
 class Import:
-    """module imports target; both dotted, those of the package without `distvsd.`. lazy: not with the module."""
+    """module imports target; both dotted, those of the package without `distvsd.`. lazy: not with the module.
+
+    for_checkers: only a type checker reads it.
+    """
 
     module: str
     target: str
     line: int
     lazy: bool
     own: bool
+    for_checkers: bool = False
 
     @property
     def place(self) -> str:
@@ -107,6 +111,7 @@ def imports_of(path: Path) -> Iterator[Import]:
     module = module.removesuffix(".__init__")
     tree = ast.parse(path.read_text(encoding="utf-8"))
     inside = {id(node) for block in late_blocks(tree) for node in ast.walk(block)}
+    checked = {id(node) for block in late_blocks(tree) if isinstance(block, ast.If) for node in ast.walk(block)}
     for node in ast.walk(tree):
         match node:
             case ast.Import(names=names):
@@ -119,7 +124,8 @@ def imports_of(path: Path) -> Iterator[Import]:
                 continue
         for name in found:
             own = name.split(".")[0] == "distvsd"
-            yield Import(module, name.removeprefix("distvsd."), node.lineno, id(node) in inside, own)
+            target = name.removeprefix("distvsd.")
+            yield Import(module, target, node.lineno, id(node) in inside, own, id(node) in checked)
 
 
 def late_blocks(tree: ast.AST) -> Iterator[ast.AST]:
@@ -163,6 +169,40 @@ def test_the_table_itself_has_no_way_back() -> None:
         assert ready, f"{waiting} import each other"
         done.update(ready)
     assert not {name.partition(".")[0] for names in INNER.values() for name in names} & OUTER.keys()
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    """Lazy imports count, and what only a type checker reads does not: such a file does not depend on the other."""
+    modules = {".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py")}
+    modules = {name.removesuffix(".__init__") for name in modules}
+    needs: dict[str, set[str]] = {name: set() for name in modules}
+    for found in ALL:
+        if found.own and not found.for_checkers:
+            target = found.target
+            while target not in modules and "." in target:
+                target = target.rpartition(".")[0]
+            needs[found.module.removesuffix(".__init__")] |= {target} & modules
+    for name in modules:
+        needs[name].discard(name)
+    while free := {name for name, others in needs.items() if not others & needs.keys()}:
+        needs = {name: others for name, others in needs.items() if name not in free}
+    # A package's own __init__ gathers what its files offer; a circle through it would be one of its files'.
+    assert not needs, "\n".join(
+        f"{name} <- {', '.join(sorted(others & needs.keys()))}" for name, others in needs.items()
+    )
+
+
+def test_the_kind_of_particle_is_asked_for_in_at_most_two_files() -> None:
+    """Elsewhere the particle's members answer, so that a new kind is a new file."""
+    asking = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if path.parent.name != "config"
+        and isinstance(node, ast.Attribute)
+        and ast.unparse(node).endswith("particles.kind")
+    }
+    assert len(asking) <= 2, sorted(asking)
 
 
 def test_what_every_room_may_import_imports_no_room() -> None:

@@ -55,6 +55,17 @@ def test_no_function_is_longer_than_a_screen() -> None:
     refuse([f"{place} {name} has {length} lines" for place, name, length in lengths if length > MAX_FUNCTION_LINES])
 
 
+def test_no_class_is_made_with_more_than_six_positional_arguments() -> None:
+    """Of more, two that are swapped pass the type checker."""
+    classes = {node.name for _, node in nodes(ast.ClassDef)}  # type: ignore[attr-defined]
+    wrong = []
+    for place, node in nodes(ast.Call):
+        name = ast.unparse(node.func).rpartition(".")[2]  # type: ignore[attr-defined]
+        if name in classes and len(node.args) > 6:  # type: ignore[attr-defined]
+            wrong.append(f"{place} {name}")
+    refuse(wrong)
+
+
 def test_no_file_is_a_drawer_for_everything() -> None:
     refuse([str(path) for path in SOURCES if re.fullmatch(r"(.*_)?(utils?|helpers?|common|misc)", path.stem)])
 

@@ -1,4 +1,4 @@
-"""A score network may learn on another model than the one that teaches, as long as latents, texts and schedule agree."""
+"""A score network may learn on another model than the one that teaches, where latents, texts and schedule agree."""
 
 from __future__ import annotations
 
