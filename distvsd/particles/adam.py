@@ -14,8 +14,8 @@ from torch import Tensor
 
 @dataclass
 class ParticleAdam:
-    """Moments of P particles: `mean` and `square` mirror the parameters `[P, ...]`; `count` `[P]` counts each one's
-    steps.
+    """Moments of P particles: `mean` and `square` mirror the trained parameters `[P, ...]`; `count` `[P]` counts each
+    particle's steps.
 
     Adam of arXiv 1412.6980 without weight decay (decay on hash grids erases what is not in view).
     """
