@@ -7,7 +7,7 @@ representation holds no tensors of particles, and knows nothing of guidance, of 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -76,7 +76,22 @@ class Handed:
             self.refuse(particle, f"their parameters differ ({sizes})")
         return {name: self.parameters[name].detach().to(ids.device, copy=True) for name in expected}
 
-    def refuse(self, particle: Particle, why: str) -> None:
+    @torch.no_grad()
+    def density(self, particle: Particle, points: Tensor) -> Tensor:
+        """Density `[P, N]` of what is handed over to `particle`, at world points `[N, 3]`, on their device.
+
+        One particle a call: no bit depends on which others are on the rank. Raises ConfigError for what has no volume.
+        """
+        rows = []
+        for row in range(len(next(iter(self.parameters.values())))):
+            own = {name: value.to(points.device) for name, value in self.rows(slice(row, row + 1)).parameters.items()}
+            field = self.particle.field(own)
+            if field is None:
+                self.refuse(particle, "it has no volume")
+            rows.append(field(points[None]))
+        return torch.cat(rows) if rows else points.new_zeros(0, len(points))
+
+    def refuse(self, particle: Particle, why: str) -> NoReturn:
         """Raises ConfigError: `particle` cannot begin from this."""
         raise ConfigError(
             f"a {type(self.particle).__name__} cannot be handed over to a {type(particle).__name__}: {why}; give this "

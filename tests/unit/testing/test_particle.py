@@ -198,6 +198,149 @@ def test_wrong_learning_rates_are_found(rates: dict[str, float], complaint: str)
         check_particle(Spoiled())
 
 
+class TwoParts(Broken):
+    """An image that is brightened by a second parameter, which is frozen."""
+
+    def init(self, seed: int, ids: Tensor, source: Handed | None = None) -> Parameters:
+        if source is not None:
+            return source.copied_for(self, ids)
+        return super().init(seed, ids) | {"shade": torch.full((len(ids), 1), 0.1)}
+
+    def render(self, parameters: Parameters, cameras: Cameras, resolution: int, keys: Keys) -> Rendered:
+        drawn = super().render(parameters, cameras, resolution, keys)
+        return dataclasses.replace(drawn, images=drawn.images + parameters["shade"][:, :, None, None, None])
+
+    def cost(self, resolution: int) -> Cost:
+        return Cost(trained=3 * 16 * 16, frozen=1, points=1)
+
+
+def test_learning_rates_that_name_other_parameters_later_are_found() -> None:
+    class Spoiled(TwoParts):
+        def learning_rates(self, step: int) -> dict[str, float]:
+            return {"image": 0.1} if step else {"image": 0.1, "shade": 0.1}
+
+    with pytest.raises(AssertionError, match="names other parameters than at round 0"):
+        check_particle(Spoiled(), frozen={"shade"})
+
+
+def test_a_parameter_without_a_learning_rate_must_be_meant_to_be_frozen() -> None:
+    check_particle(TwoParts(), frozen={"shade"})
+    with pytest.raises(AssertionError, match="has none for shade; name in frozen"):
+        check_particle(TwoParts())
+    with pytest.raises(AssertionError, match="image has a learning rate, but is named in frozen"):
+        check_particle(TwoParts(), frozen={"shade", "image"})
+
+
+@pytest.mark.parametrize(
+    ("found", "complaint"),
+    [
+        (Cost(trained=769, frozen=1, points=1), "769 trained numbers a particle; init makes 768"),
+        (Cost(trained=768, frozen=0, points=1), "0 frozen numbers a particle; init makes 1"),
+        (Cost(trained=768, frozen=1, points=0), "evaluated at 0 points"),
+    ],
+)
+def test_a_cost_that_is_not_what_init_makes_is_found(found: Cost, complaint: str) -> None:
+    class Spoiled(TwoParts):
+        def cost(self, resolution: int) -> Cost:
+            return found
+
+    with pytest.raises(AssertionError, match=complaint):
+        check_particle(Spoiled(), frozen={"shade"})
+
+
+def test_images_that_do_not_fit_what_is_said_of_views_are_found() -> None:
+    class Images(Broken):
+        has_views = True
+
+    class Flat(NerfParticle):
+        has_views = False
+
+    with pytest.raises(AssertionError, match="has_views is True, but every camera sees the same"):
+        check_particle(Images())
+    field = busy()
+    flat = Flat(config=field.config, learning_rate=field.learning_rate, network_learning_rate=field.learning_rate)
+    with pytest.raises(AssertionError, match="has_views is False, but images depend on the camera"):
+        check_particle(flat)
+
+
+def handed() -> Handed:
+    return Handed(TwoParts(), TwoParts().init(1, torch.tensor([3, 0, 11])))
+
+
+def test_parameters_that_are_handed_over_to_the_same_kind_conform() -> None:
+    check_particle(TwoParts(), source=handed(), frozen={"shade"})
+
+
+def ignored(source: Handed, fresh: Parameters) -> Parameters:
+    return fresh
+
+
+def shared(source: Handed, fresh: Parameters) -> Parameters:
+    return dict(source.parameters)
+
+
+def changed(source: Handed, fresh: Parameters) -> Parameters:
+    source.parameters["shade"] += 1
+    return {"image": source.parameters["image"].clone(), "shade": fresh["shade"]}
+
+
+def of_the_first(source: Handed, fresh: Parameters) -> Parameters:
+    return fresh | {"image": fresh["image"] + source.parameters["image"][:1]}
+
+
+@pytest.mark.parametrize(
+    ("take", "complaint"),
+    [
+        (ignored, "init ignores its source"),
+        (shared, "image, shade shares memory with the source"),
+        (changed, "init changes the parameters that are handed over"),
+        (of_the_first, "starts differently when it is made alone"),
+    ],
+)
+def test_a_wrong_hand_over_is_found(take: Callable[[Handed, Parameters], Parameters], complaint: str) -> None:
+    class Spoiled(TwoParts):
+        def init(self, seed: int, ids: Tensor, source: Handed | None = None) -> Parameters:
+            fresh = super().init(seed, ids)
+            if source is None:
+                return fresh
+            if "shade" not in source.parameters:
+                source.refuse(self, "it has no shade")
+            return take(source, fresh)
+
+    with pytest.raises(AssertionError, match=complaint):
+        check_particle(Spoiled(), source=handed(), frozen={"shade"})
+
+
+def test_a_source_that_is_silently_ignored_is_found() -> None:
+    class Spoiled(Broken):
+        def init(self, seed: int, ids: Tensor, source: Handed | None = None) -> Parameters:
+            return super().init(seed, ids)
+
+    with pytest.raises(AssertionError, match="accepts a source of a kind that it cannot know; raise ConfigError"):
+        check_particle(Spoiled())
+
+
+FIELDS: list[tuple[str, Callable[[Tensor, Parameters], Tensor], str]] = [
+    ("colour too", lambda d, p: d[..., None].expand(-1, -1, 3), r"field gives torch.float32 \[3, 33, 3\]"),
+    ("double", lambda d, p: d.double(), r"field gives torch.float64"),
+    ("negative", lambda d, p: d - 1, "not a density of at least 0"),
+    ("not repeated", lambda d, p: d + torch.rand(d.shape, generator=GENERATOR), "when it is called again"),
+    ("neighbours", lambda d, p: d + d.mean(), "field of particle 3 depends on which particles"),
+    ("nan reaches", lambda d, p: d + 0 * p["image"].mean(), "a NaN in particle 3 reaches the field"),
+]
+
+
+@pytest.mark.parametrize(("change", "complaint"), [case[1:] for case in FIELDS], ids=[case[0] for case in FIELDS])
+def test_a_wrong_field_is_found(change: Callable[[Tensor, Parameters], Tensor], complaint: str) -> None:
+    class Spoiled(Broken):
+        def field(self, parameters: Parameters) -> Field:
+            own = parameters["image"].mean((1, 2, 3))[:, None].abs()
+            return lambda points: change(own * points.norm(dim=-1), parameters)
+
+    with pytest.raises(AssertionError, match=complaint):
+        check_particle(Spoiled())
+
+
 def test_a_view_that_is_random_is_found() -> None:
     class Spoiled(Broken):
         def view(self, parameters: Parameters, cameras: Cameras, resolution: int, background: float) -> Rendered:
