@@ -84,7 +84,7 @@ def load_particles(run_dir: Path, device: str | None = None, most: int | None = 
     prior = load_prior(config.prior.path, [""], device=device) if are_latents(config) else None
     entries = checkpoint.manifest.particles[:most]
     ids = [entry.id for entry in entries]
-    ensemble = make_ensemble(config, prior, ids, device)
+    ensemble = make_ensemble(config, prior, ids, device, blank=True)
     for entry in entries:
         state = checkpoint.read(entry.file)
         try:

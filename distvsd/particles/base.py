@@ -161,6 +161,11 @@ class Particle(Protocol):
         ...
 
 
+def blank_parameters(particle: Particle, ids: Tensor) -> Parameters:
+    """Zeros in the names and shapes of what `init` makes for `ids` `[P]`; needs no source."""
+    return {name: value.new_zeros(len(ids), *value.shape[1:]) for name, value in particle.init(0, ids[:0]).items()}
+
+
 def parameter_counts(particle: Particle) -> tuple[int, int]:
     """Trained and frozen numbers of one particle; takes no memory."""
     blank = particle.init(0, torch.zeros(0, dtype=torch.int64))

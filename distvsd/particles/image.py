@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from distvsd.cameras import Cameras, Field
 from distvsd.config import ImageConfig
-from distvsd.particles.base import Cost, Handed, Keys, Parameters, Rendered, parameter_counts
+from distvsd.particles.base import Cost, Handed, Keys, Parameters, Rendered
 from distvsd.vsd.rng import Purpose, normal, uniform
 
 
@@ -67,4 +68,4 @@ class ImageParticle:
         return None
 
     def cost(self, resolution: int) -> Cost:
-        return Cost(*parameter_counts(self), points=resolution**2)
+        return Cost(trained=math.prod(self.shape), frozen=0, points=resolution**2)

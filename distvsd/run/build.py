@@ -230,9 +230,10 @@ def make_ensemble(
     ids: Sequence[int],
     device: torch.device | str,
     source: Handed | None = None,
+    blank: bool = False,
 ) -> Ensemble:
     """Fresh particles `ids` of this configuration. prior: whose latents they are, where they are latents. source: what
-    the stage before hands over, rows in the order of `ids`.
+    the stage before hands over, rows in the order of `ids`. blank: see `Resident`.
 
     Raises ConfigError where the particles cannot begin from the source.
     """
@@ -240,7 +241,7 @@ def make_ensemble(
     if config.parallel.numerics == "exact":
         particles = dataclasses.replace(particles, micro_batch=1)  # no particle's bits may depend on its neighbours
     particle = make_particle(config, prior, torch.device(device))
-    store = Resident(particle, ids, particles, seed=config.run.seed, device=device, source=source)
+    store = Resident(particle, ids, particles, seed=config.run.seed, device=device, source=source, blank=blank)
     return Ensemble(store, OrbitSampler(config.cameras), particles)
 
 

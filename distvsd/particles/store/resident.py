@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distvsd.config import ParticlesConfig
-from distvsd.particles.base import Handed, Parameters, Particle
+from distvsd.particles.base import Handed, Parameters, Particle, blank_parameters
 from distvsd.particles.group import Group
 
 
@@ -24,10 +24,12 @@ class Resident:
         seed: int,
         device: torch.device | str = "cpu",
         source: Handed | None = None,
+        blank: bool = False,
     ) -> None:
         """Fresh particles. config: `micro_batch` is the size of a group, 0 for one group; `betas` and `eps` are Adam's.
 
         source: what they begin from, rows in the order of `ids`; kept, because a particle may have to begin again.
+        blank: zeros instead of initial values, for particles whose saved state is loaded next; needs no source.
         """
         self.particle, self.seed, self.ids = particle, seed, list(ids)
         self.device = torch.device(device)
@@ -37,7 +39,8 @@ class Resident:
         for first in range(0, len(self.ids), size):
             own = self.ids[first : first + size]
             chosen = torch.tensor(own, device=device)
-            parameters = particle.init(seed, chosen, self._rows(slice(first, first + size)))
+            rows = self._rows(slice(first, first + size))
+            parameters = blank_parameters(particle, chosen) if blank else particle.init(seed, chosen, rows)
             self.groups.append(Group.of(particle, own, chosen, parameters, config.betas, config.eps))
 
     def active(self, step: int) -> list[int]:

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from distvsd.config import HealthConfig
+from distvsd.config import HealthConfig, ParticlesConfig
 from distvsd.errors import ConfigError
 from distvsd.faults import injected
-from distvsd.particles import Cost, Handed
+from distvsd.particles import Cost, Ensemble, Handed, Resident
 from distvsd.particles.stored import blank_state
 from distvsd.testing import check_particle
 from tests.unit.particles.shards import AROUND, image, nerf, shard
@@ -88,6 +88,15 @@ def test_a_restored_shard_goes_on_by_the_same_bits_in_another_grouping():
         assert ours.keys() == theirs.keys()
         for name, value in ours.items():
             torch.testing.assert_close(value, theirs[name], rtol=0, atol=1e-6)
+
+
+def test_a_blank_shard_needs_no_source_to_be_restored():
+    saved = copies(voxels())
+    blank = Ensemble(Resident(VOXELS, IDS, ParticlesConfig(), seed=7, blank=True), AROUND, ParticlesConfig())
+    assert not any(value.any() for _, state in blank.stream() for value in state.values())
+    for particle_id, state in saved.items():
+        blank.load_state(particle_id, state)
+        assert all(torch.equal(value, state[name]) for name, value in blank.store.state_of(particle_id).items())
 
 
 def test_a_particle_that_was_never_marked_good_begins_anew_from_what_was_handed_over():
