@@ -15,7 +15,8 @@ from distvsd.cameras import CameraSampler, OrbitSampler
 from distvsd.config import CamerasConfig
 from distvsd.particles.base import Handed, Particle, Rendered
 from distvsd.testing import particle_init
-from distvsd.testing.trial import Trial, close, equal, require, subject
+from distvsd.testing.rules import close, equal, require, subject
+from distvsd.testing.trial import Trial
 from distvsd.vsd.rng import Purpose, uniform
 
 GRADIENT_STEPS = 4  # rounds over which a parameter must have had a gradient once

@@ -11,7 +11,8 @@ from distvsd.config import ImageConfig
 from distvsd.errors import ConfigError
 from distvsd.particles.base import Handed, Parameters
 from distvsd.particles.image import ImageParticle
-from distvsd.testing.trial import Trial, equal, require, row_of
+from distvsd.testing.rules import equal, require, row_of
+from distvsd.testing.trial import Trial
 
 
 class Unknown(ImageParticle):

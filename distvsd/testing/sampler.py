@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distvsd.cameras import Cameras, CameraSampler, Field
 from distvsd.errors import ConfigError
-from distvsd.testing.trial import require, subject
+from distvsd.testing.rules import require, subject
 
 TOLERANCE = 1e-4  # world units and radians
 STEPS = 4  # rounds that are looked at

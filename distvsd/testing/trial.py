@@ -1,9 +1,7 @@
-"""What the checks of particles and samplers share: a few particles to try things on, and how a broken rule is told."""
+"""What the rules of particles are tried on: a few particles of one kind, and the cameras that see them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,37 +9,7 @@ from torch import Tensor
 
 from distvsd.cameras import Cameras, CameraSampler
 from distvsd.particles.base import Handed, Keys, Parameters, Particle, Rendered
-
-ROUNDING = 1e-4  # relative; batches of another size may add in another order
-
-
-def require(condition: bool, text: str) -> None:
-    if not condition:
-        raise AssertionError(text)
-
-
-@contextmanager
-def subject(text: str) -> Iterator[None]:
-    """Puts `text` before what a broken rule says, and refuses draws from torch's global random state."""
-    before = torch.get_rng_state()
-    try:
-        yield
-        require(
-            torch.equal(before, torch.get_rng_state()),
-            "torch's global random state was used; what it gives depends on everything drawn before, so that a resumed "
-            "run would differ: draw from distvsd.vsd.rng",
-        )
-    except AssertionError as error:
-        raise AssertionError(f"{text}: {error}") from error
-
-
-def equal(a: Parameters, b: Parameters) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def close(a: Tensor, b: Tensor) -> bool:
-    scale = float(b.detach().abs().amax()) if b.numel() else 0.0
-    return torch.allclose(a, b, rtol=ROUNDING, atol=ROUNDING * max(scale, 1e-12))
+from distvsd.testing.rules import require
 
 
 @dataclass(frozen=True)
@@ -98,7 +66,3 @@ class Trial:
             name: torch.zeros_like(value) if gradient is None else gradient
             for (name, value), gradient in zip(leaves.items(), found, strict=True)
         }
-
-
-def row_of(parameters: Parameters, row: int) -> Parameters:
-    return {name: value[row] for name, value in parameters.items()}
