@@ -68,8 +68,7 @@ class Opened:
 def load_particles(run_dir: Path, device: str | None = None, most: int | None = None) -> Opened:
     """Opens a finished, stopped or running run for looking. Reads only; takes no lock.
 
-    device: None for a GPU where there is one. most: so many particles, the first ones, are loaded; None for all.
-    `health` is of all in any case.
+    device: None for a GPU if there is one. most: loads only so many particles, the first ones; None for all.
     Raises RunError where the folder is no run, CheckpointError where it has no sound checkpoint yet, ConfigError where
     its config.yaml is none.
     """
@@ -96,8 +95,11 @@ def load_particles(run_dir: Path, device: str | None = None, most: int | None = 
 
 
 def compare_with_saved(paths: RunPaths, config: Config, checkpoint: reader.Checkpoint) -> None:
-    """Whether a run's config.yaml is the one that its checkpoint was saved with: other values are a warning, because a
-    run that was just resumed with changed ones looks so; other particles raise CheckpointError."""
+    """Holds a run's config.yaml against the configuration that its checkpoint was saved with.
+
+    Other values are a warning, because a run that was just resumed with changed values looks so. Another number of
+    particles raises CheckpointError.
+    """
     manifest = checkpoint.manifest
     try:
         refuse_other_particles(manifest, config.particles.count)

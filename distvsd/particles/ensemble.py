@@ -117,8 +117,8 @@ class Ensemble:
         cameras = self._sample(group, step)
         penalty = torch.zeros(1, device=cameras.fovy.device)
         if like is not None:
-            # In the same layout of memory: a batch of two layouts is laid out anew, and the networks' kernels, and with
-            # them the last bits of everything in it, depend on the layout.
+            # In the same memory layout: a batch of two layouts is copied into another one, by which the networks choose
+            # their kernels, and that would change the last bits of all particles in it.
             images, opacity = (torch.full_like(part.detach()[:1], torch.nan) for part in (like.images, like.opacity))
             return cameras, Rendered(images, opacity, penalty)
         image: tuple[int, ...] = (3, resolution, resolution)

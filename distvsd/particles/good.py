@@ -40,7 +40,7 @@ class GoodStates:
 
     def __init__(self) -> None:
         self._copies: dict[int, dict[str, Tensor]] = {}
-        self._settled: set[int] = set()  # whose present state is the good one, not copied yet
+        self._settled: set[int] = set()  # the present state is the good one, and is not copied yet
 
     def mark(self, ids: Iterable[int]) -> None:
         """The present state of these becomes the good one; it is copied when they are about to move."""
@@ -53,12 +53,12 @@ class GoodStates:
             self._settled.discard(particle_id)
 
     def keep(self, particle_id: int, tensors: Mapping[str, Tensor]) -> None:
-        """Into the copies that are there already, where they are: a run must not allocate its size again and again."""
+        """Overwrites the particle's earlier copy in place, so that nothing is allocated again."""
         kept = self._copies.setdefault(particle_id, {})
         for name, value in without_frozen(tensors).items():
             if name not in kept:
                 kept[name] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
-            kept[name].copy_(value, non_blocking=True)  # in the order of the stream: before the next update, not now
+            kept[name].copy_(value, non_blocking=True)  # CUDA orders it before the next update
 
     def forget(self, particle_id: int) -> None:
         self._copies.pop(particle_id, None)

@@ -12,8 +12,8 @@ from distvsd.faults import poison
 from distvsd.particles.adam import ParticleAdam
 from distvsd.particles.base import Parameters, Particle
 
-# Adam squares the gradient. A square that overflows would make the second moment infinite and hold the particle still
-# for ever without a NaN to be seen, so a gradient from here on counts as not finite: (1e18)^2 is far below 3e38.
+# Adam squares the gradient. A square that overflows would make the second moment infinite: the particle would never
+# move again, and nothing would be NaN. So a gradient from here on counts as not finite; (1e18)^2 is far below 3e38.
 LARGEST_GRADIENT = 1e18
 
 
@@ -63,8 +63,8 @@ class Group:
             value.grad = None
 
     def halves(self) -> list[Group]:
-        """The same particles as two groups, or the group itself where it has one; on the same memory, for this is
-        called when there is none to spare."""
+        """The same particles as two groups, or the group itself if it has one particle. Shares the memory: this is
+        called when none is free."""
         middle = len(self.own) // 2
         return [self._part(slice(0, middle)), self._part(slice(middle, None))] if middle else [self]
 

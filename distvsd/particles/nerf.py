@@ -158,8 +158,8 @@ class NerfParticle:
         )
 
     def penalty(self, rendered: Composited, particles: int) -> Tensor:
-        """Of each particle `[P]`, over its rays: entropy (clear or solid, not fog), sparsity of the opacity (no
-        clutter), and coverage (of a view neither all nor nothing)."""
+        """The weighted regularisers of each particle `[P]`, over its rays: entropy (rays clear or solid), sparsity of
+        the opacity (no clutter), and coverage (the object covers part of a view, not all and not nothing)."""
         opacity, config = rendered.opacity.reshape(particles, -1), self.config
         penalty = torch.zeros(particles, device=opacity.device)
         if config.entropy > 0:
@@ -167,13 +167,13 @@ class NerfParticle:
             of = opacity if of_rays else rendered.weights.reshape(particles, -1)
             penalty = penalty + config.entropy * _binary_entropy(of) / (1 if of_rays else math.log(2))
         if config.sparsity > 0:
-            # Mean over root mean square (Hoyer 2004): its gradient is zero on solid rays and on the particle's overall
-            # strength, so it takes fog away and can be had neither by thinning the object nor by fading out altogether.
+            # Mean over root mean square (Hoyer 2004). It has no gradient in the overall strength, and nearly none on
+            # solid rays: it removes fog, and neither thins the object nor fades all of it out.
             penalty = penalty + config.sparsity * opacity.mean(1) / (opacity.square().mean(1) + 1e-4).sqrt()
         if config.coverage > 0:
-            # A field of one colour that fills the view is a background to the prior, and one that fades leaves nothing
-            # to be seen: sparsity is blind to both. The logarithms make up for the slopes that vanish there, that of an
-            # opacity near 1 and that of the softplus near 0.
+            # Against the two states that sparsity does not see: a field that fills the view, which the prior takes for
+            # a background, and one that has faded. An opacity near 1 and a softplus near 0 have vanishing slopes; the
+            # logarithms make up for that.
             covered, (low, high) = opacity.mean(1), config.coverage_range
             inside = ((covered + 1e-4) / low).clamp_max(1) * ((1 - covered + 1e-4) / (1 - high)).clamp_max(1)
             penalty = penalty - config.coverage * inside.log()

@@ -22,8 +22,7 @@ _PRIMES = (1, 2654435761, 805459861)  # Eq. 4 of arXiv 2201.05989
 class HashGrid:
     """The shape of a grid, from the fields of the configuration; the features live in the particles' parameters.
 
-    smoothstep: interpolate with 3x^2 - 2x^3, so that the gradient in
-    space is continuous. gather: read dense levels by gathering too, whose backward is deterministic on every device.
+    gather: read dense levels by gathering too; its backward pass can be made deterministic on every device.
     """
 
     config: NerfConfig
@@ -93,8 +92,8 @@ def gather_level(table: Tensor, resolution: int, position: Tensor, smoothstep: b
     fraction = position - cell
     if smoothstep:
         fraction = _smoothstep(fraction)
-    # By axis, the near and the far side of the cell. Offsets and primes are numbers of Python: as tensors, each would
-    # be a copy to the device for which the host waits.
+    # The near and the far side of the cell, by axis. Offsets and primes are Python numbers: as tensors, each would be a
+    # copy to the device that the host waits for.
     vertices = [(near, near + 1) for near in cell.long().unbind(-1)]
     shares = [(1 - far, far) for far in fraction.unbind(-1)]
     total: Tensor | None = None
