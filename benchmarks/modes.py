@@ -27,7 +27,7 @@ from distvsd.config import load_config
 from distvsd.looking import diversity
 from distvsd.looking.images import contact_sheet, save_png
 from distvsd.looking.opened import load_particles
-from distvsd.looking.views import render_group, ring
+from distvsd.looking.views import inspection, render_group
 from distvsd.prior.load import load_prior
 from distvsd.run.train import train
 from distvsd.shapes.classifier import SCENES, Classifier, load_classifier
@@ -71,8 +71,8 @@ def trained(out: Path, kind: str, count: int, rounds: int, seed: int, overrides:
     ]
     config = load_config(QUICKSTART, settings)
     train(config)
-    restored = load_particles(out)
-    return render_group(restored, restored.ids, ring(config))[0][:, 0].clamp(0, 1)
+    opened = load_particles(out)
+    return render_group(opened, opened.ids, inspection(opened))[0][:, 0].clamp(0, 1)
 
 
 def counted(images: Tensor, classifier: Classifier) -> tuple[Tensor, float]:

@@ -26,11 +26,11 @@ from torch.nn import Parameter
 
 from benchmarks.mixture import Mixture, cosine_alphas_cumprod, measure, noise_floor, ring
 from distvsd.cameras import OrbitSampler
-from distvsd.config import ScoreConfig
+from distvsd.config import CamerasConfig, ImageConfig, ParticlesConfig, ScoreConfig
 from distvsd.parallel.exchange import Exchange, slice_for
 from distvsd.parallel.reduce import reduce_gradients
 from distvsd.parallel.world import World
-from distvsd.particles import Ensemble, ImageParticle, Views
+from distvsd.particles import Ensemble, ImageParticle, Resident, Views
 from distvsd.run.loop import Loop
 from distvsd.score.lora import LoraScore
 from distvsd.score.optimizer import AdapterOptimizer
@@ -167,12 +167,16 @@ def distil(mixture: Mixture, settings: Settings, watch: Callable[[int, Tensor], 
     """Runs the trainer's loop and returns the particles `[N, 2]`; watch(step, particles) sees every round."""
     count, rounds, seed = settings.particles, settings.rounds, settings.seed
     alphas_cumprod, world = cosine_alphas_cumprod(), World(0, 1, 0, 1, torch.device("cpu"))
-    particle = ImageParticle((2, 1, 1), True, settings.init_scale, cosine(settings.learning_rate, rounds))
-    sampler = OrbitSampler((0.0, 0.0), (-180.0, 180.0), (1.0, 1.0), (40.0, 40.0))
-    ensemble = Ensemble(particle, range(count), sampler, 1, seed, BETAS, ADAM_EPS, 0, "cpu")
+    latents = ImageConfig(space="latent", init_scale=settings.init_scale)
+    rate = cosine(settings.learning_rate, rounds)
+    particle = ImageParticle(config=latents, shape=(2, 1, 1), learning_rate=rate)
+    shard = ParticlesConfig(betas=BETAS, eps=ADAM_EPS)
+    store = Resident(particle, range(count), shard, seed=seed)
+    cameras = CamerasConfig(elevation=(0.0, 0.0), distance=(1.0, 1.0), fovy=(40.0, 40.0))
+    ensemble = Ensemble(store, OrbitSampler(cameras), shard)
 
     def points() -> Tensor:
-        return ensemble.groups[0].parameters["image"].detach().flatten(1)
+        return store.groups[0].parameters["image"].detach().flatten(1)
 
     def prior(noisy: Tensor, times: Tensor, samples: Samples, parts: frozenset[PriorPart]) -> Predictions:
         return Predictions(guided=mixture.eps(noisy.flatten(1), alphas_cumprod[times]).view_as(noisy))

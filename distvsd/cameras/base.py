@@ -1,14 +1,19 @@
-"""The camera type: poses, and the rays that leave them.
+"""The camera type, what a sampler of cameras must offer, and the rays that leave a camera.
 
 World: right-handed, z up. Camera: OpenGL, looks along its own -z with +y up (the convention of NeRF and nvdiffrast).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+# The density of P particles: world points [P, N, 3] to density [P, N] per world unit, row i of particle i.
+Field = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,22 +45,30 @@ class Cameras:
             self.azimuth.reshape(-1),
         )
 
-    def unflatten(self, *shape: int) -> Cameras:
-        """Inverse of `flatten`."""
-        return Cameras(
-            self.extrinsics.reshape(*shape, 4, 4),
-            self.fovy.reshape(shape),
-            self.elevation.reshape(shape),
-            self.azimuth.reshape(shape),
-        )
-
     def to(self, device: torch.device | str) -> Cameras:
         return Cameras(
             self.extrinsics.to(device), self.fovy.to(device), self.elevation.to(device), self.azimuth.to(device)
         )
 
 
-def orbit(elevation: Tensor, azimuth: Tensor, distance: Tensor, fovy: Tensor) -> Cameras:
+class CameraSampler(Protocol):
+    """Where cameras come from. Local, without gradients; communicates nothing."""
+
+    def sample(self, seed: int, ids: Tensor, step: int, views: int, field: Field | None) -> Cameras:
+        """Training cameras `[P, views]` of particles `ids` `[P]`, float32, on the device of `ids`.
+
+        Keyed by (seed, particle, step): row i depends on these, on ids[i] and on row i of the field only, so that the
+        cameras are the same for every world size and after a resume. field: the particles' density, None where they
+        have no volume; a sampler that needs one raises ConfigError then.
+        """
+        ...
+
+    def inspection(self, views: int) -> Cameras:
+        """Fixed cameras `[1, views]`, on the CPU, from which evaluation and pictures look at every particle."""
+        ...
+
+
+def look_at_origin(elevation: Tensor, azimuth: Tensor, distance: Tensor, fovy: Tensor) -> Cameras:
     """Cameras on spheres around the origin that look at it; all arguments `[...]`, angles in radians, distance in
     world units.
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from distvsd.cameras import Cameras
-from distvsd.config import Config
 from distvsd.looking import diversity
 from distvsd.looking.labels import (
     Expected,
@@ -27,7 +26,8 @@ from distvsd.looking.labels import (
     majority,
     view_accuracy,
 )
-from distvsd.looking.views import Restored, groups, render_group, ring
+from distvsd.looking.opened import Opened, load_particles
+from distvsd.looking.views import groups, inspection, render_group
 from distvsd.runtime import inside
 from distvsd.runtime.paths import RunPaths
 from distvsd.shapes.classifier import SCENES, Classifier, Predictions, load_classifier
@@ -53,10 +53,6 @@ def evaluate_run(run_dir: Path, report: Callable[[str], None] = lambda text: Non
     Raises what loading raises: RunError for a folder that is no run, CheckpointError where none can be read. RunError
     also where it cannot be written.
     """
-    from distvsd.looking.opened import (
-        load_particles,  # the builder imports this package's rooms, so it is looked up late
-    )
-
     paths = RunPaths(run_dir)
     paths.prove_writable()  # before the work
     inside.expect_file(run_dir, paths.evaluation.name)
@@ -66,15 +62,15 @@ def evaluate_run(run_dir: Path, report: Callable[[str], None] = lambda text: Non
 
 
 def evaluate_particles(
-    restored: Restored, classifier: Classifier, report: Callable[[str], None] = lambda text: None
+    opened: Opened, classifier: Classifier, report: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
     """The content of evaluation.json: counts and shares over all particles, then one entry a particle."""
-    config, ids = restored.config, list(restored.ids)
-    cameras = ring(config)
+    config, ids = opened.config, list(opened.ids)
+    cameras = inspection(opened)
     turns = cameras.azimuth[0].rad2deg()
     expected = {i: expected_labels(config.prompts[i]) for i in ids}
-    readings = read_particles(restored, cameras, classifier, report)
-    details = [_detail(i, config, readings[i], expected[i], turns) for i in ids]
+    readings = read_particles(opened, cameras, classifier, report)
+    details = [_detail(i, opened, readings[i], expected[i], turns) for i in ids]
     sound = [i for i, detail in zip(ids, details, strict=True) if not detail["empty"] and not detail["diverged"]]
     found = [_labels(readings[i], turns) if i in set(sound) else {} for i in ids]
     result: dict[str, Any] = {
@@ -99,17 +95,17 @@ def evaluate_particles(
 
 
 def read_particles(
-    restored: Restored, cameras: Cameras, classifier: Classifier, report: Callable[[str], None]
+    opened: Opened, cameras: Cameras, classifier: Classifier, report: Callable[[str], None]
 ) -> dict[int, Readings]:
     """Renders every particle from cameras `[1, V]` and classifies every view; by particle id."""
     readings = {}
-    for group in groups(restored.config, restored.ids, cameras.shape[1]):
-        images, opacity = render_group(restored, group, cameras)
+    for group in groups(opened, opened.ids, cameras.shape[1]):
+        images, opacity = render_group(opened, group, cameras)
         finite = images.isfinite().flatten(1).all(1) & opacity.isfinite().flatten(1).all(1)
         for row, i in enumerate(group):
             seen = classifier.classify(images[row]), classifier.embed(images[row])
             readings[i] = Readings(*seen, float(opacity[row].mean()), bool(finite[row]))
-        report(f"read {len(readings)} of {len(restored.ids)} particles")
+        report(f"read {len(readings)} of {len(opened.ids)} particles")
     return readings
 
 
@@ -123,8 +119,8 @@ def _labels(reading: Readings, turns: Tensor) -> dict[str, int]:
     return labels
 
 
-def _detail(i: int, config: Config, reading: Readings, expected: Expected, turns: Tensor) -> dict[str, Any]:
-    solid = config.particles.kind != "image"
+def _detail(i: int, opened: Opened, reading: Readings, expected: Expected, turns: Tensor) -> dict[str, Any]:
+    config, solid = opened.config, opened.particle.has_views
     labels = _labels(reading, turns)
     # Only of pictures of the shapes world can the classifier say that nothing is in them.
     known_world = config.prior.path == "shapes" or bool(expected.known())

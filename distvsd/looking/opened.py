@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distvsd.cameras import Cameras
+from distvsd.cameras import Cameras, CameraSampler
 from distvsd.checkpoint import reader
 from distvsd.config import Config, load_config, to_dict
 from distvsd.config.canonical import BOOKKEEPING
 from distvsd.errors import CheckpointError
-from distvsd.particles import Ensemble
+from distvsd.particles import Ensemble, Particle
 from distvsd.prior.load import load_prior
-from distvsd.run.build import make_ensemble
+from distvsd.run.build import are_latents, make_ensemble
 from distvsd.run.contents import refuse_other_particles
 from distvsd.runtime import inside
 from distvsd.runtime.paths import RunPaths
@@ -28,8 +28,12 @@ _log = logging.getLogger("distvsd")
 
 
 @dataclass(frozen=True)
-class Restored:
-    """The particles of a run as its newest sound checkpoint holds them, on one device; needs no launcher."""
+class Opened:
+    """The particles of a run as its newest sound checkpoint holds them, on one device; needs no launcher.
+
+    ids: those that are loaded. step: rounds completed. decode: latents to images, None where particles are no latents.
+    health: of all particles, also of those that are not loaded.
+    """
 
     config: Config
     ids: list[int]
@@ -38,15 +42,22 @@ class Restored:
     decode: Callable[[Tensor], Tensor] | None
     health: dict[int, dict[str, Any]] = field(default_factory=dict)
 
+    @property
+    def particle(self) -> Particle:
+        return self.ensemble.particle
+
+    @property
+    def sampler(self) -> CameraSampler:
+        return self.ensemble.sampler
+
     @torch.no_grad()
     def render(self, ids: list[int], cameras: Cameras, resolution: int, background: float) -> tuple[Tensor, Tensor]:
         """Images `[P, V, 3, H, W]` and opacity `[P, V, 1, H, W]` of particles `ids` from cameras `[P, V]`.
 
-        Nothing random. background: grey level in [0, 1]. Image particles ignore cameras and are opaque; latents are
-        decoded. Images of a diverged particle are not finite.
+        Nothing random. background: grey level in [0, 1]. Latents are decoded, and are opaque. Images of a diverged
+        particle are not finite.
         """
-        device = next(iter(self.ensemble.parameters_of(ids[0]).values())).device
-        rendered = self.ensemble.view(ids, cameras.to(device), resolution, background)
+        rendered = self.ensemble.view(ids, cameras, resolution, background)
         images, opacity = rendered.images, rendered.opacity
         if self.decode is not None:
             images = self.decode(images.flatten(0, 1)).reshape(*images.shape[:2], 3, resolution, resolution)
@@ -54,11 +65,10 @@ class Restored:
         return images, opacity
 
 
-def load_particles(run_dir: Path, device: str | None = None, most: int | None = None) -> Restored:
+def load_particles(run_dir: Path, device: str | None = None, most: int | None = None) -> Opened:
     """Opens a finished, stopped or running run for looking. Reads only; takes no lock.
 
-    device: None for a GPU where there is one. most: so many particles, the first ones, are loaded; None for all.
-    `health` is of all in any case.
+    device: None for a GPU if there is one. most: loads only so many particles, the first ones; None for all.
     Raises RunError where the folder is no run, CheckpointError where it has no sound checkpoint yet, ConfigError where
     its config.yaml is none.
     """
@@ -70,11 +80,10 @@ def load_particles(run_dir: Path, device: str | None = None, most: int | None = 
     if checkpoint is None:
         raise CheckpointError(f"{run_dir} has no checkpoint yet; train at least to the first one (checkpoint.every)")
     compare_with_saved(paths, config, checkpoint)
-    is_latent = config.particles.kind == "image" and config.particles.image.space == "latent"
-    prior = load_prior(config.prior.path, [""], device=device) if is_latent else None
+    prior = load_prior(config.prior.path, [""], device=device) if are_latents(config) else None
     entries = checkpoint.manifest.particles[:most]
     ids = [entry.id for entry in entries]
-    ensemble = make_ensemble(config, prior, ids, device)
+    ensemble = make_ensemble(config, prior, ids, device, blank=True)
     for entry in entries:
         state = checkpoint.read(entry.file)
         try:
@@ -82,12 +91,15 @@ def load_particles(run_dir: Path, device: str | None = None, most: int | None = 
         except CheckpointError as error:
             raise CheckpointError(f"{paths.config} does not fit {checkpoint.folder}: {error}") from error
     decode = prior.decode if prior else None
-    return Restored(config, ids, checkpoint.manifest.step, ensemble, decode, checkpoint.manifest.health)
+    return Opened(config, ids, checkpoint.manifest.step, ensemble, decode, checkpoint.manifest.health)
 
 
 def compare_with_saved(paths: RunPaths, config: Config, checkpoint: reader.Checkpoint) -> None:
-    """Whether a run's config.yaml is the one that its checkpoint was saved with: other values are a warning, because a
-    run that was just resumed with changed ones looks so; other particles raise CheckpointError."""
+    """Holds a run's config.yaml against the configuration that its checkpoint was saved with.
+
+    Other values are a warning, because a run that was just resumed with changed values looks so. Another number of
+    particles raises CheckpointError.
+    """
     manifest = checkpoint.manifest
     try:
         refuse_other_particles(manifest, config.particles.count)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from distvsd.cameras import Cameras
 from distvsd.looking.images import contact_sheet, mosaic, save_png, turntable
-from distvsd.looking.views import Restored, groups, render_group, ring
+from distvsd.looking.opened import Opened, load_particles
+from distvsd.looking.views import groups, inspection, render_group
 from distvsd.runtime.paths import RunPaths
 
 FOLDER = "renders"  # of a run's directory
@@ -29,48 +30,42 @@ def render_run(run_dir: Path, report: Callable[[str], None] = lambda text: None)
     Raises what loading raises: RunError for a folder that is no run, CheckpointError where none can be read. RunError
     also where they cannot be written.
     """
-    from distvsd.looking.opened import (
-        load_particles,  # the builder imports this package's rooms, so it is looked up late
-    )
-
     RunPaths(run_dir).prove_writable()  # before the work
     return render_particles(load_particles(run_dir), run_dir, report)
 
 
-def render_particles(
-    restored: Restored, run_dir: Path, report: Callable[[str], None] = lambda text: None
-) -> list[Path]:
+def render_particles(opened: Opened, run_dir: Path, report: Callable[[str], None] = lambda text: None) -> list[Path]:
     """Writes contact sheets and turntables of these particles into RUN/renders; see `render_run`."""
-    paths = contact_sheets(restored, run_dir)
+    paths = contact_sheets(opened, run_dir)
     report(f"written {len(paths)} contact sheets")
-    if restored.config.particles.kind == "image":
+    if not opened.particle.has_views:
         return paths
-    ids = list(restored.ids)
-    cameras = ring(restored.config, FRAMES)
+    ids = list(opened.ids)
+    cameras = inspection(opened, FRAMES)
     if len(ids) <= SINGLE_TURNTABLES:
         named = [(f"particle-{i:06d}.mp4", [i]) for i in ids]
     else:
         named = _pages(ids, MOSAIC_PARTICLES, "turntable", "mp4")
     for name, chosen in named:
-        images = _images(restored, chosen, cameras)
+        images = _images(opened, chosen, cameras)
         frames = images[0] if len(chosen) == 1 else mosaic(images)
         paths.append(turntable(frames, run_dir, f"{FOLDER}/{name}"))
         report(f"written {name}")
     return paths
 
 
-def contact_sheets(restored: Restored, run_dir: Path, folder: str = FOLDER) -> list[Path]:
+def contact_sheets(opened: Opened, run_dir: Path, folder: str = FOLDER) -> list[Path]:
     """`contact-sheet.png`, or numbered ones where the particles do not fit on one: a row a particle, 8 views each.
 
     Written into `folder`, a path below the run's directory. Raises RunError where they cannot be.
     """
-    ids = list(restored.ids)
-    cameras = ring(restored.config)
+    ids = list(opened.ids)
+    cameras = inspection(opened)
     num_views = cameras.shape[1]
     paths = []
     for name, chosen in _pages(ids, SHEET_CELLS if num_views == 1 else SHEET_ROWS, "contact-sheet", "png"):
-        images = _images(restored, chosen, cameras)
-        labels = [f"{i}  {restored.config.prompts[i]}" for i in chosen] if num_views > 1 else None
+        images = _images(opened, chosen, cameras)
+        labels = [f"{i}  {opened.config.prompts[i]}" for i in chosen] if num_views > 1 else None
         paths.append(save_png(contact_sheet(images, labels), run_dir, f"{folder}/{name}"))
     return paths
 
@@ -83,7 +78,7 @@ def _pages(ids: list[int], page: int, stem: str, suffix: str) -> list[tuple[str,
     return [(f"{stem}-{number:03d}.{suffix}", chosen) for number, chosen in enumerate(pages)]
 
 
-def _images(restored: Restored, ids: list[int], cameras: Cameras) -> Tensor:
+def _images(opened: Opened, ids: list[int], cameras: Cameras) -> Tensor:
     """Images `[P, V, 3, H, W]` of the particles from the same cameras `[1, V]`."""
-    parts = groups(restored.config, ids, cameras.shape[1])
-    return torch.cat([render_group(restored, group, cameras)[0] for group in parts])
+    parts = groups(opened, ids, cameras.shape[1])
+    return torch.cat([render_group(opened, group, cameras)[0] for group in parts])

@@ -1,18 +1,23 @@
 """What is optimised: kinds of particles, and the ensemble of them that a rank owns."""
 
-from distvsd.particles.base import Keys, Parameters, Particle, Rendered
+from distvsd.particles.base import Cost, Handed, Keys, Parameters, Particle, Rendered
 from distvsd.particles.ensemble import Ensemble, Update, Views
 from distvsd.particles.image import ImageParticle
 from distvsd.particles.nerf import NerfParticle
+from distvsd.particles.store import ParticleStore, Resident
 
 __all__ = [
+    "Cost",
     "Ensemble",
+    "Handed",
     "ImageParticle",
     "Keys",
     "NerfParticle",
     "Parameters",
     "Particle",
+    "ParticleStore",
     "Rendered",
+    "Resident",
     "Update",
     "Views",
 ]

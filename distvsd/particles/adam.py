@@ -1,7 +1,7 @@
 """Adam whose state belongs to each particle, batched over particles.
 
-One Adam over all particles moves a particle that was not updated by its momentum; here moments and step counts are
-rows, and only the rows of a mask move.
+With one Adam over all particles, momentum would move a particle that is left out of an update. Here moments and step
+counts are rows, and only the rows of a mask move.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 
 @dataclass
 class ParticleAdam:
-    """Moments of P particles: `mean` and `square` mirror the parameters `[P, ...]`; `count` `[P]` counts each one's
-    steps.
+    """Moments of P particles: `mean` and `square` have the shapes of the trained parameters `[P, ...]`; `count` `[P]`
+    counts each particle's steps.
 
     Adam of arXiv 1412.6980 without weight decay (decay on hash grids erases what is not in view).
     """

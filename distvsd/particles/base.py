@@ -1,17 +1,19 @@
-"""What a representation must offer: how its particles begin, and how they are drawn. Batched, stateless.
+"""What a representation must offer: how its particles begin, what of them is trained, and how they are drawn.
 
-The parameters of P particles are one dictionary of tensors with a leading axis of P; the ensemble owns them. A
-representation knows nothing of guidance, of ranks and of files.
+The parameters of P particles are one dictionary of tensors with a leading axis of P; a store owns them. A
+representation holds no tensors of particles, and knows nothing of guidance, of ranks and of files.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NoReturn, Protocol
 
+import torch
 from torch import Tensor
 
-from distvsd.cameras import Cameras
+from distvsd.cameras import Cameras, Field
+from distvsd.errors import ConfigError
 
 Parameters = dict[str, Tensor]
 
@@ -38,6 +40,69 @@ class Rendered:
     penalty: Tensor
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What one particle takes. trained, frozen: its numbers with and without an optimiser. points: at which the
+    renderer evaluates it for one view."""
+
+    trained: int
+    frozen: int
+    points: int
+
+
+@dataclass(frozen=True)
+class Handed:
+    """What the stage before hands over: its kind of particle, and the final parameters `[P, ...]`, on any device."""
+
+    particle: Particle
+    parameters: Parameters
+
+    def rows(self, rows: slice) -> Handed:
+        """The same for some of the particles; shares memory."""
+        return Handed(self.particle, {name: value[rows] for name, value in self.parameters.items()})
+
+    def copied_for(self, particle: Particle, ids: Tensor) -> Parameters:
+        """Copies of the parameters, float32 on the device of `ids` `[P]`, for a particle of the same kind and sizes.
+
+        Raises ConfigError for another kind, or where a parameter has another shape than `particle` gives it.
+        """
+        expected = {name: tuple(value.shape[1:]) for name, value in particle.init(0, ids[:0]).items()}
+        found = {name: tuple(value.shape[1:]) for name, value in self.parameters.items()}
+        if type(self.particle) is not type(particle) or self.particle.is_latent != particle.is_latent:
+            self.refuse(particle, "these are two kinds of particle")
+        if found != expected:
+            named = sorted(name for name in found | expected if found.get(name) != expected.get(name))
+            sizes = ", ".join(f"{name} {_size(found.get(name))} to {_size(expected.get(name))}" for name in named[:3])
+            self.refuse(particle, f"their parameters differ ({sizes})")
+        return {name: self.parameters[name].detach().to(ids.device, copy=True) for name in expected}
+
+    @torch.no_grad()
+    def density(self, particle: Particle, points: Tensor) -> Tensor:
+        """Density `[P, N]` of what is handed over to `particle`, at world points `[N, 3]`, on their device.
+
+        One particle a call: no bit depends on which others are on the rank. Raises ConfigError for what has no volume.
+        """
+        rows = []
+        for row in range(len(next(iter(self.parameters.values())))):
+            own = {name: value.to(points.device) for name, value in self.rows(slice(row, row + 1)).parameters.items()}
+            field = self.particle.field(own)
+            if field is None:
+                self.refuse(particle, "it has no volume")
+            rows.append(field(points[None]))
+        return torch.cat(rows) if rows else points.new_zeros(0, len(points))
+
+    def refuse(self, particle: Particle, why: str) -> NoReturn:
+        """Raises ConfigError: `particle` cannot begin from this."""
+        raise ConfigError(
+            f"a {type(self.particle).__name__} cannot be handed over to a {type(particle).__name__}: {why}; give this "
+            "stage particles of the kind and sizes of the stage before, or a kind that can be made from them"
+        )
+
+
+def _size(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else str(list(shape))
+
+
 class Particle(Protocol):
     """One kind of particle. Every method is local, communicates nothing, and treats particles independently:
 
@@ -50,25 +115,60 @@ class Particle(Protocol):
         ...
 
     @property
+    def has_views(self) -> bool:
+        """False where every camera sees the same, as of an image."""
+        ...
+
+    @property
     def deterministic(self) -> bool:
         """True where the same call gives the same bits, forward and backward, on this device."""
         ...
 
-    def init(self, seed: int, ids: Tensor) -> Parameters:
+    def init(self, seed: int, ids: Tensor, source: Handed | None = None) -> Parameters:
         """Fresh parameters for particles `ids` `[P]`, each from its own stream; float32, on the device of `ids`.
 
-        For no ids too, with the same names and shapes `[0, ...]`: what a checkpoint must hold is known from that.
+        source: of the stage before, row i of particle ids[i]; the result shares no memory with it. Raises ConfigError
+        for a source that this kind cannot begin from, and without one where it needs one. For no ids, with the same
+        names and shapes `[0, ...]`, none is needed: what a checkpoint must hold is known from that.
         """
         ...
 
     def learning_rates(self, step: int) -> dict[str, float]:
-        """The learning rate of each parameter at this round."""
+        """The learning rate of each trained parameter at this round; the names are the same at every round.
+
+        A parameter that `init` gives and that is not named here is frozen: no gradient, no optimiser state.
+        """
         ...
 
     def render(self, parameters: Parameters, cameras: Cameras, resolution: int, keys: Keys) -> Rendered:
-        """The training render of P particles from cameras `[P, V]`, square images; differentiable in the parameters."""
+        """The training render of P particles from cameras `[P, V]`, square images; differentiable in the trained
+        parameters."""
         ...
 
     def view(self, parameters: Parameters, cameras: Cameras, resolution: int, background: float) -> Rendered:
         """The same without anything random, on a plain grey background in [0, 1]; for looking and evaluating."""
         ...
+
+    def field(self, parameters: Parameters) -> Field | None:
+        """The density of these particles as a function of world points; None for what has no volume.
+
+        Reads the parameters when it is called; differentiable in points and parameters.
+        """
+        ...
+
+    def cost(self, resolution: int) -> Cost:
+        """What one particle takes at square images of so many pixels; makes no particle."""
+        ...
+
+
+def blank_parameters(particle: Particle, ids: Tensor) -> Parameters:
+    """Zeros in the names and shapes of what `init` makes for `ids` `[P]`; needs no source."""
+    return {name: value.new_zeros(len(ids), *value.shape[1:]) for name, value in particle.init(0, ids[:0]).items()}
+
+
+def parameter_counts(particle: Particle) -> tuple[int, int]:
+    """Trained and frozen numbers of one particle; takes no memory."""
+    blank = particle.init(0, torch.zeros(0, dtype=torch.int64))
+    sizes = {name: value.shape[1:].numel() for name, value in blank.items()}
+    trained = sum(sizes[name] for name in particle.learning_rates(0))
+    return trained, sum(sizes.values()) - trained

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from distvsd.errors import CheckpointError
+from distvsd.particles.group import without_frozen
 from distvsd.particles.health import shown
 
-# Where a particle's last good state is: its present one, in the checkpoint beside that, or how it began.
+# Where a particle's last good state is: it is the present one, a copy beside that (in the same file of a checkpoint),
+# or the initial one. The words are those of the manifest.
 Place = Literal["present", "beside", "initial"]
 
 # Rounds between good states: a schedule of its own, so that no save, due or not, changes what a particle goes back to.
@@ -33,29 +35,30 @@ def most_copies(rounds: int, every: int) -> int:
 
 
 class GoodStates:
-    """The last good state of each particle of a shard, on the host; who has none goes back to its initial state."""
+    """The last good state of each particle of a shard, on the host; a particle without one goes back to its initial
+    state. Frozen parameters are not copied."""
 
     def __init__(self) -> None:
         self._copies: dict[int, dict[str, Tensor]] = {}
-        self._settled: set[int] = set()  # whose present state is the good one, not copied yet
+        self._settled: set[int] = set()  # the present state is the good one, and is not copied yet
 
     def mark(self, ids: Iterable[int]) -> None:
         """The present state of these becomes the good one; it is copied when they are about to move."""
         self._settled.update(ids)
 
-    def before_moves(self, state_of: Callable[[int], Mapping[str, Tensor]]) -> None:
-        """Copies the states that were marked; who only looks at particles never needs a second copy of them."""
-        for particle_id in self._settled:
+    def before_moves(self, ids: Iterable[int], state_of: Callable[[int], Mapping[str, Tensor]]) -> None:
+        """Copies the states of these that were marked; until a particle moves it needs no copy."""
+        for particle_id in self._settled.intersection(ids):
             self.keep(particle_id, state_of(particle_id))
-        self._settled.clear()
+            self._settled.discard(particle_id)
 
     def keep(self, particle_id: int, tensors: Mapping[str, Tensor]) -> None:
-        """Into the copies that are there already, where they are: a run must not allocate its size again and again."""
+        """Overwrites the particle's earlier copy in place, so that nothing is allocated again."""
         kept = self._copies.setdefault(particle_id, {})
-        for name, value in tensors.items():
+        for name, value in without_frozen(tensors).items():
             if name not in kept:
                 kept[name] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
-            kept[name].copy_(value, non_blocking=True)  # in the order of the stream: before the next update, not now
+            kept[name].copy_(value, non_blocking=True)  # CUDA orders it before the next update
 
     def forget(self, particle_id: int) -> None:
         self._copies.pop(particle_id, None)
@@ -71,14 +74,14 @@ class GoodStates:
         return "beside" if particle_id in self._copies else "initial"
 
 
-def saved_place(record: Mapping[str, Any] | None, is_beside: bool) -> Place:
-    """Where a manifest's record of a particle says that its good state is. is_beside: whether its file holds one.
+def saved_place(record: Mapping[str, Any] | None, has_copy: bool) -> Place:
+    """Where a manifest's record of a particle says that its good state is. has_copy: whether its file holds one.
 
-    Manifests from before there was such a word mean the state beside, else the present one, which was marked as good
-    when it was saved, else, in a bad streak, the initial one. Raises CheckpointError for another word.
+    Older manifests have no such word. They mean the copy if there is one; else the initial state in a bad streak; else
+    the present state, which was marked as good when it was saved. Raises CheckpointError for another word.
     """
     record = record or {}
-    place: Place = record.get("good", "beside" if is_beside else "initial" if record.get("bad") else "present")
+    place: Place = record.get("good", "beside" if has_copy else "initial" if record.get("bad") else "present")
     if place not in get_args(Place):
         raise CheckpointError(
             f"the manifest says good = {shown(place)} of a particle's health, which must be one of "

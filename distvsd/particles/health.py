@@ -1,40 +1,21 @@
-"""The health of particles: who skips a round, who goes back to its last good state, who is given up.
+"""The health of particles: which ones skip a round, go back to their last good state, or are quarantined.
 
-A particle that is not finite costs itself a round and nobody else anything. One that stays so is put back to where it
-last was good, and moves more slowly from there; one that keeps failing is quarantined, so that a run of thousands does
+A particle that is not finite skips the round; the others do not notice. After too many bad rounds it is put back to its
+last good state and moves more slowly from there. One that keeps failing is quarantined, so that a run of thousands does
 not end because of one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
+from distvsd.config import HealthConfig
 from distvsd.errors import CheckpointError
 from distvsd.vsd.wanted import MOST
 
 Verdict = Literal["healthy", "unhealthy", "restore", "quarantine"]
-
-
-class HealthOptions(Protocol):
-    """What is read of the configuration's `particles.health` block; meanings and ranges are documented there."""
-
-    @property
-    def max_bad(self) -> int: ...
-    @property
-    def max_restores(self) -> int: ...
-    @property
-    def restore_rate(self) -> float: ...
-
-
-@dataclass(frozen=True)
-class DefaultHealth:
-    """The configuration's defaults, for ensembles that are made without a configuration."""
-
-    max_bad: int = 10
-    max_restores: int = 2
-    restore_rate: float = 0.5
 
 
 @dataclass
@@ -50,7 +31,7 @@ class Health:
     restores: int = 0
     quarantined: bool = False
 
-    def judge(self, moved: bool, options: HealthOptions) -> Verdict:
+    def judge(self, moved: bool, config: HealthConfig) -> Verdict:
         """Counts one round of a particle that is not quarantined, and says what is to be done with it.
 
         After `restore` and `quarantine` the caller puts the last good state back.
@@ -60,18 +41,18 @@ class Health:
             return "healthy"
         self.bad += 1
         self.total += 1
-        if self.bad < options.max_bad:
+        if self.bad < config.max_bad:
             return "unhealthy"
         self.bad = 0
-        if self.restores < options.max_restores:
+        if self.restores < config.max_restores:
             self.restores += 1
             return "restore"
         self.quarantined = True
         return "quarantine"
 
-    def rate(self, options: HealthOptions) -> float:
+    def rate(self, config: HealthConfig) -> float:
         """The factor on its learning rates: exactly 1 for a particle that was never put back."""
-        return float(options.restore_rate**self.restores)
+        return float(config.restore_rate**self.restores)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -103,17 +84,41 @@ def shown(value: object) -> str:
 
 @dataclass(frozen=True)
 class Update:
-    """What one round did to this rank's particles, as ids.
+    """What one round did to this rank's active particles, as ids.
 
-    healthy: moved. unhealthy: something of theirs was not finite, or their rank had no memory; they kept their state
-    this round. crowded_out: those of the unhealthy for whom there was no memory. restored, quarantined: those of the
-    unhealthy that were put back, or given up, in this round. absent: everyone who did not move, which adds those
-    quarantined before; they must not train the score network either.
+    healthy: moved. unhealthy: kept their state, because something of theirs was not finite or because there was no
+    memory. out_of_memory: those of the unhealthy for which there was no memory. restored, quarantined: those of the
+    unhealthy that were put back, or quarantined, in this round. absent: all that did not move, which adds those that
+    were quarantined before; they must not train the score network either.
     """
 
     healthy: list[int] = field(default_factory=list)
     unhealthy: list[int] = field(default_factory=list)
-    crowded_out: list[int] = field(default_factory=list)
+    out_of_memory: list[int] = field(default_factory=list)
     restored: list[int] = field(default_factory=list)
     quarantined: list[int] = field(default_factory=list)
     absent: list[int] = field(default_factory=list)
+
+
+def judge(
+    records: Mapping[int, Health], moved: Collection[int], out_of_memory: Collection[int], config: HealthConfig
+) -> Update:
+    """Brings the records of one round's particles up to date.
+
+    The caller puts those in `restored` and `quarantined` back to their last good state.
+    """
+    update = Update()
+    for particle_id, health in records.items():
+        if particle_id not in moved:
+            update.absent.append(particle_id)
+        if health.quarantined:
+            continue
+        verdict = health.judge(particle_id in moved, config)
+        (update.healthy if verdict == "healthy" else update.unhealthy).append(particle_id)
+        if verdict != "healthy" and particle_id in out_of_memory:
+            update.out_of_memory.append(particle_id)
+        if verdict == "restore":
+            update.restored.append(particle_id)
+        if verdict == "quarantine":
+            update.quarantined.append(particle_id)
+    return update

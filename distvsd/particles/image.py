@@ -2,40 +2,47 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from distvsd.cameras import Cameras
-from distvsd.particles.base import Keys, Parameters, Rendered
+from distvsd.cameras import Cameras, Field
+from distvsd.config import ImageConfig
+from distvsd.particles.base import Cost, Handed, Keys, Parameters, Rendered
 from distvsd.vsd.rng import Purpose, normal, uniform
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ImageParticle:
     """Images of a fixed size: `shape` is (3, H, W) for pixels, (C, h, w) of the prior's latents otherwise.
 
-    Each starts as normal noise of `init_scale`, around grey pixels or around latents of 0. init_color: half-width of
-    the uniform RGB by which the plain picture under the noise differs from mid grey, for each particle its own.
+    Each starts as normal noise around a plain colour of its own, or around latents of 0. learning_rate: of a round.
     encode: brings plain pictures, `[P, 3, 1, 1]`, to latents `[P, C, h, w]`; latents that start in colours need it.
     """
 
+    config: ImageConfig
     shape: tuple[int, int, int]
-    is_latent: bool
-    init_scale: float
     learning_rate: Callable[[int], float]
-    init_color: float = 0.0
     encode: Callable[[Tensor], Tensor] | None = None
-    deterministic: bool = True
+    has_views: ClassVar[bool] = False
+    deterministic: ClassVar[bool] = True
 
-    def init(self, seed: int, ids: Tensor) -> Parameters:
-        noise = self.init_scale * normal(seed, Purpose.INIT, ids, 0, self.shape)
-        color = 0.5 + self.init_color * (2 * uniform(seed, Purpose.INIT, ids, 0, (3, 1, 1), lane=1) - 1)
+    @property
+    def is_latent(self) -> bool:
+        return self.config.space == "latent"
+
+    def init(self, seed: int, ids: Tensor, source: Handed | None = None) -> Parameters:
+        if source is not None:
+            return source.copied_for(self, ids)
+        noise = self.config.init_scale * normal(seed, Purpose.INIT, ids, 0, self.shape)
+        color = 0.5 + self.config.init_color * (2 * uniform(seed, Purpose.INIT, ids, 0, (3, 1, 1), lane=1) - 1)
         if not self.is_latent:
             return {"image": color + noise}
-        if self.init_color == 0:
+        if self.config.init_color == 0:
             return {"image": noise}
         if self.encode is None:
             raise ValueError("latents that start in colours (init_color above 0) need `encode`")
@@ -56,3 +63,9 @@ class ImageParticle:
             )
         images = image[:, None].expand(-1, cameras.shape[1], -1, -1, -1)
         return Rendered(images, torch.ones_like(images[:, :, :1]), torch.zeros_like(image[:, 0, 0, 0]))
+
+    def field(self, parameters: Parameters) -> Field | None:
+        return None
+
+    def cost(self, resolution: int) -> Cost:
+        return Cost(trained=math.prod(self.shape), frozen=0, points=resolution**2)

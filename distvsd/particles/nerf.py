@@ -8,13 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from distvsd.cameras import Cameras, rays
-from distvsd.particles.base import Keys, Parameters, Rendered
+from distvsd.cameras import Cameras, Field, rays
+from distvsd.config import NerfConfig
+from distvsd.particles.base import Cost, Handed, Keys, Parameters, Rendered, parameter_counts
 from distvsd.render import HashGrid, composite, sample_intervals
 from distvsd.render.volume import Composited, VolumeBackend
 from distvsd.vsd.rng import Purpose, normal, uniform
@@ -23,49 +25,37 @@ _DIRECTION_BANDS = 4
 _BACKGROUND_WIDTH = 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class NerfParticle:
     """A radiance field in the cube [-bound, bound]^3, batched over particles; colour does not depend on the view.
 
-    density_scale: factor on the softplus that gives the density. blob_density, blob_radius: lambda and r of
-    lambda (1 - |x| / r), added before it. init_scale: range of the initial features. init_color: range of each
-    particle's own initial colour before the sigmoid. density_noise: standard deviation of the training noise before the
-    softplus. entropy, sparsity, coverage: weights of the regularisers. entropy_of: the "opacity" of rays (entropy in
-    nats) or the "weights" of the samples on them (in bits). coverage_range: mean opacity between which coverage rests.
-    learned_background: a small network of the ray's direction; without it the background is black. random_background:
-    share of the training views on a random plain colour, of which `random_grey` makes a grey.
+    config: the fields of `particles.nerf`; meanings and ranges are documented there. learning_rate,
+    network_learning_rate: of a round, for the grid and for the small networks. backend: of the volume rendering.
+    gather: see `HashGrid`. deterministic: see `Particle`.
     """
 
-    grid: HashGrid
-    samples_per_ray: int
-    bound: float
-    density_scale: float
-    blob_density: float
-    blob_radius: float
-    init_scale: float
-    init_color: float
-    density_noise: float
-    entropy: float
-    entropy_of: Literal["opacity", "weights"]
-    sparsity: float
-    coverage: float
-    coverage_range: tuple[float, float]
-    learned_background: bool
-    random_background: float
-    random_grey: bool
-    backend: VolumeBackend
-    grid_learning_rate: Callable[[int], float]
+    config: NerfConfig
+    learning_rate: Callable[[int], float]
     network_learning_rate: Callable[[int], float]
-    deterministic: bool
-    is_latent: bool = False
+    backend: VolumeBackend = "torch"
+    gather: bool = False
+    deterministic: bool = True
+    is_latent: ClassVar[bool] = False
+    has_views: ClassVar[bool] = True
 
-    def init(self, seed: int, ids: Tensor) -> Parameters:
-        width = self.grid.levels * self.grid.features
-        parameters = self.grid.init(seed, ids, self.init_scale)
+    @cached_property
+    def grid(self) -> HashGrid:
+        return HashGrid(self.config, self.gather)
+
+    def init(self, seed: int, ids: Tensor, source: Handed | None = None) -> Parameters:
+        if source is not None:
+            return source.copied_for(self, ids)
+        width = self.config.levels * self.config.features
+        parameters = self.grid.init(seed, ids, self.config.init_scale)
         parameters["decoder_weight"] = _linear_init(seed, ids, 4, width, lane=100)
-        colour = (uniform(seed, Purpose.INIT, ids, 0, (3,), lane=103) * 2 - 1) * self.init_color
+        colour = (uniform(seed, Purpose.INIT, ids, 0, (3,), lane=103) * 2 - 1) * self.config.init_color
         parameters["decoder_bias"] = torch.cat((torch.zeros_like(colour[:, :1]), colour), dim=1)
-        if self.learned_background:
+        if self.config.background == "learned":
             parameters["background_weight0"] = _linear_init(
                 seed, ids, _BACKGROUND_WIDTH, 3 * 2 * _DIRECTION_BANDS, lane=101
             )
@@ -75,10 +65,10 @@ class NerfParticle:
         return parameters
 
     def learning_rates(self, step: int) -> dict[str, float]:
-        grid, network = self.grid_learning_rate(step), self.network_learning_rate(step)
-        names = [f"grid{level}" for level in range(self.grid.levels)]
+        grid, network = self.learning_rate(step), self.network_learning_rate(step)
+        names = [f"grid{level}" for level in range(self.config.levels)]
         networks = ["decoder_weight", "decoder_bias"]
-        if self.learned_background:
+        if self.config.background == "learned":
             networks += [f"background_{part}{layer}" for layer in (0, 1) for part in ("weight", "bias")]
         return dict.fromkeys(names, grid) | dict.fromkeys(networks, network)
 
@@ -86,8 +76,10 @@ class NerfParticle:
         views = cameras.shape[1]
         jitter = uniform(keys.seed, Purpose.RAY_JITTER, keys.ids, keys.step, (views, resolution, resolution))
         draws = uniform(keys.seed, Purpose.BACKGROUND, keys.ids, keys.step, (views, 4))
-        colour = draws[..., 1:2].expand(-1, -1, 3) if self.random_grey else draws[..., 1:]
-        plain = draws[..., 0] < self.random_background
+        colour = draws[..., 1:]
+        if self.config.random_background_kind == "grey":
+            colour = colour[..., :1].expand(-1, -1, 3)
+        plain = draws[..., 0] < self.config.random_background
         return self._draw(parameters, cameras, resolution, jitter, colour, plain, keys)
 
     def view(self, parameters: Parameters, cameras: Cameras, resolution: int, background: float) -> Rendered:
@@ -97,17 +89,27 @@ class NerfParticle:
         plain = torch.ones(cameras.shape, dtype=torch.bool, device=like.device)
         return self._draw(parameters, cameras, resolution, jitter, colour, plain, None)
 
-    def field(
+    def field(self, parameters: Parameters) -> Field | None:
+        return lambda points_PN3: self.evaluate(parameters, points_PN3)[0]
+
+    def cost(self, resolution: int) -> Cost:
+        return Cost(*parameter_counts(self), points=resolution**2 * self.config.samples_per_ray)
+
+    def evaluate(
         self, parameters: Parameters, points_PN3: Tensor, noise_PN: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Density `[P, N]` (per world unit) and colour `[P, N, 3]` at world points; differentiable."""
-        features_PFN = self.grid.encode(parameters, points_PN3 / (2 * self.bound) + 0.5)
+        """Density `[P, N]` (per world unit) and colour `[P, N, 3]` at world points; differentiable.
+
+        noise: added to the density before its softplus.
+        """
+        config = self.config
+        features_PFN = self.grid.encode(parameters, points_PN3 / (2 * config.bound) + 0.5)
         raw_P4N = torch.baddbmm(parameters["decoder_bias"][..., None], parameters["decoder_weight"], features_PFN)
         # Initialisation of the paper's appendix: a soft ball (or, with a negative density, a hollow around the camera).
-        raw_density = raw_P4N[:, 0] + self.blob_density * (1 - points_PN3.norm(dim=-1) / self.blob_radius)
+        raw_density = raw_P4N[:, 0] + config.blob_density * (1 - points_PN3.norm(dim=-1) / config.blob_radius)
         if noise_PN is not None:
             raw_density = raw_density + noise_PN
-        density = self.density_scale * torch.nn.functional.softplus(raw_density)
+        density = config.density_scale * torch.nn.functional.softplus(raw_density)
         return density, torch.sigmoid(raw_P4N[:, 1:]).transpose(1, 2)
 
     def _draw(
@@ -120,20 +122,20 @@ class NerfParticle:
         is_plain_PV: Tensor,
         keys: Keys | None,
     ) -> Rendered:
-        particles = cameras.shape[0]
+        particles, config = cameras.shape[0], self.config
         origins, directions = rays(cameras, resolution, resolution)
         origins = origins[:, :, None, None].expand_as(directions)
-        starts, ends = sample_intervals(origins, directions, self.bound, self.samples_per_ray, jitter_PVHW)
+        starts, ends = sample_intervals(origins, directions, config.bound, config.samples_per_ray, jitter_PVHW)
         points = origins[..., None, :] + directions[..., None, :] * ((starts + ends) / 2)[..., None]
         shape = points.shape[:-1]
         noise = None
-        if keys is not None and self.density_noise > 0:
+        if keys is not None and config.density_noise > 0:
             count = (points[0].numel() // 3,)
-            noise = self.density_noise * normal(keys.seed, Purpose.DENSITY_NOISE, keys.ids, keys.step, count)
-        density, colour = self.field(parameters, points.reshape(particles, -1, 3), noise)
+            noise = config.density_noise * normal(keys.seed, Purpose.DENSITY_NOISE, keys.ids, keys.step, count)
+        density, colour = self.evaluate(parameters, points.reshape(particles, -1, 3), noise)
         out = composite(starts, ends, density.reshape(shape), colour.reshape(*shape, 3), self.backend)
         background = plain_colour_PV3[:, :, None, None].expand_as(directions)
-        if self.learned_background:
+        if self.config.background == "learned":
             learned = self._background(parameters, directions.reshape(particles, -1, 3)).reshape(directions.shape)
             background = torch.where(is_plain_PV[..., None, None, None], background, learned)
         images = out.color + (1 - out.opacity) * background
@@ -156,25 +158,25 @@ class NerfParticle:
         )
 
     def penalty(self, rendered: Composited, particles: int) -> Tensor:
-        """Of each particle `[P]`, over its rays: entropy (clear or solid, not fog), sparsity of the opacity (no
-        clutter), and coverage (of a view neither all nor nothing)."""
-        opacity = rendered.opacity.reshape(particles, -1)
+        """The weighted regularisers of each particle `[P]`, over its rays: entropy (rays clear or solid), sparsity of
+        the opacity (no clutter), and coverage (the object covers part of a view, not all and not nothing)."""
+        opacity, config = rendered.opacity.reshape(particles, -1), self.config
         penalty = torch.zeros(particles, device=opacity.device)
-        if self.entropy > 0:
-            of_rays = self.entropy_of == "opacity"
+        if config.entropy > 0:
+            of_rays = config.entropy_of == "opacity"
             of = opacity if of_rays else rendered.weights.reshape(particles, -1)
-            penalty = penalty + self.entropy * _binary_entropy(of) / (1 if of_rays else math.log(2))
-        if self.sparsity > 0:
-            # Mean over root mean square (Hoyer 2004): its gradient is zero on solid rays and on the particle's overall
-            # strength, so it takes fog away and can be had neither by thinning the object nor by fading out altogether.
-            penalty = penalty + self.sparsity * opacity.mean(1) / (opacity.square().mean(1) + 1e-4).sqrt()
-        if self.coverage > 0:
-            # A field of one colour that fills the view is a background to the prior, and one that fades leaves nothing
-            # to be seen: sparsity is blind to both. The logarithms make up for the slopes that vanish there, that of an
-            # opacity near 1 and that of the softplus near 0.
-            covered, (low, high) = opacity.mean(1), self.coverage_range
+            penalty = penalty + config.entropy * _binary_entropy(of) / (1 if of_rays else math.log(2))
+        if config.sparsity > 0:
+            # Mean over root mean square (Hoyer 2004). It has no gradient in the overall strength, and nearly none on
+            # solid rays: it removes fog, and neither thins the object nor fades all of it out.
+            penalty = penalty + config.sparsity * opacity.mean(1) / (opacity.square().mean(1) + 1e-4).sqrt()
+        if config.coverage > 0:
+            # Against the two states that sparsity does not see: a field that fills the view, which the prior takes for
+            # a background, and one that has faded. An opacity near 1 and a softplus near 0 have vanishing slopes; the
+            # logarithms make up for that.
+            covered, (low, high) = opacity.mean(1), config.coverage_range
             inside = ((covered + 1e-4) / low).clamp_max(1) * ((1 - covered + 1e-4) / (1 - high)).clamp_max(1)
-            penalty = penalty - self.coverage * inside.log()
+            penalty = penalty - config.coverage * inside.log()
         return penalty
 
 

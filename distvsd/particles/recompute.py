@@ -1,4 +1,4 @@
-"""Memory for time: what a render keeps for its backward pass is thrown away and computed again when that comes."""
+"""Activation checkpointing: what a render keeps for its backward pass is computed again instead of kept."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch.utils.checkpoint import checkpoint
 Result = TypeVar("Result")
 
 
-def forgetful(function: Callable[..., Result]) -> Callable[..., Result]:
-    """The same function, bit for bit in values and gradients, that keeps its arguments and no intermediate tensors.
+def checkpointed(function: Callable[..., Result]) -> Callable[..., Result]:
+    """The same function, bit for bit in values and gradients; keeps its arguments and no intermediate tensors.
 
-    The function must not draw from torch's global random state; everything of the house draws from keyed streams.
+    The function must not draw from torch's global random state: that is not restored for the second computation.
     """
     return functools.partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distvsd.particles.adam import ParticleAdam
 from distvsd.particles.base import Particle
 from distvsd.particles.good import Place, saved_place
-from distvsd.particles.group import Group
+from distvsd.particles.group import Group, without_frozen
 from distvsd.particles.health import Health
 from distvsd.vsd.wanted import MOST, Wanted, refuse_misfits
 
-# A particle's last good state lies in the checkpoint beside its present one, under this prefix, where they differ.
+# The prefix of a particle's last good state in its file, where that is neither the present nor the initial one. Frozen
+# parameters are not repeated.
 GOOD = "good/"
 
 
@@ -23,7 +23,7 @@ def blank_state(particle: Particle) -> dict[str, Tensor]:
     """What `Group.state_of` gives of one particle, without values and without memory: names, dtypes and shapes."""
     nobody = torch.zeros(0, dtype=torch.int64)
     parameters = particle.init(0, nobody)
-    group = Group([], nobody, parameters, ParticleAdam.zeros(parameters, betas=(0.0, 0.0), eps=1.0))
+    group = Group.of(particle, [], nobody, parameters, betas=(0.0, 0.0), eps=1.0)
     return {name: value.new_empty(()).expand(value.shape[1:]) for name, value in group.state_of(slice(None)).items()}
 
 
@@ -34,7 +34,7 @@ def read_particle(
     record: Mapping[str, Any] | None,
     rounds: int = MOST,
 ) -> tuple[Health, Place, dict[str, Tensor]]:
-    """The health of a particle, where its last good state is, and that state where it lies beside; copies nothing.
+    """The health of a particle, where its last good state is, and that state where the file holds it; copies nothing.
 
     like: tensors of the names, dtypes and shapes of `Group.state_of`, on any device. record: of the manifest. rounds:
     completed when it was saved. Raises CheckpointError for what a particle cannot be; a resume may then change nothing.
@@ -46,7 +46,7 @@ def read_particle(
     place = saved_place(record, bool(good))
     wanted = {name: _wanted(name, value, rounds) for name, value in like.items()}
     if place == "beside":
-        wanted |= {GOOD + name: want for name, want in wanted.items()}
+        wanted |= {GOOD + name: wanted[name] for name in without_frozen(like)}
     advice = (
         "resume with the particles' configuration of that run, or delete this checkpoint to go on from an older one"
     )

@@ -2,6 +2,6 @@
 reference."""
 
 from distvsd.render.hashgrid import HashGrid
-from distvsd.render.volume import Composited, composite, sample_intervals
+from distvsd.render.volume import Composited, composite, sample_intervals, volume_backend
 
-__all__ = ["Composited", "HashGrid", "composite", "sample_intervals"]
+__all__ = ["Composited", "HashGrid", "composite", "sample_intervals", "volume_backend"]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distvsd.config import NerfConfig
 from distvsd.vsd.rng import Purpose, uniform
 
 _PRIMES = (1, 2654435761, 805459861)  # Eq. 4 of arXiv 2201.05989
@@ -19,28 +20,27 @@ _PRIMES = (1, 2654435761, 805459861)  # Eq. 4 of arXiv 2201.05989
 
 @dataclass(frozen=True)
 class HashGrid:
-    """The shape of a grid; the features live in the particles' parameters.
+    """The shape of a grid, from the fields of the configuration; the features live in the particles' parameters.
 
-    levels, features: L and F. table_size: largest number of vertices of a level (T). base_resolution to
-    max_resolution: vertices along an axis, growing geometrically. smoothstep: interpolate with 3x^2 - 2x^3, so that
-    the gradient in space is continuous. gather: read dense levels by gathering too, whose backward is deterministic
-    on every device.
+    gather: read dense levels by gathering too; its backward pass can be made deterministic on every device.
     """
 
-    levels: int
-    features: int
-    table_size: int
-    base_resolution: int
-    max_resolution: int
-    smoothstep: bool
+    config: NerfConfig
     gather: bool = False
+
+    @property
+    def table_size(self) -> int:
+        """The most entries of a level; 2^19 in Instant-NGP."""
+        return 1 << self.config.log2_table_size
 
     def resolutions(self) -> list[int]:
         """Vertices along an axis, one per level."""
-        if self.levels == 1:
-            return [self.base_resolution]
-        growth = (self.max_resolution / self.base_resolution) ** (1 / (self.levels - 1))
-        return [int(self.base_resolution * growth**level + 1e-6) for level in range(self.levels)]
+        shape = self.config
+        if shape.levels == 1:
+            return [shape.base_resolution]
+        growth = (shape.max_resolution / shape.base_resolution) ** (1 / (shape.levels - 1))
+        # The small addition keeps a power that should be whole from falling below it by rounding.
+        return [int(shape.base_resolution * growth**level + 1e-6) for level in range(shape.levels)]
 
     def is_dense(self, resolution: int) -> bool:
         return resolution**3 <= self.table_size
@@ -51,7 +51,7 @@ class HashGrid:
         parameters = {}
         for level, resolution in enumerate(self.resolutions()):
             shape = (resolution,) * 3 if self.is_dense(resolution) else (self.table_size,)
-            values = uniform(seed, Purpose.INIT, ids, 0, (self.features, *shape), lane=level)
+            values = uniform(seed, Purpose.INIT, ids, 0, (self.config.features, *shape), lane=level)
             parameters[f"grid{level}"] = (values * 2 - 1) * scale
         return parameters
 
@@ -72,8 +72,8 @@ class HashGrid:
     def _read(self, grid: Tensor, resolution: int, points: Tensor) -> Tensor:
         position = points.clamp(0, 1) * (resolution - 1)
         if grid.ndim == 3 or self.gather:
-            return gather_level(grid.flatten(2), resolution, position, self.smoothstep, hashed=grid.ndim == 3)
-        if self.smoothstep:
+            return gather_level(grid.flatten(2), resolution, position, self.config.smoothstep, hashed=grid.ndim == 3)
+        if self.config.smoothstep:
             cell = position.floor()
             position = cell + _smoothstep(position - cell)
         unit = position * (2 / (resolution - 1)) - 1
@@ -92,8 +92,8 @@ def gather_level(table: Tensor, resolution: int, position: Tensor, smoothstep: b
     fraction = position - cell
     if smoothstep:
         fraction = _smoothstep(fraction)
-    # By axis, the near and the far side of the cell. Offsets and primes are numbers of Python: as tensors, each would
-    # be a copy to the device for which the host waits.
+    # The near and the far side of the cell, by axis. Offsets and primes are Python numbers: as tensors, each would be a
+    # copy to the device that the host waits for.
     vertices = [(near, near + 1) for near in cell.long().unbind(-1)]
     shares = [(1 - far, far) for far in fraction.unbind(-1)]
     total: Tensor | None = None

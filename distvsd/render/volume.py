@@ -7,6 +7,7 @@ CPU and on CUDA. Both are differentiable and agree to rounding.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -15,6 +16,24 @@ from torch import Tensor
 from distvsd.errors import BackendError
 
 VolumeBackend = Literal["torch", "nerfacc"]
+
+
+def volume_backend(
+    asked: Literal["auto", "torch", "nerfacc"], numerics: Literal["fast", "exact"], device: torch.device
+) -> VolumeBackend:
+    """The backend that was asked for; auto is nerfacc on CUDA where it can be imported and sums need no fixed order.
+
+    Raises BackendError for nerfacc in exact numerics on CUDA.
+    """
+    fixed_order = numerics == "exact"
+    if asked == "nerfacc" and fixed_order and device.type == "cuda":
+        raise BackendError(
+            "parallel.numerics is exact, but render.backend nerfacc adds in no fixed order on CUDA; "
+            "set render.backend=torch"
+        )
+    if asked != "auto":
+        return asked
+    return "nerfacc" if device.type == "cuda" and not fixed_order and find_spec("nerfacc") else "torch"
 
 
 @dataclass(frozen=True)

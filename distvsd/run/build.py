@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,6 @@ from torch import Tensor
 from distvsd.cameras import OrbitSampler
 from distvsd.config import Config, ObjectiveConfig
 from distvsd.config.relations import refuse_small_latents
-from distvsd.errors import BackendError
 from distvsd.networks.base import Adaptable
 from distvsd.networks.folder import open_folder
 from distvsd.parallel.assign import owners, share
@@ -22,14 +22,14 @@ from distvsd.parallel.exchange import Exchange, exclude, slice_for
 from distvsd.parallel.numerics import fix_order_of_sums
 from distvsd.parallel.reduce import reduce_gradients
 from distvsd.parallel.world import World
-from distvsd.particles import Ensemble, ImageParticle, NerfParticle, Particle
+from distvsd.particles import Ensemble, Handed, ImageParticle, NerfParticle, Particle, Resident
+from distvsd.particles.encode import encode_plain
 from distvsd.plan.needs import refuse_too_large
 from distvsd.prior.guidance import ClassifierFree
 from distvsd.prior.load import load_prior
 from distvsd.prior.pipeline import Pipeline
 from distvsd.prior.teacher import Teacher
-from distvsd.render import HashGrid
-from distvsd.render.volume import VolumeBackend
+from distvsd.render import volume_backend
 from distvsd.run.encode import Encoder
 from distvsd.run.loop import Loop, Round
 from distvsd.runtime.memory import host_memory
@@ -224,97 +224,54 @@ def _score_training(config: Config, world: World, prior: Pipeline) -> ScoreTrain
     )
 
 
-def make_ensemble(config: Config, prior: Latents | None, ids: Sequence[int], device: torch.device | str) -> Ensemble:
-    """Fresh particles `ids` of this configuration. prior: whose latents they are, where they are latents."""
+def make_ensemble(
+    config: Config,
+    prior: Latents | None,
+    ids: Sequence[int],
+    device: torch.device | str,
+    source: Handed | None = None,
+    blank: bool = False,
+) -> Ensemble:
+    """Fresh particles `ids` of this configuration. prior: whose latents they are, where they are latents. source: what
+    the stage before hands over, rows in the order of `ids`. blank: see `Resident`.
+
+    Raises ConfigError where the particles cannot begin from the source.
+    """
     particles = config.particles
-    micro_batch = 1 if config.parallel.numerics == "exact" else particles.micro_batch
-    return Ensemble(
-        make_particle(config, prior, torch.device(device)),
-        ids,
-        OrbitSampler(config.cameras.elevation, config.cameras.azimuth, config.cameras.distance, config.cameras.fovy),
-        particles.views,
-        config.run.seed,
-        particles.betas,
-        particles.eps,
-        micro_batch,
-        device,
-        particles.health,
-        particles.recompute,
-    )
+    if config.parallel.numerics == "exact":
+        particles = dataclasses.replace(particles, micro_batch=1)  # no particle's bits may depend on its neighbours
+    particle = make_particle(config, prior, torch.device(device))
+    store = Resident(particle, ids, particles, seed=config.run.seed, device=device, source=source, blank=blank)
+    return Ensemble(store, OrbitSampler(config.cameras), particles)
 
 
-@torch.no_grad()
-def _encode_plain(prior: Latents, size: int, colors: Tensor) -> Tensor:
-    """Latents of plain pictures of `colors` `[P, 3, 1, 1]`; one a call: no bit depends on who else is on the rank."""
-    encoded = [prior.encode(color.expand(1, 3, size, size)) for color in colors]
-    return torch.cat(encoded) if encoded else prior.encode(colors.expand(0, 3, size, size))
+def are_latents(config: Config) -> bool:
+    """Whether this configuration's particles are latents of the prior, which `make_particle` needs then."""
+    return config.particles.kind == "image" and config.particles.image.space == "latent"
 
 
 def make_particle(config: Config, prior: Latents | None, device: torch.device) -> Particle:
     """The kind of particle of this configuration."""
-    particles, exact = config.particles, config.parallel.numerics == "exact"
+    particles, exact, on_cpu = config.particles, config.parallel.numerics == "exact", device.type == "cpu"
+    rate = particles.learning_rate.at
     match particles.kind:
         case "image":
             size = config.render.resolution_at(config.schedule.rounds - 1)
-            image, rate = particles.image, particles.learning_rate.at
-            if image.space == "pixel":
-                return ImageParticle((3, size, size), False, image.init_scale, rate, image.init_color)
+            if not are_latents(config):
+                return ImageParticle(config=particles.image, shape=(3, size, size), learning_rate=rate)
             assert prior is not None, "particles in latents need the prior whose latents they are"
-            encode = functools.partial(_encode_plain, prior, size)
-            return ImageParticle(prior.latent_shape(size), True, image.init_scale, rate, image.init_color, encode)
+            encode = functools.partial(encode_plain, prior.encode, size)
+            shape = prior.latent_shape(size)
+            return ImageParticle(config=particles.image, shape=shape, learning_rate=rate, encode=encode)
         case "nerf":
-            nerf = particles.nerf
-            # Reading a dense level on CUDA adds its gradients in no fixed order; gathering can be made deterministic.
-            gather = exact and device.type != "cpu"
-            grid = HashGrid(
-                nerf.levels,
-                nerf.features,
-                2**nerf.log2_table_size,
-                nerf.base_resolution,
-                nerf.max_resolution,
-                nerf.smoothstep,
-                gather,
-            )
             return NerfParticle(
-                grid,
-                nerf.samples_per_ray,
-                nerf.bound,
-                nerf.density_scale,
-                nerf.blob_density,
-                nerf.blob_radius,
-                nerf.init_scale,
-                nerf.init_color,
-                nerf.density_noise,
-                nerf.entropy,
-                nerf.entropy_of,
-                nerf.sparsity,
-                nerf.coverage,
-                nerf.coverage_range,
-                nerf.background == "learned",
-                nerf.random_background,
-                nerf.random_background_kind == "grey",
-                _volume_backend(config, device),
-                particles.learning_rate.at,
-                particles.network_learning_rate.at,
-                deterministic=device.type == "cpu" or gather,
+                config=particles.nerf,
+                learning_rate=rate,
+                network_learning_rate=particles.network_learning_rate.at,
+                backend=volume_backend(config.render.backend, config.parallel.numerics, device),
+                # Reading a dense level on CUDA adds its gradients in no fixed order; gathering can be made
+                # deterministic.
+                gather=exact and not on_cpu,
+                deterministic=exact or on_cpu,
             )
     raise ValueError(f"particles.kind is {particles.kind!r}; known are 'nerf' and 'image'")
-
-
-def _volume_backend(config: Config, device: torch.device) -> VolumeBackend:
-    """The asked one; auto is plain torch where bits must not change or no GPU runs, nerfacc where it can be
-    imported."""
-    asked = config.render.backend
-    exact = config.parallel.numerics == "exact"
-    if asked == "nerfacc" and exact and device.type == "cuda":
-        raise BackendError(
-            "parallel.numerics is exact, but render.backend nerfacc adds in no fixed order on CUDA; "
-            "set render.backend=torch"
-        )
-    if asked != "auto":
-        return asked
-    if exact or device.type != "cuda":
-        return "torch"
-    from importlib.util import find_spec
-
-    return "nerfacc" if find_spec("nerfacc") else "torch"

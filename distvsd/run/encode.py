@@ -8,7 +8,7 @@ from torch import Tensor
 from distvsd.config import Config
 from distvsd.faults import poison
 from distvsd.particles import Ensemble, Views
-from distvsd.particles.recompute import forgetful
+from distvsd.particles.recompute import checkpointed
 from distvsd.prior.pipeline import Pipeline
 from distvsd.prior.prompts import view_indices
 from distvsd.score.camera import CAMERA_FEATURES
@@ -20,7 +20,7 @@ class Encoder:
 
     def __init__(self, config: Config, prior: Pipeline, ensemble: Ensemble) -> None:
         self._config, self._prior, self._ensemble = config, prior, ensemble
-        self._encode = forgetful(prior.encode) if config.particles.recompute else prior.encode
+        self._encode = checkpointed(prior.encode) if config.particles.recompute else prior.encode
 
     def __call__(self, views: list[Views], resolution: int) -> Samples:
         """Latents with the graph, camera matrices, ids, named views, and weights.

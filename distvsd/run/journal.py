@@ -54,8 +54,12 @@ class Journal:
     def watch(self, done: Round) -> None:
         """Takes note of a finished round on this rank."""
         update = done.update
-        named = {kind: getattr(update, kind) for kind in EVENTS}
-        named["unhealthy"] = [particle_id for particle_id in update.unhealthy if particle_id not in update.crowded_out]
+        named = {
+            "unhealthy": [particle_id for particle_id in update.unhealthy if particle_id not in update.out_of_memory],
+            "crowded_out": update.out_of_memory,
+            "restored": update.restored,
+            "quarantined": update.quarantined,
+        }
         for kind, ids in named.items():
             self._events += [(done.step, particle_id, kind) for particle_id in ids]
         for phase, seconds in done.seconds.items():

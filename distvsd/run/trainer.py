@@ -20,7 +20,7 @@ from distvsd.checkpoint.saver import Saver
 from distvsd.config import Config, digest, to_dict, to_yaml
 from distvsd.errors import CheckpointError, DivergedError, RunError
 from distvsd.faults import fault
-from distvsd.looking.opened import Restored, load_particles
+from distvsd.looking.opened import Opened, load_particles
 from distvsd.looking.render import SHEET_ROWS, contact_sheets
 from distvsd.parallel.alike import Fact, refuse_unlike
 from distvsd.parallel.collectives import agreed, max_flags, set_timeout
@@ -165,7 +165,7 @@ class Trainer:
         self.journal.settle()  # before the length of its file is noted
         began = time.perf_counter()
         ensemble = self.parts.ensemble
-        files = {particle_file(particle_id): state for particle_id, state in ensemble.state().items()}
+        files = {particle_file(particle_id): state for particle_id, state in ensemble.stream()}
         metadata = {
             "config": to_dict(self.config),
             "config_digest": digest(self.config),
@@ -247,7 +247,7 @@ class Trainer:
         decode = self.parts.prior.decode if ensemble.particle.is_latent else None
         folder = f"{self.paths.renders.name}/round-{completed:08d}/particles-{ids[0]:06d}-{ids[-1]:06d}"
         try:
-            sheets = contact_sheets(Restored(self.config, ids, completed, ensemble, decode), self.paths.root, folder)
+            sheets = contact_sheets(Opened(self.config, ids, completed, ensemble, decode), self.paths.root, folder)
         except (RunError, OSError, RuntimeError) as error:  # a full disk, no memory: pictures do not end a run
             _log.warning("no pictures of round %d: %s", completed, error)
         else:

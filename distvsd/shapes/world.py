@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distvsd.cameras import Cameras, orbit, rays
+from distvsd.cameras import Cameras, look_at_origin, rays
 
 SHAPES = ("sphere", "cube", "cylinder", "cone", "torus")
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange")
@@ -93,11 +93,11 @@ def sample_cameras(labels: Labels, generator: torch.Generator) -> Cameras:
         return low + (high - low) * torch.rand(count, generator=generator)
 
     azimuth = uniform(-math.pi, math.pi)
-    outside = orbit(
+    outside = look_at_origin(
         uniform(*map(math.radians, ELEVATION_DEG)), azimuth, uniform(*DISTANCE), uniform(*map(math.radians, FOVY_DEG))
     )
     # Inside, the camera stands close to the centre and looks past it at the far wall.
-    inside = orbit(
+    inside = look_at_origin(
         uniform(*map(math.radians, ROOM_ELEVATION_DEG)),
         azimuth,
         uniform(0.0, 0.3),

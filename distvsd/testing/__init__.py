@@ -5,25 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from distvsd.testing.conformance import check_particle
     from distvsd.testing.denoiser import check_denoiser
     from distvsd.testing.flow import as_flow
     from distvsd.testing.objective import check_objective
+    from distvsd.testing.particle import check_particle
+    from distvsd.testing.sampler import check_sampler
 
-__all__ = ["as_flow", "check_denoiser", "check_objective", "check_particle"]
-
-_HOMES = {
-    "as_flow": "flow",
-    "check_denoiser": "denoiser",
-    "check_objective": "objective",
-    "check_particle": "conformance",
-}
+__all__ = ["as_flow", "check_denoiser", "check_objective", "check_particle", "check_sampler"]
 
 
 def __getattr__(name: str) -> Any:
     """Loaded when first used: `distvsd.testing.ranks` and others must not load every room."""
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module 'distvsd.testing' has no attribute {name!r}; it has {', '.join(__all__)}")
     from importlib import import_module
 
-    return getattr(import_module(f"distvsd.testing.{_HOMES[name]}"), name)
+    return getattr(import_module(f"distvsd.testing.{name.partition('_')[2]}"), name)

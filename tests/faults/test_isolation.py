@@ -195,7 +195,7 @@ def updates(world, config, plan, count):
     return {
         "rounds": told,
         "replayed": sorted(set(kept.ids.tolist())) if kept else [],
-        "groups": [group.own for group in parts.ensemble.groups],
+        "groups": [group.own for group in parts.ensemble.store.groups],
         "network": hashlib.sha256(b"".join(network)).hexdigest(),
         "finite": all(value.isfinite().all() for state in parts.ensemble.state().values() for value in state.values()),
         "health": parts.ensemble.health(),

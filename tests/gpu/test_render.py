@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,30 +10,45 @@ import torch
 from torch import Tensor
 
 from distvsd.cameras import OrbitSampler
+from distvsd.config import CamerasConfig, NerfConfig
 from distvsd.particles import Keys, NerfParticle
-from distvsd.render import HashGrid, composite
+from distvsd.render import composite
+from distvsd.render.volume import VolumeBackend
 from distvsd.testing import check_particle
 from distvsd.vsd.rng import Purpose, normal, uniform
 
-SAMPLER = OrbitSampler((-10.0, 60.0), (-180.0, 180.0), (1.2, 1.5), (40.0, 50.0))
+SAMPLER = OrbitSampler(CamerasConfig(elevation=(-10.0, 60.0), distance=(1.2, 1.5), fovy=(40.0, 50.0)))
+SMALL = NerfConfig(
+    levels=2,
+    features=4,
+    log2_table_size=14,
+    base_resolution=8,
+    max_resolution=16,
+    samples_per_ray=24,
+    bound=0.6,
+    blob_radius=0.4,
+    init_scale=0.5,
+    init_color=0.5,
+    entropy=0.1,
+    sparsity=0.1,
+    coverage=0.1,
+    coverage_range=(0.4, 0.6),
+)
 
 
 def rate(step: int) -> float:
     return 0.01
 
 
-def nerf(table_size: int = 2**14, gather: bool = False, **changes: Any) -> NerfParticle:
-    grid = HashGrid(2, 4, table_size, 8, 16, smoothstep=True, gather=gather)
-    settings: dict[str, Any] = {
-        "grid": grid, "samples_per_ray": 24, "bound": 0.6, "density_scale": 1.0, "blob_density": 10.0,
-        "blob_radius": 0.4, "init_scale": 0.5, "init_color": 0.5, "density_noise": 0.0, "entropy": 0.1,
-        "entropy_of": "opacity", "sparsity": 0.1,
-        "coverage": 0.1, "coverage_range": (0.4, 0.6),
-        "learned_background": True,
-        "random_background": 0.5, "random_grey": False, "backend": "torch", "grid_learning_rate": rate,
-        "network_learning_rate": rate, "deterministic": False,
-    }  # fmt: skip
-    return NerfParticle(**(settings | changes))
+def nerf(backend: VolumeBackend = "torch", gather: bool = False, **fields: Any) -> NerfParticle:
+    return NerfParticle(
+        config=replace(SMALL, **fields),
+        learning_rate=rate,
+        network_learning_rate=rate,
+        backend=backend,
+        gather=gather,
+        deterministic=False,
+    )
 
 
 def image_and_gradients(particle: NerfParticle, device: torch.device | str) -> tuple[Tensor, dict[str, Tensor]]:
@@ -41,7 +57,7 @@ def image_and_gradients(particle: NerfParticle, device: torch.device | str) -> t
     # From the CPU's start, so that only the render is compared.
     start = particle.init(5, ids.cpu())
     parameters = {name: value.to(device).requires_grad_() for name, value in start.items()}
-    rendered = particle.render(parameters, SAMPLER.sample(5, ids, 3, 2), 32, Keys(5, ids, 3))
+    rendered = particle.render(parameters, SAMPLER.sample(5, ids, 3, 2, None), 32, Keys(5, ids, 3))
     weights = normal(5, Purpose.SAMPLE, ids, 0, tuple(rendered.images.shape[1:]))
     target = (rendered.images * weights).sum() + rendered.penalty.sum()
     found = torch.autograd.grad(target, list(parameters.values()))
@@ -63,9 +79,9 @@ def test_uniform_streams_are_the_same_bits_and_normal_ones_the_same_numbers(devi
     assert torch.allclose(normal(3, Purpose.NOISE, ids.to(device), 12, (5, 33)).cpu(), here, atol=1e-5)
 
 
-@pytest.mark.parametrize("table_size", [2**14, 128], ids=["dense", "hashed"])
-def test_renders_and_gradients_are_those_of_the_cpu(device: torch.device, table_size: int) -> None:
-    particle = nerf(table_size)
+@pytest.mark.parametrize("log2_table_size", [14, 7], ids=["dense", "hashed"])
+def test_renders_and_gradients_are_those_of_the_cpu(device: torch.device, log2_table_size: int) -> None:
+    particle = nerf(log2_table_size=log2_table_size)
     are_close(image_and_gradients(particle, device), image_and_gradients(particle, "cpu"))
 
 

@@ -76,7 +76,7 @@ def test_a_run_trains_draws_and_is_read_on_the_cpu(configured: Callable[..., Con
 def test_a_run_really_is_on_the_device(configured: Callable[..., Config], device: torch.device) -> None:
     run = build_run(configured(), World(0, 1, 0, 1, device), lambda done: False)
     run.loop.round(0)
-    tensors = [*run.ensemble.groups[0].parameters.values(), *run.training.score.trainable.values()]
+    tensors = [*run.ensemble.store.groups[0].parameters.values(), *run.training.score.trainable.values()]
     assert {tensor.device.type for tensor in tensors} == {"cuda"}
 
 

@@ -30,10 +30,8 @@ def example(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 def test_the_representation_of_the_page_conforms_and_trains(
     example: types.ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    representation, check, training = blocks("extending.md")
-    exec(representation, example.__dict__)
-    exec(check, example.__dict__)
-    exec(training, example.__dict__)
+    for block in blocks("extending.md"):
+        exec(block, example.__dict__)
     shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("round ")]
     assert shown == [f"round {step}: healthy [0, 1]" for step in range(3)]
     start = example.BallsParticle(6, lambda step: 0.01).init(example.config.run.seed, torch.tensor([0, 1]))

@@ -5,14 +5,15 @@ import math
 import pytest
 import torch
 
-from distvsd.cameras import OrbitSampler, orbit, rays
+from distvsd.cameras import OrbitSampler, look_at_origin, rays
+from distvsd.config import CamerasConfig
 
-SAMPLER = OrbitSampler((-10.0, 45.0), (-180.0, 180.0), (1.0, 1.5), (40.0, 70.0))
+SAMPLER = OrbitSampler(CamerasConfig(elevation=(-10.0, 45.0), distance=(1.0, 1.5), fovy=(40.0, 70.0)))
 
 
 def camera(elevation_deg, azimuth_deg, distance=2.0, fovy_deg=90.0):
     values = [math.radians(elevation_deg), math.radians(azimuth_deg), distance, math.radians(fovy_deg)]
-    return orbit(*(torch.tensor(value, dtype=torch.float64) for value in values))
+    return look_at_origin(*(torch.tensor(value, dtype=torch.float64) for value in values))
 
 
 @pytest.mark.parametrize(
@@ -25,7 +26,7 @@ def test_the_front_is_plus_x_and_elevation_goes_up(elevation, azimuth, position)
 
 
 def test_the_pose_is_a_rotation_that_looks_at_the_origin():
-    cameras = SAMPLER.sample(0, torch.arange(50), 3, 4)
+    cameras = SAMPLER.sample(0, torch.arange(50), 3, 4, None)
     rotation = cameras.extrinsics[..., :3, :3]
     identity = torch.eye(3).expand_as(rotation)
     torch.testing.assert_close(rotation @ rotation.transpose(-1, -2), identity, rtol=0, atol=1e-5)
@@ -45,7 +46,7 @@ def test_rays_of_a_right_angle_leave_through_the_corners_of_a_square():
 
 
 def test_samples_stay_in_their_ranges_and_fill_them():
-    cameras = SAMPLER.sample(0, torch.arange(2000), 0, 1)
+    cameras = SAMPLER.sample(0, torch.arange(2000), 0, 1, None)
     distance = cameras.extrinsics[..., :3, 3].norm(dim=-1)
     for values, low, high in (
         (cameras.elevation.rad2deg(), -10, 45),
@@ -60,19 +61,22 @@ def test_samples_stay_in_their_ranges_and_fill_them():
 
 
 def test_cameras_belong_to_the_particle_and_the_round():
-    together = SAMPLER.sample(9, torch.tensor([3, 8, 1]), 4, 2)
-    alone = SAMPLER.sample(9, torch.tensor([8]), 4, 2)
+    together = SAMPLER.sample(9, torch.tensor([3, 8, 1]), 4, 2, None)
+    alone = SAMPLER.sample(9, torch.tensor([8]), 4, 2, None)
     assert torch.equal(together.extrinsics[1], alone.extrinsics[0])
-    assert not torch.equal(SAMPLER.sample(9, torch.tensor([8]), 5, 2).extrinsics, alone.extrinsics)
+    assert not torch.equal(SAMPLER.sample(9, torch.tensor([8]), 5, 2, None).extrinsics, alone.extrinsics)
 
 
-def test_a_ring_walks_once_around_from_the_front():
-    ring = SAMPLER.ring(2, 4, 15.0)
-    torch.testing.assert_close(ring.azimuth[0].rad2deg(), torch.tensor([0.0, 90.0, 180.0, 270.0]))
-    torch.testing.assert_close(ring.elevation.rad2deg(), torch.full((2, 4), 15.0))
+def test_inspection_walks_once_around_from_the_front_at_the_middle_of_the_ranges():
+    cameras = SAMPLER.inspection(4)
+    torch.testing.assert_close(cameras.azimuth.rad2deg(), torch.tensor([[0.0, 90.0, 180.0, 270.0]]))
+    torch.testing.assert_close(cameras.elevation.rad2deg(), torch.full((1, 4), 15.0))
+    torch.testing.assert_close(cameras.fovy.rad2deg(), torch.full((1, 4), 55.0))
+    torch.testing.assert_close(cameras.extrinsics[..., :3, 3].norm(dim=-1), torch.full((1, 4), 1.25))
 
 
-def test_flattening_is_undone():
-    cameras = SAMPLER.sample(0, torch.arange(3), 0, 2)
-    again = cameras.flatten().unflatten(3, 2)
-    assert torch.equal(again.extrinsics, cameras.extrinsics) and torch.equal(again.fovy, cameras.fovy)
+def test_flattening_keeps_the_order_of_particles_and_then_of_views():
+    cameras = SAMPLER.sample(0, torch.arange(3), 0, 2, None)
+    flat = cameras.flatten()
+    assert flat.shape == (6,)
+    assert torch.equal(flat.extrinsics[3], cameras.extrinsics[1, 1]) and flat.azimuth[3] == cameras.azimuth[1, 1]

@@ -7,12 +7,14 @@ import math
 import pytest
 import torch
 
+from distvsd.cameras import OrbitSampler
 from distvsd.config import CamerasConfig, Config, ParticlesConfig, PriorConfig
 from distvsd.config.schedule import Schedule
-from distvsd.looking import evaluate, opened, views
+from distvsd.looking import evaluate, views
 from distvsd.looking.evaluate import evaluate_particles
 from distvsd.looking.render import render_particles
-from distvsd.looking.views import groups, render_group, ring
+from distvsd.looking.views import groups, inspection, render_group
+from distvsd.run.build import make_particle
 from distvsd.shapes import world
 from distvsd.shapes.classifier import load_classifier
 
@@ -31,6 +33,8 @@ class Drawings:
             particles=ParticlesConfig(kind=kind, count=len(labels)),
             cameras=CamerasConfig(distance=(1.3, 1.5), fovy=(40.0, 50.0)),
         )
+        self.particle = make_particle(self.config, None, torch.device("cpu"))
+        self.sampler = OrbitSampler(self.config.cameras)
 
     def render(self, ids, cameras, resolution, background):
         assert cameras.shape[0] == len(ids)
@@ -99,14 +103,14 @@ def test_images_have_one_view_and_are_empty_when_nothing_is_recognised(classifie
 
 
 def test_evaluation_is_written_beside_the_run(classifier, tmp_path, monkeypatch):
-    monkeypatch.setattr(opened, "load_particles", lambda folder: Drawings([(1, 0, 0)], ["a red cube"]))
+    monkeypatch.setattr(evaluate, "load_particles", lambda folder: Drawings([(1, 0, 0)], ["a red cube"]))
     result = evaluate.evaluate_run(tmp_path)
     assert json.loads((tmp_path / "evaluation.json").read_text()) == result
     assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
 
 
 def test_the_views_are_a_ring_at_the_middle_of_the_ranges():
-    cameras = ring(Drawings([None], ["x"]).config)
+    cameras = inspection(Drawings([None], ["x"]))
     torch.testing.assert_close(cameras.azimuth[0].rad2deg(), torch.arange(8) * 45.0)
     torch.testing.assert_close(cameras.extrinsics[0, :, :3, 3].norm(dim=-1), torch.full((8,), 1.4))
     torch.testing.assert_close(cameras.fovy[0].rad2deg(), torch.full((8,), 45.0))
@@ -115,19 +119,19 @@ def test_the_views_are_a_ring_at_the_middle_of_the_ranges():
 
 def test_rendering_in_parts_is_rendering_at_once(monkeypatch):
     particles = Drawings([(1, 0, 0), (0, 2, 0), (2, 4, 0)], ["a"] * 3)
-    cameras = ring(particles.config)
+    cameras = inspection(particles)
     views_cost = 64 * 64 * particles.config.particles.nerf.samples_per_ray
     monkeypatch.setattr(views, "POINTS_AT_ONCE", 100 * views_cost)
-    (everyone,) = groups(particles.config, particles.ids, 8)
+    (everyone,) = groups(particles, particles.ids, 8)
     whole, opacity = render_group(particles, everyone, cameras)
     monkeypatch.setattr(views, "POINTS_AT_ONCE", 3 * views_cost)
     particles.calls.clear()
-    parts = [render_group(particles, group, cameras) for group in groups(particles.config, particles.ids, 8)]
+    parts = [render_group(particles, group, cameras) for group in groups(particles, particles.ids, 8)]
     assert particles.calls == [(1, 3), (1, 3), (1, 2)] * 3
     assert torch.equal(torch.cat([images for images, _ in parts]), whole)
     assert torch.equal(torch.cat([shares for _, shares in parts]), opacity)
     monkeypatch.setattr(views, "POINTS_AT_ONCE", 17 * views_cost)
-    assert list(groups(particles.config, particles.ids, 8)) == [[0, 1], [2]]
+    assert list(groups(particles, particles.ids, 8)) == [[0, 1], [2]]
 
 
 def test_rendering_a_run_writes_a_sheet_and_a_turntable_each(tmp_path):

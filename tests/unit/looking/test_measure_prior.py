@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 
-from distvsd.cameras import orbit
+from distvsd.cameras import look_at_origin
 from distvsd.looking import measure_prior as measured
 from distvsd.looking.labels import expected_labels
 from distvsd.networks.base import Condition
@@ -53,7 +53,9 @@ class Painter:
         # From in front and a little above, where faces and floors are seen.
         ones = torch.ones(count)
         distance = torch.where(labels.wall >= 0, 0.1, 1.4)
-        cameras = orbit(ones * 0.25, 0.3 * (cameras.azimuth / 3.2), distance, torch.where(labels.wall >= 0, 1.2, 0.8))
+        cameras = look_at_origin(
+            ones * 0.25, 0.3 * (cameras.azimuth / 3.2), distance, torch.where(labels.wall >= 0, 1.2, 0.8)
+        )
         return world.draw(labels, cameras, ones * 0.6, samples=2)
 
 

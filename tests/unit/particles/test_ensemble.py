@@ -5,17 +5,13 @@ import math
 import pytest
 import torch
 
-from distvsd.cameras import OrbitSampler
 from distvsd.errors import CheckpointError
-from distvsd.particles import Ensemble, ImageParticle
 from distvsd.particles.adam import ParticleAdam
-
-SAMPLER = OrbitSampler((0.0, 0.0), (0.0, 0.0), (1.0, 1.0), (50.0, 50.0))
-IMAGES = ImageParticle((3, 4, 4), is_latent=False, init_scale=0.1, learning_rate=lambda step: 0.1)
+from tests.unit.particles.shards import image, shard
 
 
 def ensemble(ids=(0, 1, 2), micro_batch=0):
-    return Ensemble(IMAGES, ids, SAMPLER, 1, 7, (0.9, 0.99), 1e-15, micro_batch, "cpu")
+    return shard(image(), ids, micro_batch=micro_batch)
 
 
 def move(particles, step, poison=None):

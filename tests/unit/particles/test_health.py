@@ -1,33 +1,25 @@
 """What happens to a particle that keeps failing, and that a resume in the middle of it changes nothing."""
 
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
 
-from distvsd.cameras import OrbitSampler
+from distvsd.config import HealthConfig
 from distvsd.errors import CheckpointError
 from distvsd.faults import begin_round, injected
-from distvsd.particles import Ensemble, ImageParticle
 from distvsd.particles import ensemble as ensemble_module
 from distvsd.particles.good import GOOD_EVERY, most_copies, saved_place
 from distvsd.particles.health import Health
+from tests.unit.particles.shards import image, shard
 
-SAMPLER = OrbitSampler((0.0, 0.0), (0.0, 0.0), (1.0, 1.0), (50.0, 50.0))
-IMAGES = ImageParticle((3, 4, 4), is_latent=False, init_scale=0.1, learning_rate=lambda step: 0.1)
-LATENTS = ImageParticle((4, 2, 2), is_latent=True, init_scale=0.1, learning_rate=lambda step: 0.1)
-
-
-@dataclass(frozen=True)
-class Options:
-    max_bad: int = 2
-    max_restores: int = 1
-    restore_rate: float = 0.25
+IMAGES = image()
+LATENTS = image((4, 2, 2))
 
 
-def ensemble(ids=(0, 1, 2), micro_batch=0, particle=IMAGES, views=1, **options):
-    return Ensemble(particle, ids, SAMPLER, views, 7, (0.9, 0.99), 1e-15, micro_batch, "cpu", Options(**options))
+def ensemble(ids=(0, 1, 2), micro_batch=0, particle=IMAGES, views=1, **limits):
+    health = HealthConfig(**({"max_bad": 2, "max_restores": 1, "restore_rate": 0.25} | limits))
+    return shard(particle, ids, health=health, micro_batch=micro_batch, views=views)
 
 
 def move(particles, step, poison=(), gradient_of=lambda latents: latents):
@@ -171,7 +163,7 @@ def test_the_largest_checkpoint_is_known_before_the_first_round(rounds, every, c
 
 
 @pytest.mark.parametrize(
-    ("record", "has_beside", "place"),
+    ("record", "has_copy", "place"),
     [
         (None, False, "present"),
         ({"bad": 0}, False, "present"),
@@ -180,8 +172,8 @@ def test_the_largest_checkpoint_is_known_before_the_first_round(rounds, every, c
         ({"bad": 0, "good": "initial"}, False, "initial"),
     ],
 )
-def test_manifests_from_before_good_states_had_a_schedule_mean_what_they_meant(record, has_beside, place):
-    assert saved_place(record, has_beside) == place
+def test_manifests_from_before_good_states_had_a_schedule_mean_what_they_meant(record, has_copy, place):
+    assert saved_place(record, has_copy) == place
 
 
 @pytest.mark.parametrize(
@@ -232,7 +224,7 @@ def test_a_group_out_of_memory_is_halved_and_the_halves_go_on_with_its_state():
     with injected("oom@render:particle=3:nth=1; oom@render:particle=3:nth=1"):
         move(halved, 1)
     move(whole, 1)
-    assert [group.own for group in halved.groups] == [[0, 1], [2], [3, 4]]
+    assert [group.own for group in halved.store.groups] == [[0, 1], [2], [3, 4]]
     for step in (2, 3):
         move(whole, step), move(halved, step)
     for particle_id in range(5):
@@ -250,7 +242,7 @@ def test_a_particle_that_does_not_fit_alone_is_nan_and_skips_the_round(particle)
         assert views[1].rendered.images.isnan().all() and views[0].rendered.images.isfinite().all()
         update = move(particles, 0)
     move(without, 0)
-    assert update.unhealthy == [1] == update.crowded_out and update.healthy == [0]
+    assert update.unhealthy == [1] == update.out_of_memory and update.healthy == [0]
     assert same(copy_of(particles, 1), before) and same(copy_of(particles, 0), copy_of(without, 0))
 
 
@@ -264,9 +256,9 @@ def test_a_backward_pass_out_of_memory_moves_nobody_and_leaves_no_gradient_behin
     particles, twin = ensemble(), ensemble()
     with injected("oom@gradient:step=0"):
         update = move(particles, 0)
-    assert update.unhealthy == [0, 1, 2] == update.absent == update.crowded_out and update.healthy == []
-    assert [group.own for group in particles.groups] == [[0], [1, 2]]
-    assert move(particles, 1).crowded_out == []
+    assert update.unhealthy == [0, 1, 2] == update.absent == update.out_of_memory and update.healthy == []
+    assert [group.own for group in particles.store.groups] == [[0], [1, 2]]
+    assert move(particles, 1).out_of_memory == []
     move(twin, 1)
     for particle_id in range(3):
         for name, value in copy_of(twin, particle_id).items():

@@ -1,25 +1,26 @@
 """Image particles: g(theta, c) = theta."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 
-from distvsd.cameras import OrbitSampler
 from distvsd.config import load_config
-from distvsd.particles import ImageParticle, Keys
+from distvsd.particles import Keys
 from distvsd.prior import load_prior
 from distvsd.run.build import make_ensemble
 from distvsd.testing.pipelines import tiny_pipeline
+from tests.unit.particles.shards import FIXED, image
 
 SMOKE = Path(__file__).parents[3] / "configs" / "smoke.yaml"
 
-CAMERAS = OrbitSampler((0.0, 0.0), (0.0, 0.0), (1.0, 1.0), (50.0, 50.0)).ring(2, 3, 0.0)
 IDS = torch.tensor([0, 7])
+CAMERAS = FIXED.sample(0, IDS, 0, 3, None)
 
 
 def test_every_view_of_an_image_is_the_image():
-    particle = ImageParticle((3, 8, 8), False, 0.1, lambda step: 0.1)
+    particle = image((3, 8, 8))
     parameters = particle.init(0, IDS)
     rendered = particle.render(parameters, CAMERAS, 8, Keys(0, IDS, 0))
     assert rendered.images.shape == (2, 3, 3, 8, 8)
@@ -28,8 +29,8 @@ def test_every_view_of_an_image_is_the_image():
 
 
 def test_pixels_begin_grey_and_latents_around_zero_each_from_its_own_stream():
-    pixels = ImageParticle((3, 32, 32), False, 0.1, lambda step: 0.1).init(0, IDS)["image"]
-    latents = ImageParticle((4, 32, 32), True, 1.0, lambda step: 0.1).init(0, IDS)["image"]
+    pixels = image((3, 32, 32)).init(0, IDS)["image"]
+    latents = image((4, 32, 32), init_scale=1.0).init(0, IDS)["image"]
     # 3,072 and 4,096 numbers a particle: five standard errors.
     assert abs(pixels[0].mean() - 0.5) < 0.01 and abs(pixels[0].std() - 0.1) < 0.01
     assert abs(latents[1].mean()) < 0.08 and abs(latents[1].std() - 1) < 0.06
@@ -37,10 +38,7 @@ def test_pixels_begin_grey_and_latents_around_zero_each_from_its_own_stream():
 
 
 def test_particles_that_begin_in_colours_have_one_each_within_the_given_range():
-    coloured, grey = (
-        ImageParticle((3, 8, 8), False, 0.1, lambda step: 0.1, init_color=color).init(0, IDS)["image"]
-        for color in (0.4, 0.0)
-    )
+    coloured, grey = (image((3, 8, 8), init_color=color).init(0, IDS)["image"] for color in (0.4, 0.0))
     colours = coloured - grey
     torch.testing.assert_close(colours, colours[:, :, :1, :1].expand_as(colours))
     assert colours.abs().max() <= 0.4 + 1e-6 and colours.abs().max() > 0.1
@@ -51,14 +49,14 @@ def test_latents_that_begin_in_colours_are_the_encoded_plain_pictures_under_thei
     def encode(colors: torch.Tensor) -> torch.Tensor:  # two latent channels of 4 x 4
         return torch.cat((colors[:, :1], 10 * colors[:, 2:]), dim=1).expand(-1, -1, 4, 4)
 
-    shape, rate = (2, 4, 4), (lambda step: 0.1)
-    noise = ImageParticle(shape, True, 0.1, rate).init(0, IDS)["image"]
-    latents = ImageParticle(shape, True, 0.1, rate, init_color=0.3, encode=encode).init(0, IDS)["image"]
-    pixels = ImageParticle((3, 4, 4), False, 0.0, rate, init_color=0.3).init(0, IDS)["image"]
+    coloured = image((2, 4, 4), init_color=0.3)
+    noise = image((2, 4, 4)).init(0, IDS)["image"]
+    latents = dataclasses.replace(coloured, encode=encode).init(0, IDS)["image"]
+    pixels = image(init_scale=0.0, init_color=0.3).init(0, IDS)["image"]
     torch.testing.assert_close(latents - noise, encode(pixels[:, :, :1, :1]))
     assert len({round(float(color), 4) for color in pixels[:, :, 0, 0].flatten()}) == 6  # none like another
     with pytest.raises(ValueError, match="need `encode`"):
-        ImageParticle(shape, True, 0.1, rate, init_color=0.3).init(0, IDS)
+        coloured.init(0, IDS)
 
 
 def test_a_run_in_latents_begins_with_the_priors_codes_of_colours_whoever_else_is_on_the_rank(tmp_path):
@@ -70,7 +68,5 @@ def test_a_run_in_latents_begins_with_the_priors_codes_of_colours_whoever_else_i
     latents = together.parameters_of(2)["image"]
     assert torch.equal(latents, alone.parameters_of(2)["image"])
     assert not torch.equal(latents, together.parameters_of(1)["image"])
-    color = ImageParticle((3, 1, 1), False, 0.0, lambda step: 0.1, init_color=0.3).init(
-        config.run.seed, torch.tensor([2])
-    )
+    color = image((3, 1, 1), init_scale=0.0, init_color=0.3).init(config.run.seed, torch.tensor([2]))
     torch.testing.assert_close(latents[None], prior.encode(color["image"].expand(1, 3, 64, 64)))

@@ -1,45 +1,27 @@
 """Radiance-field particles: their start, their pictures, their gradients, and that they do not see each other."""
 
+import dataclasses
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 
-from distvsd.cameras import Cameras, OrbitSampler
-from distvsd.particles import Keys, NerfParticle
-from distvsd.render import HashGrid
+from distvsd.cameras import Cameras
+from distvsd.particles import Keys
 from distvsd.render.volume import Composited
+from tests.unit.particles.shards import AROUND, nerf
 
-NERF = NerfParticle(
-    grid=HashGrid(2, 2, 4096, 4, 8, smoothstep=False),
-    samples_per_ray=16,
-    bound=0.6,
-    density_scale=1.0,
-    blob_density=10.0,
-    blob_radius=0.5,
-    init_scale=0.1,
-    init_color=0.0,
-    density_noise=0.0,
-    entropy=0.0,
-    entropy_of="opacity",
-    sparsity=0.0,
-    coverage=0.0,
-    coverage_range=(0.1, 0.7),
-    learned_background=True,
-    random_background=0.5,
-    random_grey=False,
-    backend="torch",
-    grid_learning_rate=lambda step: 1e-2,
-    network_learning_rate=lambda step: 1e-3,
-    deterministic=True,
-)
-SAMPLER = OrbitSampler((0.0, 30.0), (-180.0, 180.0), (1.2, 1.5), (40.0, 50.0))
+NERF = nerf()
 IDS = torch.tensor([4, 9, 2])
 
 
+def replace(particle, **fields):
+    """The same particle with other values in its configuration."""
+    return dataclasses.replace(particle, config=dataclasses.replace(particle.config, **fields))
+
+
 def scene(particle=NERF, ids=IDS, views=2, step=0):
-    return particle.init(0, ids), SAMPLER.sample(0, ids, step, views), Keys(0, ids, step)
+    return particle.init(0, ids), AROUND.sample(0, ids, step, views, None), Keys(0, ids, step)
 
 
 def double(cameras):
@@ -50,7 +32,7 @@ def test_the_object_begins_as_a_soft_ball_of_radius_one_half():
     parameters = {name: value * 0 for name, value in NERF.init(0, IDS).items()}
     radius = torch.tensor([0.0, 0.25, 0.5, 0.6])
     points = torch.stack((radius, 0 * radius, 0 * radius), dim=-1).expand(3, 4, 3)
-    density, colour = NERF.field(parameters, points)
+    density, colour = NERF.evaluate(parameters, points)
     # softplus(10 (1 - r / 0.5)): 10.00005, 5.0067, 0.6931, 0.1269
     torch.testing.assert_close(density[0], torch.tensor([10.00005, 5.00672, 0.69315, 0.12693]), rtol=1e-4, atol=0)
     torch.testing.assert_close(colour, torch.full_like(colour, 0.5))
@@ -59,7 +41,9 @@ def test_the_object_begins_as_a_soft_ball_of_radius_one_half():
 def test_the_density_scale_multiplies_the_density_and_leaves_the_colour():
     parameters, *_ = scene()
     points = torch.linspace(-0.5, 0.5, 36).reshape(3, 4, 3)
-    (density, colour), (scaled, same) = (n.field(parameters, points) for n in (NERF, replace(NERF, density_scale=6.0)))
+    (density, colour), (scaled, same) = (
+        n.evaluate(parameters, points) for n in (NERF, replace(NERF, density_scale=6.0))
+    )
     torch.testing.assert_close(scaled, 6 * density)
     assert torch.equal(colour, same)
 
@@ -68,7 +52,7 @@ def test_a_scene_begins_hollow_around_the_camera():
     hollow = replace(NERF, blob_density=-10.0, blob_radius=2.5, bound=4.0)
     parameters = {name: value * 0 for name, value in hollow.init(0, IDS).items()}
     points = torch.tensor([[0.0, 0, 0], [3.5, 0, 0]]).expand(3, 2, 3)
-    density, _ = hollow.field(parameters, points)
+    density, _ = hollow.evaluate(parameters, points)
     # softplus(-10) = 4.5e-5 at the centre; softplus(-10 (1 - 1.4)) = softplus(4) = 4.018 outside.
     torch.testing.assert_close(density[0], torch.tensor([4.54e-5, 4.01815]), rtol=1e-3, atol=0)
 
@@ -103,7 +87,10 @@ def test_a_particles_render_does_not_depend_on_its_neighbours(noise):
 def test_gradients_agree_with_finite_differences(entropy_of):
     small = replace(
         NERF,
-        grid=HashGrid(1, 2, 4096, 3, 3, smoothstep=True),
+        levels=1,
+        base_resolution=3,
+        max_resolution=3,
+        smoothstep=True,
         samples_per_ray=6,
         entropy=1.0,
         entropy_of=entropy_of,
@@ -138,14 +125,23 @@ def test_gradients_of_the_batch_are_those_of_each_particle():
 def test_backgrounds_are_plain_in_the_asked_share_and_learned_otherwise():
     ids = torch.arange(200)
     empty = replace(
-        NERF, blob_density=-1000.0, blob_radius=10.0, grid=HashGrid(1, 1, 64, 2, 2, smoothstep=False), samples_per_ray=2
+        NERF,
+        blob_density=-1000.0,
+        blob_radius=10.0,
+        levels=1,
+        features=1,
+        base_resolution=2,
+        max_resolution=2,
+        samples_per_ray=2,
     )
     parameters, cameras, keys = scene(empty, ids, views=1)
     images = empty.render(parameters, cameras, 8, keys).images[:, 0]
     is_plain = (images.flatten(2).std(-1) < 1e-6).all(1)
     # 200 draws at one half: within five standard deviations (35).
     assert 65 <= is_plain.sum() <= 135
-    grey = replace(empty, random_background=1.0, random_grey=True).render(parameters, cameras, 8, keys).images
+    grey = (
+        replace(empty, random_background=1.0, random_background_kind="grey").render(parameters, cameras, 8, keys).images
+    )
     assert (grey.std(2) < 1e-6).all() and grey[:, 0, 0, 0, 0].std() > 0.2
 
 
@@ -212,8 +208,8 @@ def test_what_fills_the_view_or_has_faded_away_comes_back_by_coverage_and_is_not
     density, asked, mends
 ):
     # Density 12 everywhere lets less than a hundredth of the light through; softplus(-12) is 6e-6.
-    particle = replace(NERF, grid=HashGrid(1, 2, 4096, 4, 4, smoothstep=False), blob_density=density, blob_radius=1e3)
-    particle = replace(particle, bound=0.9, **asked)
+    grid = {"levels": 1, "base_resolution": 4, "max_resolution": 4}
+    particle = replace(NERF, **grid, blob_density=density, blob_radius=1e3, bound=0.9, **asked)
     parameters, cameras, keys = scene(particle)
     leaves = {name: value.requires_grad_() for name, value in parameters.items()}
     optimizer = torch.optim.Adam(leaves.values(), lr=0.1)

@@ -8,14 +8,14 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from distvsd.faults import injected
 from distvsd.particles import Ensemble
-from tests.unit.particles.test_nerf import NERF, SAMPLER
+from tests.unit.particles.shards import AROUND, nerf, shard
 
 IDS = (4, 9, 2)
 SIZE = 12
 
 
 def ensemble(recompute: bool, micro_batch: int = 1) -> Ensemble:
-    return Ensemble(NERF, IDS, SAMPLER, 2, 7, (0.9, 0.99), 1e-15, micro_batch, "cpu", recompute=recompute)
+    return shard(nerf(), IDS, sampler=AROUND, views=2, micro_batch=micro_batch, recompute=recompute)
 
 
 def update(particles: Ensemble, step: int) -> tuple[list[int], int]:
@@ -47,4 +47,4 @@ def test_a_recomputed_render_that_does_not_fit_is_halved_like_any_other() -> Non
     particles = ensemble(recompute=True, micro_batch=0)
     with injected("oom@render:particle=9:nth=1"):
         moved, _ = update(particles, 0)
-    assert sorted(moved) == sorted(IDS) and [group.own for group in particles.groups] == [[4], [9, 2]]
+    assert sorted(moved) == sorted(IDS) and [group.own for group in particles.store.groups] == [[4], [9, 2]]

@@ -1,21 +1,20 @@
 """What a checkpoint must hold of a particle is known without making one."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 
-from distvsd.cameras import OrbitSampler
 from distvsd.config import load_config
 from distvsd.errors import CheckpointError
-from distvsd.particles import Ensemble, ImageParticle
 from distvsd.particles.stored import blank_state, read_particle
 from distvsd.run.build import make_particle
+from tests.unit.particles.shards import image, shard
 
-SAMPLER = OrbitSampler((0.0, 0.0), (0.0, 0.0), (1.0, 1.0), (50.0, 50.0))
-IMAGES = ImageParticle((3, 4, 4), is_latent=False, init_scale=0.1, learning_rate=lambda step: 0.1, init_color=0.2)
-LATENTS = ImageParticle(
-    (4, 2, 2), True, 0.1, lambda step: 0.1, 0.2, lambda colors: colors.mean(1, keepdim=True).expand(-1, 4, 2, 2)
+IMAGES = image(init_color=0.2)
+LATENTS = dataclasses.replace(
+    image((4, 2, 2), init_color=0.2), encode=lambda colors: colors.mean(1, keepdim=True).expand(-1, 4, 2, 2)
 )
 SMOKE = Path(__file__).parents[3] / "configs" / "smoke.yaml"
 
@@ -26,8 +25,7 @@ def nerf(**changes):
 
 
 def state_of(particle):
-    ensemble = Ensemble(particle, [3], SAMPLER, 1, 7, (0.9, 0.99), 1e-15, 0, "cpu")
-    return {name: value.clone() for name, value in ensemble.state()[3].items()}
+    return {name: value.clone() for name, value in shard(particle, [3]).state()[3].items()}
 
 
 def layout(tensors):

@@ -45,7 +45,7 @@ def test_no_more_is_asked_for_than_a_rank_really_takes() -> None:
     config = load_config(SMOKE, ["particles.views=3", "particles.nerf.log2_table_size=10"])
     needs = least_memory(config, PRIOR, 4)
     ensemble = make_ensemble(config, None, range(4), "cpu")
-    values = sum(tensor.nbytes for group in ensemble.groups for tensor in group.parameters.values())
+    values = sum(tensor.nbytes for i in ensemble.ids for tensor in ensemble.parameters_of(i).values())
     assert needs["particles"] == 4 * values
     views = ensemble.render(0, 64)
     assert needs["pictures of a call"] == sum(view.rendered.images.nbytes for view in views)

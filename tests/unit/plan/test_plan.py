@@ -168,7 +168,7 @@ def test_the_count_is_what_a_radiance_field_really_has(background: Literal["lear
     )
     run = replace(Config(), particles=replace(Config().particles, nerf=nerf))
     ensemble = make_ensemble(run, None, [0], "cpu")
-    made = sum(parameter.numel() for parameter in ensemble.groups[0].parameters.values())
+    made = sum(parameter.numel() for parameter in ensemble.parameters_of(0).values())
     assert particle_parameters(run, {}) == made
 
 

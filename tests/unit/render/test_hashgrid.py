@@ -3,19 +3,13 @@
 import pytest
 import torch
 
+from distvsd.config import NerfConfig
 from distvsd.render.hashgrid import HashGrid, gather_level
 
 
-def grid(**options):
-    defaults = {
-        "levels": 2,
-        "features": 3,
-        "table_size": 4096,
-        "base_resolution": 4,
-        "max_resolution": 8,
-        "smoothstep": False,
-    }
-    return HashGrid(**(defaults | options))
+def grid(gather=False, **fields):
+    shape = {"levels": 2, "features": 3, "log2_table_size": 12, "base_resolution": 4, "max_resolution": 8}
+    return HashGrid(NerfConfig(**({"smoothstep": False} | shape | fields)), gather)
 
 
 def test_resolutions_grow_geometrically_from_base_to_max():
@@ -28,9 +22,9 @@ def test_resolutions_grow_geometrically_from_base_to_max():
 def test_levels_that_fit_are_dense_and_the_others_have_a_table():
     shapes = {
         name: tuple(value.shape)
-        for name, value in grid(table_size=100, features=2).init(0, torch.tensor([5, 6]), 1.0).items()
+        for name, value in grid(log2_table_size=7, features=2).init(0, torch.tensor([5, 6]), 1.0).items()
     }
-    assert shapes == {"grid0": (2, 2, 4, 4, 4), "grid1": (2, 2, 100)}
+    assert shapes == {"grid0": (2, 2, 4, 4, 4), "grid1": (2, 2, 128)}
 
 
 def test_every_particle_begins_from_its_own_stream():
@@ -85,9 +79,9 @@ def test_the_spatial_hash_is_that_of_instant_ngp():
     assert value.item() == 7.0
 
 
-@pytest.mark.parametrize("table_size", [4096, 50])
-def test_gradients_agree_with_finite_differences(table_size):
-    one = grid(table_size=table_size, features=1, smoothstep=True)
+@pytest.mark.parametrize("log2_table_size", [12, 5])
+def test_gradients_agree_with_finite_differences(log2_table_size):
+    one = grid(log2_table_size=log2_table_size, features=1, smoothstep=True)
     start = {name: value.double().requires_grad_() for name, value in one.init(0, torch.tensor([1]), 1.0).items()}
     points = torch.rand(1, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
     names = list(start)

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from distvsd.render.volume import composite, sample_intervals
+from distvsd.errors import BackendError
+from distvsd.render.volume import composite, sample_intervals, volume_backend
 
 
 def test_weights_are_those_worked_out_by_hand():
@@ -83,3 +84,28 @@ def test_nerfacc_agrees_with_the_reference_in_value_and_gradient():
         gradients.append((out.color.detach(), leaf.grad))
     for reference, other in zip(*gradients, strict=True):
         torch.testing.assert_close(reference, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("asked", "numerics", "device", "chosen"),
+    [
+        ("torch", "fast", "cuda", "torch"),
+        ("nerfacc", "fast", "cuda", "nerfacc"),
+        ("nerfacc", "fast", "cpu", "nerfacc"),
+        ("auto", "fast", "cpu", "torch"),
+        ("auto", "exact", "cuda", "torch"),
+    ],
+)
+def test_auto_is_the_reference_wherever_bits_must_not_change_or_no_gpu_is_there(asked, numerics, device, chosen):
+    assert volume_backend(asked, numerics, torch.device(device)) == chosen
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_auto_on_a_gpu_is_nerfacc_where_it_is_installed(monkeypatch, installed):
+    monkeypatch.setattr("distvsd.render.volume.find_spec", lambda name: object() if installed else None)
+    assert volume_backend("auto", "fast", torch.device("cuda")) == ("nerfacc" if installed else "torch")
+
+
+def test_a_backend_that_adds_in_no_fixed_order_is_refused_where_the_order_matters():
+    with pytest.raises(BackendError, match=r"exact.*render\.backend"):
+        volume_backend("nerfacc", "exact", torch.device("cuda"))

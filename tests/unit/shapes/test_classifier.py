@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from distvsd.cameras import orbit
+from distvsd.cameras import look_at_origin
 from distvsd.errors import PriorError
 from distvsd.shapes import train_classifier, world
 from distvsd.shapes.augment import augment, blank_images
@@ -87,7 +87,7 @@ def test_a_folder_without_a_classifier_says_how_to_train_one(tmp_path):
 def test_a_face_counts_as_seen_in_front_absent_from_behind_and_undecided_at_the_rim():
     azimuth = torch.tensor([0.0, 180.0, 0.0]).deg2rad()
     ones = torch.ones(3)
-    cameras = orbit(ones * 0.1, azimuth, ones * 1.4, ones * math.radians(45))
+    cameras = look_at_origin(ones * 0.1, azimuth, ones * 1.4, ones * math.radians(45))
     values = torch.zeros(3, dtype=torch.int64)
     labels = world.Labels(values, values, torch.tensor([1, 1, 0]), values - 1, values - 1)
     pixels = train_classifier.face_pixels(labels, cameras)
@@ -101,7 +101,7 @@ def test_a_floor_is_seen_looking_down_and_not_looking_up():
     # At elevation +80 degrees the camera is above and looks down, at -80 it is below and looks up at the ceiling.
     ones = torch.ones(2)
     elevation = torch.tensor([80.0, -80.0]).deg2rad()
-    cameras = orbit(elevation, ones * 0.2, ones * 0.1, ones * math.radians(60))
+    cameras = look_at_origin(elevation, ones * 0.2, ones * 0.1, ones * math.radians(60))
     none, zero = torch.full((2,), -1), torch.zeros(2, dtype=torch.int64)
     labels = world.Labels(none, none, zero, zero, zero + 3)
     assert (train_classifier.floor_pixels(labels, cameras).sum((1, 2)) > 0).tolist() == [True, False]
@@ -110,7 +110,7 @@ def test_a_floor_is_seen_looking_down_and_not_looking_up():
 def test_degrading_keeps_what_is_there_and_draws_from_its_generator_alone():
     labels = world.Labels(*(torch.tensor([value]).expand(8) for value in (0, 0, 0, -1, -1)))
     ones = torch.ones(8)
-    cameras = orbit(ones * 0.2, torch.arange(8) * 0.7, ones * 1.4, ones * 0.8)
+    cameras = look_at_origin(ones * 0.2, torch.arange(8) * 0.7, ones * 1.4, ones * 0.8)
     black = world.draw(labels, cameras, torch.zeros(8), samples=1)
     opacity = (black.amax(1, keepdim=True) > 0).float()
     pool = (torch.cat((black, opacity, torch.zeros_like(opacity)), 1) * 255).byte()

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from distvsd.cameras import orbit
+from distvsd.cameras import look_at_origin
 from distvsd.shapes import world
 from distvsd.shapes.captions import caption
 from distvsd.vsd.rng import Purpose, generator
@@ -14,7 +14,7 @@ from distvsd.vsd.rng import Purpose, generator
 def cameras(azimuths_deg, elevation_deg=0.0, distance=1.5, fovy_deg=45.0):
     azimuth = torch.tensor(azimuths_deg, dtype=torch.float32).deg2rad()
     ones = torch.ones_like(azimuth)
-    return orbit(ones * math.radians(elevation_deg), azimuth, ones * distance, ones * math.radians(fovy_deg))
+    return look_at_origin(ones * math.radians(elevation_deg), azimuth, ones * distance, ones * math.radians(fovy_deg))
 
 
 def labels(count, **values):
@@ -88,7 +88,7 @@ def test_the_same_labels_are_drawn_with_the_same_bits_whatever_is_drawn_beside_t
 
 
 def test_a_room_shows_its_floor_below_and_its_walls_in_the_middle():
-    inside = orbit(*(torch.tensor([value]) for value in (0.0, 0.3, 0.1, math.radians(80))))
+    inside = look_at_origin(*(torch.tensor([value]) for value in (0.0, 0.3, 0.1, math.radians(80))))
     image = world.draw(labels(1, wall=0, floor=3), inside, torch.zeros(1), samples=1)[0]
     floor, wall = image[:, -1, 32], image[:, 31, 32]
     assert torch.nn.functional.cosine_similarity(floor, world.RGB[3], dim=0) > 0.999

@@ -10,36 +10,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from distvsd.cameras import Cameras
-from distvsd.particles import ImageParticle, Keys, NerfParticle, Parameters, Rendered
-from distvsd.render import HashGrid
+from distvsd.cameras import Cameras, Field
+from distvsd.particles import Cost, Handed, Keys, NerfParticle, Parameters, Rendered
 from distvsd.testing import check_particle
 from distvsd.vsd.rng import Purpose, normal
+from tests.unit.particles.shards import SMALL, image, nerf
+
+BUSY = {"samples_per_ray": 8, "bound": 1.0, "smoothstep": True, "init_color": 0.5, "density_noise": 0.5}
+BUSY |= {"entropy": 0.1, "sparsity": 0.1, "coverage": 0.1, "coverage_range": (0.4, 0.6)}
 
 
-def rate(step: int) -> float:
-    return 0.01
+def busy(**fields: Any) -> NerfParticle:
+    """A small field that uses everything a field can do."""
+    return nerf(dataclasses.replace(SMALL, **(BUSY | fields)))
 
 
-def nerf(table_size: int = 2**12, **changes: Any) -> NerfParticle:
-    grid = HashGrid(2, 2, table_size, 4, 8, smoothstep=True)
-    settings: dict[str, Any] = {
-        "grid": grid, "samples_per_ray": 8, "bound": 1.0, "density_scale": 1.0, "blob_density": 10.0,
-        "blob_radius": 0.5, "init_scale": 0.1, "init_color": 0.5,
-        "density_noise": 0.5, "entropy": 0.1, "entropy_of": "opacity", "sparsity": 0.1,
-        "coverage": 0.1, "coverage_range": (0.4, 0.6), "learned_background": True, "random_background": 0.5,
-        "random_grey": False, "backend": "torch", "grid_learning_rate": rate, "network_learning_rate": rate,
-        "deterministic": True,
-    }  # fmt: skip
-    return NerfParticle(**(settings | changes))
-
-
-PIXELS = ImageParticle((3, 16, 16), False, 0.1, rate)
+PIXELS = image((3, 16, 16))
 
 
 @pytest.mark.parametrize(
     "particle",
-    [PIXELS, ImageParticle((4, 8, 8), True, 1.0, rate), nerf(), nerf(table_size=64), nerf(learned_background=False)],
+    [PIXELS, image((4, 8, 8)), busy(), busy(log2_table_size=6), busy(background="none")],
     ids=["pixels", "latents", "dense grid", "hashed grid", "no background"],
 )
 def test_the_representations_of_the_house_conform(particle: Any) -> None:
@@ -49,19 +40,22 @@ def test_the_representations_of_the_house_conform(particle: Any) -> None:
 
 def test_a_part_that_is_never_shown_is_found_unless_it_is_named() -> None:
     """Every view before a plain colour: the learned background has no gradient, and that may be meant."""
-    hidden = [name for name in nerf().init(0, torch.tensor([0])) if name.startswith("background")]
+    hidden = [name for name in busy().init(0, torch.tensor([0])) if name.startswith("background")]
     with pytest.raises(AssertionError, match=r"background_bias0, .* had no gradient in 4 renders"):
-        check_particle(nerf(random_background=1.0))
-    check_particle(nerf(random_background=1.0), without_gradient=hidden)
+        check_particle(busy(random_background=1.0))
+    check_particle(busy(random_background=1.0), without_gradient=hidden)
 
 
 class Broken:
     """A conforming image, of which a test spoils one method."""
 
     is_latent = False
+    has_views = False
     deterministic = True
 
-    def init(self, seed: int, ids: Tensor) -> Parameters:
+    def init(self, seed: int, ids: Tensor, source: Handed | None = None) -> Parameters:
+        if source is not None:
+            return source.copied_for(self, ids)
         return {"image": 0.5 + 0.1 * normal(seed, Purpose.INIT, ids, 0, (3, 16, 16))}
 
     def learning_rates(self, step: int) -> dict[str, float]:
@@ -73,6 +67,12 @@ class Broken:
     def view(self, parameters: Parameters, cameras: Cameras, resolution: int, background: float) -> Rendered:
         return PIXELS.view(parameters, cameras, resolution, background)
 
+    def field(self, parameters: Parameters) -> Field | None:
+        return None
+
+    def cost(self, resolution: int) -> Cost:
+        return Cost(trained=3 * 16 * 16, frozen=0, points=1)
+
 
 def test_the_particle_that_is_spoiled_below_conforms() -> None:
     check_particle(Broken())
@@ -80,8 +80,8 @@ def test_the_particle_that_is_spoiled_below_conforms() -> None:
 
 def spoiled_init(change: Callable[[Tensor, int, Tensor], Tensor]) -> type[Broken]:
     class Spoiled(Broken):
-        def init(self, seed: int, ids: Tensor) -> Parameters:
-            return {"image": change(super().init(seed, ids)["image"], seed, ids)}
+        def init(self, seed: int, ids: Tensor, source: Handed | None = None) -> Parameters:
+            return {"image": change(super().init(seed, ids, source)["image"], seed, ids)}
 
     return Spoiled
 
@@ -183,7 +183,7 @@ def test_a_nan_that_reaches_only_the_gradients_of_others_is_found() -> None:
 @pytest.mark.parametrize(
     ("rates", "complaint"),
     [
-        ({}, "has none for image"),
+        ({}, "there is nothing to optimise"),
         ({"image": 0.1, "grid": 0.1}, "has one for grid, which init does not make"),
         ({"image": float("nan")}, "image is not a finite number"),
         ({"image": -0.1}, "image is not a finite number of at least 0"),
@@ -193,6 +193,149 @@ def test_wrong_learning_rates_are_found(rates: dict[str, float], complaint: str)
     class Spoiled(Broken):
         def learning_rates(self, step: int) -> dict[str, float]:
             return rates
+
+    with pytest.raises(AssertionError, match=complaint):
+        check_particle(Spoiled())
+
+
+class TwoParts(Broken):
+    """An image that is brightened by a second parameter, which is frozen."""
+
+    def init(self, seed: int, ids: Tensor, source: Handed | None = None) -> Parameters:
+        if source is not None:
+            return source.copied_for(self, ids)
+        return super().init(seed, ids) | {"shade": torch.full((len(ids), 1), 0.1)}
+
+    def render(self, parameters: Parameters, cameras: Cameras, resolution: int, keys: Keys) -> Rendered:
+        drawn = super().render(parameters, cameras, resolution, keys)
+        return dataclasses.replace(drawn, images=drawn.images + parameters["shade"][:, :, None, None, None])
+
+    def cost(self, resolution: int) -> Cost:
+        return Cost(trained=3 * 16 * 16, frozen=1, points=1)
+
+
+def test_learning_rates_that_name_other_parameters_later_are_found() -> None:
+    class Spoiled(TwoParts):
+        def learning_rates(self, step: int) -> dict[str, float]:
+            return {"image": 0.1} if step else {"image": 0.1, "shade": 0.1}
+
+    with pytest.raises(AssertionError, match="names other parameters than at round 0"):
+        check_particle(Spoiled(), frozen={"shade"})
+
+
+def test_a_parameter_without_a_learning_rate_must_be_meant_to_be_frozen() -> None:
+    check_particle(TwoParts(), frozen={"shade"})
+    with pytest.raises(AssertionError, match="has none for shade; name in frozen"):
+        check_particle(TwoParts())
+    with pytest.raises(AssertionError, match="image has a learning rate, but is named in frozen"):
+        check_particle(TwoParts(), frozen={"shade", "image"})
+
+
+@pytest.mark.parametrize(
+    ("found", "complaint"),
+    [
+        (Cost(trained=769, frozen=1, points=1), "769 trained numbers a particle; init makes 768"),
+        (Cost(trained=768, frozen=0, points=1), "0 frozen numbers a particle; init makes 1"),
+        (Cost(trained=768, frozen=1, points=0), "evaluated at 0 points"),
+    ],
+)
+def test_a_cost_that_is_not_what_init_makes_is_found(found: Cost, complaint: str) -> None:
+    class Spoiled(TwoParts):
+        def cost(self, resolution: int) -> Cost:
+            return found
+
+    with pytest.raises(AssertionError, match=complaint):
+        check_particle(Spoiled(), frozen={"shade"})
+
+
+def test_images_that_do_not_fit_what_is_said_of_views_are_found() -> None:
+    class Images(Broken):
+        has_views = True
+
+    class Flat(NerfParticle):
+        has_views = False
+
+    with pytest.raises(AssertionError, match="has_views is True, but every camera sees the same"):
+        check_particle(Images())
+    field = busy()
+    flat = Flat(config=field.config, learning_rate=field.learning_rate, network_learning_rate=field.learning_rate)
+    with pytest.raises(AssertionError, match="has_views is False, but images depend on the camera"):
+        check_particle(flat)
+
+
+def handed() -> Handed:
+    return Handed(TwoParts(), TwoParts().init(1, torch.tensor([3, 0, 11])))
+
+
+def test_parameters_that_are_handed_over_to_the_same_kind_conform() -> None:
+    check_particle(TwoParts(), source=handed(), frozen={"shade"})
+
+
+def ignored(source: Handed, fresh: Parameters) -> Parameters:
+    return fresh
+
+
+def shared(source: Handed, fresh: Parameters) -> Parameters:
+    return dict(source.parameters)
+
+
+def changed(source: Handed, fresh: Parameters) -> Parameters:
+    source.parameters["shade"] += 1
+    return {"image": source.parameters["image"].clone(), "shade": fresh["shade"]}
+
+
+def of_the_first(source: Handed, fresh: Parameters) -> Parameters:
+    return fresh | {"image": fresh["image"] + source.parameters["image"][:1]}
+
+
+@pytest.mark.parametrize(
+    ("take", "complaint"),
+    [
+        (ignored, "init ignores its source"),
+        (shared, "image, shade shares memory with the source"),
+        (changed, "init changes the parameters that are handed over"),
+        (of_the_first, "starts differently when it is made alone"),
+    ],
+)
+def test_a_wrong_hand_over_is_found(take: Callable[[Handed, Parameters], Parameters], complaint: str) -> None:
+    class Spoiled(TwoParts):
+        def init(self, seed: int, ids: Tensor, source: Handed | None = None) -> Parameters:
+            fresh = super().init(seed, ids)
+            if source is None:
+                return fresh
+            if "shade" not in source.parameters:
+                source.refuse(self, "it has no shade")
+            return take(source, fresh)
+
+    with pytest.raises(AssertionError, match=complaint):
+        check_particle(Spoiled(), source=handed(), frozen={"shade"})
+
+
+def test_a_source_that_is_silently_ignored_is_found() -> None:
+    class Spoiled(Broken):
+        def init(self, seed: int, ids: Tensor, source: Handed | None = None) -> Parameters:
+            return super().init(seed, ids)
+
+    with pytest.raises(AssertionError, match="accepts a source of a kind that it cannot know; raise ConfigError"):
+        check_particle(Spoiled())
+
+
+FIELDS: list[tuple[str, Callable[[Tensor, Parameters], Tensor], str]] = [
+    ("colour too", lambda d, p: d[..., None].expand(-1, -1, 3), r"field gives torch.float32 \[3, 33, 3\]"),
+    ("double", lambda d, p: d.double(), r"field gives torch.float64"),
+    ("negative", lambda d, p: d - 1, "not a density of at least 0"),
+    ("not repeated", lambda d, p: d + torch.rand(d.shape, generator=GENERATOR), "when it is called again"),
+    ("neighbours", lambda d, p: d + d.mean(), "field of particle 3 depends on which particles"),
+    ("nan reaches", lambda d, p: d + 0 * p["image"].mean(), "a NaN in particle 3 reaches the field"),
+]
+
+
+@pytest.mark.parametrize(("change", "complaint"), [case[1:] for case in FIELDS], ids=[case[0] for case in FIELDS])
+def test_a_wrong_field_is_found(change: Callable[[Tensor, Parameters], Tensor], complaint: str) -> None:
+    class Spoiled(Broken):
+        def field(self, parameters: Parameters) -> Field:
+            own = parameters["image"].mean((1, 2, 3))[:, None].abs()
+            return lambda points: change(own * points.norm(dim=-1), parameters)
 
     with pytest.raises(AssertionError, match=complaint):
         check_particle(Spoiled())
@@ -219,7 +362,7 @@ def test_a_draw_from_the_global_random_state_is_found_even_where_it_does_not_sho
 
 def test_no_parameters_at_all_are_found_and_so_is_a_single_particle() -> None:
     class Spoiled(Broken):
-        def init(self, seed: int, ids: Tensor) -> Parameters:
+        def init(self, seed: int, ids: Tensor, source: Handed | None = None) -> Parameters:
             return {}
 
     with pytest.raises(AssertionError, match="there is nothing to optimise"):
@@ -233,8 +376,8 @@ def test_latents_need_no_range_and_rounding_is_allowed_where_a_device_adds_in_an
         is_latent = True
         deterministic = False
 
-        def init(self, seed: int, ids: Tensor) -> Parameters:
-            return {"image": 3 * normal(seed, Purpose.INIT, ids, 0, (3, 16, 16))}
+        def init(self, seed: int, ids: Tensor, source: Handed | None = None) -> Parameters:
+            return {"image": 30 * super().init(seed, ids, source)["image"]}
 
         def render(self, parameters: Parameters, cameras: Cameras, resolution: int, keys: Keys) -> Rendered:
             drawn = super().render(parameters, cameras, resolution, keys)

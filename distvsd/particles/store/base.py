@@ -1,0 +1,60 @@
+"""What must be offered by whatever holds the particles of one rank.
+
+A round leases the active particles, renders and updates what it leased, and commits that. Nothing else of a store is on
+the device for certain, and a round touches nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from distvsd.particles.base import Parameters, Particle
+from distvsd.particles.group import Group
+
+
+class ParticleStore(Protocol):
+    """The particles of one rank, all of one kind. Every method is local and communicates nothing."""
+
+    particle: Particle
+    seed: int
+    """Of the run; with the ids and the round it keys everything random."""
+    ids: list[int]
+    """All particles of this rank, active or not."""
+    device: torch.device
+    """Where leased groups are."""
+
+    def active(self, step: int) -> list[int]:
+        """The particles that take part in this round, in the order of `ids`.
+
+        A function of the step and of what the store was made with, so that every rank can compute every rank's.
+        """
+        ...
+
+    def lease(self, step: int) -> list[Group]:
+        """The groups of the active particles, on the device, in the order of `active`; valid until the next lease."""
+        ...
+
+    def commit(self, groups: list[Group]) -> None:
+        """Takes the leased groups back after their update."""
+        ...
+
+    def split(self, group: Group) -> list[Group]:
+        """Replaces a leased group by its halves for the rest of the run, and returns them; a group of one particle
+        stays. Allocates nothing: it is called when memory has run out."""
+        ...
+
+    def initial(self, particle_id: int) -> Parameters:
+        """What the particle began with, without the leading axis; made anew."""
+        ...
+
+    def state_of(self, particle_id: int) -> dict[str, Tensor]:
+        """See `Group.state_of`; writing to these tensors changes the particle. Raises KeyError for another rank's."""
+        ...
+
+    def stream(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Every particle's id and `state_of`, one after the other; a state is valid until the next is asked for."""
+        ...

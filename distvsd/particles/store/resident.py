@@ -1,0 +1,78 @@
+"""The store whose particles are all on the device, all of the time, and active in every round."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from distvsd.config import ParticlesConfig
+from distvsd.particles.base import Handed, Parameters, Particle, blank_parameters
+from distvsd.particles.group import Group
+
+
+class Resident:
+    """See `ParticleStore`. groups: what is rendered in one call each; a group's tensors are its own allocations."""
+
+    def __init__(
+        self,
+        particle: Particle,
+        ids: Sequence[int],
+        config: ParticlesConfig,
+        *,
+        seed: int,
+        device: torch.device | str = "cpu",
+        source: Handed | None = None,
+        blank: bool = False,
+    ) -> None:
+        """Fresh particles. config: `micro_batch` is the size of a group, 0 for one group; `betas` and `eps` are Adam's.
+
+        source: what they begin from, rows in the order of `ids`; kept, because a particle may have to begin again.
+        blank: zeros instead of initial values, for particles whose saved state is loaded next; needs no source.
+        """
+        self.particle, self.seed, self.ids = particle, seed, list(ids)
+        self.device = torch.device(device)
+        self._source = source
+        self.groups: list[Group] = []
+        size = config.micro_batch or max(len(self.ids), 1)
+        for first in range(0, len(self.ids), size):
+            own = self.ids[first : first + size]
+            chosen = torch.tensor(own, device=device)
+            rows = self._rows(slice(first, first + size))
+            parameters = blank_parameters(particle, chosen) if blank else particle.init(seed, chosen, rows)
+            self.groups.append(Group.of(particle, own, chosen, parameters, config.betas, config.eps))
+
+    def active(self, step: int) -> list[int]:
+        return self.ids
+
+    def lease(self, step: int) -> list[Group]:
+        return list(self.groups)
+
+    def commit(self, groups: list[Group]) -> None:
+        """Nothing is to be done: the leased tensors are the particles'."""
+
+    def split(self, group: Group) -> list[Group]:
+        at = next(index for index, own in enumerate(self.groups) if own is group)
+        self.groups[at : at + 1] = halves = group.halves()
+        return halves
+
+    def initial(self, particle_id: int) -> Parameters:
+        row = self.ids.index(particle_id)
+        chosen = torch.tensor([particle_id], device=self.device)
+        fresh = self.particle.init(self.seed, chosen, self._rows(slice(row, row + 1)))
+        return {name: value[0] for name, value in fresh.items()}
+
+    def state_of(self, particle_id: int) -> dict[str, Tensor]:
+        for group in self.groups:
+            if particle_id in group.own:
+                return group.state_of(group.own.index(particle_id))
+        raise KeyError(f"particle {particle_id} is not on this rank, which owns {self.ids}")
+
+    def stream(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        for group in self.groups:
+            for row, particle_id in enumerate(group.own):
+                yield particle_id, group.state_of(row)
+
+    def _rows(self, rows: slice) -> Handed | None:
+        return None if self._source is None else self._source.rows(rows)
