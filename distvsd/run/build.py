@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from distvsd.cameras import OrbitSampler
+from distvsd.cameras import CameraSampler, OrbitSampler
 from distvsd.config import Config, ObjectiveConfig
 from distvsd.config.relations import refuse_small_latents
 from distvsd.networks.base import Adaptable
@@ -68,6 +68,8 @@ class Custom:
 
     denoiser: Callable[[Adaptable], Adaptable] | None = None
     objective: Objective | None = None
+    particle: Particle | None = None
+    cameras: CameraSampler | None = None
 
 
 class Latents(Protocol):
@@ -120,7 +122,7 @@ def build_run(
             # A second module tree would hold all of the network.
             prior = replace(prior, denoiser=training.score.without_adapter())
     assigned = owners(config.particles.count, world.size)
-    ensemble = make_ensemble(config, prior, assigned[world.rank], world.device)
+    ensemble = make_ensemble(config, prior, assigned[world.rank], world.device, custom=custom)
     loop = Loop(
         ensemble=ensemble,
         encode=Encoder(config, prior, ensemble),
@@ -231,6 +233,7 @@ def make_ensemble(
     device: torch.device | str,
     source: Handed | None = None,
     blank: bool = False,
+    custom: Custom = Custom(),
 ) -> Ensemble:
     """Fresh particles `ids` of this configuration. prior: whose latents they are, where they are latents. source: what
     the stage before hands over, rows in the order of `ids`. blank: see `Resident`.
@@ -240,9 +243,9 @@ def make_ensemble(
     particles = config.particles
     if config.parallel.numerics == "exact":
         particles = dataclasses.replace(particles, micro_batch=1)  # no particle's bits may depend on its neighbours
-    particle = make_particle(config, prior, torch.device(device))
+    particle = custom.particle or make_particle(config, prior, torch.device(device))
     store = Resident(particle, ids, particles, seed=config.run.seed, device=device, source=source, blank=blank)
-    return Ensemble(store, OrbitSampler(config.cameras), particles)
+    return Ensemble(store, custom.cameras or OrbitSampler(config.cameras), particles)
 
 
 def are_latents(config: Config) -> bool:
