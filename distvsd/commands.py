@@ -50,8 +50,9 @@ def run_evaluate(args: argparse.Namespace) -> int:
     run = _run_directory(args)
     with _only_json(args.json):
         from distvsd.looking.evaluate import evaluate_run
+        from distvsd.stages import newest_stage
 
-        result = evaluate_run(run)
+        result = evaluate_run(newest_stage(run))
     _print_result(result, args.json)
     return 0
 
@@ -59,29 +60,32 @@ def run_evaluate(args: argparse.Namespace) -> int:
 def run_render(args: argparse.Namespace) -> int:
     run = _run_directory(args)
     from distvsd.looking.render import render_run
+    from distvsd.stages import newest_stage
 
-    for path in render_run(run):
+    for path in render_run(newest_stage(run)):
         print(path)
     return 0
 
 
 def run_verify(args: argparse.Namespace) -> int:
     run = _run_directory(args)
+    from distvsd.checkpoint import reader
+    from distvsd.config import load_config
+    from distvsd.looking.opened import compare_with_saved
     from distvsd.run.contents import verify
     from distvsd.runtime import inside
     from distvsd.runtime.paths import RunPaths
+    from distvsd.stages import stage_folders
 
-    paths = RunPaths(run)
-    inside.expect_folder(run, paths.checkpoints.name)
+    folders = stage_folders(run) or [run]
+    for folder in folders:
+        inside.expect_folder(folder, RunPaths(folder).checkpoints.name)
     for line in verify(run, args.digest):
         print(line)
-    if paths.previous_config() is not None:
-        from distvsd.checkpoint import reader
-        from distvsd.config import load_config
-        from distvsd.looking.opened import compare_with_saved
-
-        newest = reader.open_checkpoint(paths.checkpoints, reader.steps(paths.checkpoints)[0])
-        compare_with_saved(paths, load_config(paths.config), newest)
+    for paths in map(RunPaths, folders):
+        steps = reader.steps(paths.checkpoints)
+        if steps and paths.previous_config() is not None:
+            compare_with_saved(paths, load_config(paths.config), reader.open_checkpoint(paths.checkpoints, steps[0]))
     return 0
 
 
@@ -90,7 +94,9 @@ def run_log(args: argparse.Namespace) -> int:
     from distvsd.config import load_config, to_dict
     from distvsd.runtime.paths import RunPaths
     from distvsd.runtime.replay_metrics import replay
+    from distvsd.stages import newest_stage
 
+    run = newest_stage(run)
     config = load_config(RunPaths(run).known_config())
     log = config.log
     count = replay(

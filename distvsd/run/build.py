@@ -84,10 +84,11 @@ def build_run(
     watch: Callable[[Round], bool],
     entered: Callable[[int, str], None] = lambda step, phase: None,
     custom: Custom = Custom(),
+    source: Callable[[Latents, Sequence[int]], Handed] | None = None,
 ) -> Run:
     """Loads the prior and makes this rank's particles. Every rank calls it; it does not communicate.
 
-    watch, entered: see `Loop`.
+    watch, entered: see `Loop`. source: gives these particles of the stage before, whose latents are the prior's.
 
     Raises PriorError and BackendError where the configuration asks for what is not there, and ConfigError where it asks
     for more memory than there is, or where the network would see latents much smaller than those it was trained on.
@@ -120,7 +121,8 @@ def build_run(
             # A second module tree would hold all of the network.
             prior = replace(prior, denoiser=training.score.without_adapter())
     assigned = owners(config.particles.count, world.size)
-    ensemble = make_ensemble(config, prior, assigned[world.rank], world.device)
+    own = assigned[world.rank]
+    ensemble = make_ensemble(config, prior, own, world.device, source and source(prior, own))
     loop = Loop(
         ensemble=ensemble,
         encode=Encoder(config, prior, ensemble),

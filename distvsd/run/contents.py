@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distvsd.checkpoint.format import Manifest, particle_of
-from distvsd.checkpoint.reader import Checkpoint
+from distvsd.checkpoint.format import Manifest, particle_of, whole_digest
+from distvsd.checkpoint.reader import Checkpoint, steps
 from distvsd.checkpoint.verify import verify_run
 from distvsd.config import Config, config_from, load_config
 from distvsd.errors import CheckpointError, ConfigError, PriorError
@@ -30,6 +30,7 @@ from distvsd.run.build import make_particle
 from distvsd.runtime.paths import RunPaths
 from distvsd.score import stored
 from distvsd.score.replay import Limits
+from distvsd.stages import stage_folders
 from distvsd.vsd.wanted import MOST
 
 _log = logging.getLogger("distvsd")
@@ -123,9 +124,24 @@ def refuse_other_particles(manifest: Manifest, count: int) -> None:
 def verify(run: Path, digest: bool = False) -> list[str]:
     """`checkpoint.verify.verify_run`, for which a checkpoint is sound if a resume with its own configuration reads it.
 
-    What needs the prior is left out where the prior is not there, with a warning.
+    Of a run with stages, all that have a checkpoint: their lines begin with the stage, `2-fine/`, and the last line of
+    the digest is of all stages. What needs the prior is left out where the prior is not there, with a warning.
     """
-    return verify_run(run, digest, _Judge(run).problems)
+    stages = [folder for folder in stage_folders(run) if steps(RunPaths(folder).checkpoints)]
+    if not stages:
+        return verify_run(run, digest, _Judge(run).problems)
+    lines, problems = [], []
+    for folder in stages:
+        try:
+            found = verify_run(folder, digest, _Judge(folder).problems)
+        except CheckpointError as error:
+            problems.append(str(error))
+        else:
+            lines += [f"{folder.name}/{line}" for line in found]
+    if problems:
+        raise CheckpointError("; ".join(problems))
+    whole = {name: value for name, _, value in (line.partition(" ") for line in lines)}
+    return lines + [f"all {whole_digest(whole)}"] * digest
 
 
 class _Judge:

@@ -34,6 +34,7 @@ INNER: dict[str, set[str]] = {
     "score": {"networks", "parallel", "vsd"},
     "checkpoint": {"parallel"},
     "shapes": {"cameras", "networks", "prior", "vsd"},
+    "stages": {"checkpoint", "particles", "runtime"},
     "plan": {"config", "networks", "parallel.assign", "particles", "score"},
 }
 OUTER: dict[str, set[str]] = {
