@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from distvsd.checkpoint.reader import newest
 from distvsd.cli import main
 from distvsd.config import Config, load_config
-from distvsd.errors import ConfigError, RunError
+from distvsd.errors import CheckpointError, ConfigError, RunError
 from distvsd.faults import injected
 from distvsd.looking.opened import load_particles
 from distvsd.parallel.world import World
@@ -34,14 +33,34 @@ FOLDERS = ("stages/1-coarse", "stages/2-fine")
 
 @pytest.fixture
 def configured(tmp_path: Path, prior: Path) -> Callable[..., Config]:
-    """Three fields in exact numerics: two rounds at 8 pixels, then three at 16 with a lower rate."""
+    """Two fields in exact numerics: two rounds at 8 pixels, then three at 16 with a lower rate."""
 
     def make(name: str = "run", *more: str, **changes: Any) -> Config:
-        settings = {"stages": STAGES, "schedule.rounds": 3, "checkpoint.every": 1, "particles.nerf.levels": 2}
-        settings |= {key.replace("__", "."): value for key, value in changes.items()}
-        return load_config(SMOKE, [*overrides(tmp_path / name, prior, **settings), *more])
+        return staged(tmp_path / name, prior, *more, **changes)
 
     return make
+
+
+def staged(run: Path, prior: Path, *more: str, **changes: Any) -> Config:
+    settings = {"stages": STAGES, "schedule.rounds": 3, "checkpoint.every": 1, "particles.count": 2}
+    settings |= {key.replace("__", "."): value for key, value in changes.items()}
+    return load_config(SMOKE, [*overrides(run, prior, **settings), *more])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, prior: Path) -> Config:
+    """The same, trained without a stop; not to be written to."""
+    config = staged(tmp_path_factory.mktemp("whole") / "run", prior)
+    assert train(config) == 0
+    return config
+
+
+@pytest.fixture
+def finished(whole: Config, configured: Callable[..., Config]) -> Config:
+    """A copy of it."""
+    config = configured()
+    shutil.copytree(whole.run.dir, config.run.dir)
+    return config
 
 
 def root_of(config: Config) -> Path:
@@ -61,10 +80,8 @@ def saved(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
 
 
-def test_each_stage_leaves_a_whole_run_directory_and_the_run_its_status(configured: Callable[..., Config]) -> None:
-    config = configured()
-    assert train(config) == 0
-    root = root_of(config)
+def test_each_stage_leaves_a_whole_run_directory_and_the_run_its_status(whole: Config) -> None:
+    root = root_of(whole)
     assert sorted(path.name for path in root.iterdir()) == ["STATUS.json", "config.yaml", "stages"]
     assert status_of(root) == ("done", 5, 5)
     for number, (folder, rounds) in enumerate(zip(FOLDERS, (2, 3), strict=True)):
@@ -72,9 +89,9 @@ def test_each_stage_leaves_a_whole_run_directory_and_the_run_its_status(configur
         assert status_of(stage) == ("done", rounds, rounds)
         assert (stage / "renders/contact-sheet.png").is_file()
         assert len((stage / "metrics.jsonl").read_text().splitlines()) == rounds
-        assert load_config(stage / "config.yaml") == stages_of(config)[number].config
+        assert load_config(stage / "config.yaml") == stages_of(whole)[number].config
         assert load_particles(stage).step == rounds
-    assert load_config(root / "config.yaml") == config
+    assert load_config(root / "config.yaml") == whole
 
 
 def test_a_stage_begins_with_the_particles_of_the_one_before_and_a_new_score_network(
@@ -85,7 +102,7 @@ def test_a_stage_begins_with_the_particles_of_the_one_before_and_a_new_score_net
     assert train(config) == 0
     first, second = (newest(root_of(config) / folder / "checkpoints") for folder in FOLDERS)
     assert first is not None and second is not None
-    for particle in range(3):
+    for particle in range(2):
         before, after = (found.read(f"particles/{particle:06d}.safetensors") for found in (first, second))
         names = [name for name in before if name.startswith("param/")]
         assert names and all(torch.equal(before[name], after[name]) for name in names)
@@ -93,20 +110,17 @@ def test_a_stage_begins_with_the_particles_of_the_one_before_and_a_new_score_net
     assert int(second.read("score/optimizer.safetensors")["num_steps"]) == 3
 
 
-def test_the_first_stage_is_the_run_it_would_be_alone(configured: Callable[..., Config]) -> None:
-    staged = configured()
-    train(staged)
+def test_the_first_stage_is_the_run_it_would_be_alone(configured: Callable[..., Config], whole: Config) -> None:
     alone = configured("alone", "stages=[]", schedule__rounds=2, render__resolution=8)
     train(alone)
-    first = verify(root_of(staged) / FOLDERS[0], digest=True)
+    first = verify(root_of(whole) / FOLDERS[0], digest=True)
     assert first == verify(root_of(alone), digest=True)
 
 
-def test_two_ranks_give_the_bits_of_one(configured: Callable[..., Config]) -> None:
-    alone, shared = configured("alone"), configured("shared")
-    train(alone)
+def test_two_ranks_give_the_bits_of_one(configured: Callable[..., Config], whole: Config) -> None:
+    shared = configured("shared")
     assert run_ranks(lambda world: train(shared), 2) == [0, 0]
-    assert digest_of(shared) == digest_of(alone)
+    assert digest_of(shared) == digest_of(whole)
 
 
 @pytest.mark.parametrize(
@@ -120,10 +134,8 @@ def test_two_ranks_give_the_bits_of_one(configured: Callable[..., Config]) -> No
 )
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_run_that_died_goes_on_in_the_stage_it_was_in(
-    configured: Callable[..., Config], fault: str, reached: list[str], size: int
+    configured: Callable[..., Config], whole: Config, fault: str, reached: list[str], size: int
 ) -> None:
-    whole = configured("whole")
-    train(whole)
     config = configured(checkpoint__asynchronous="false")
 
     def attempt(world: World) -> int:
@@ -149,10 +161,9 @@ def test_a_run_that_died_goes_on_in_the_stage_it_was_in(
 
 @pytest.mark.parametrize("step", [0, 1], ids=["in the second stage", "in the last round of the first"])
 def test_a_run_that_is_told_to_stop_saves_and_goes_on_in_the_right_stage(
-    configured: Callable[..., Config], step: int
+    configured: Callable[..., Config], whole: Config, step: int
 ) -> None:
-    whole, config = configured("whole"), configured()
-    train(whole)
+    config = configured()
     nth = 2 if step == 0 else 1
     with injected(f"term@round:step={step}:nth={nth}"):
         assert train(config) == 3
@@ -163,18 +174,14 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_in_the_right_stage(
     assert digest_of(config) == digest_of(whole)
 
 
-def test_a_finished_run_of_stages_is_left_as_it_is(configured: Callable[..., Config]) -> None:
-    config = configured()
-    train(config)
-    before = digest_of(config)
-    assert train(config) == 0
-    assert digest_of(config) == before and status_of(root_of(config)) == ("done", 5, 5)
+def test_a_finished_run_of_stages_is_left_as_it_is(finished: Config, whole: Config) -> None:
+    assert train(finished) == 0
+    assert digest_of(finished) == digest_of(whole) and status_of(root_of(finished)) == ("done", 5, 5)
 
 
 def test_the_last_stage_may_be_made_longer_and_changes_of_one_that_is_over_are_told(
-    configured: Callable[..., Config], caplog: pytest.LogCaptureFixture
+    finished: Config, configured: Callable[..., Config], caplog: pytest.LogCaptureFixture
 ) -> None:
-    train(configured())
     longer = configured("run", "stages.2.schedule.rounds=4", "stages.1.schedule.rounds=7")
     with pytest.raises(RunError, match=r"stages\.1\.schedule\.rounds: 2 became 7"):
         train(longer)
@@ -186,9 +193,9 @@ def test_the_last_stage_may_be_made_longer_and_changes_of_one_that_is_over_are_t
     assert load_config(root / "config.yaml") == longer
 
 
-def test_a_directory_with_checkpoints_of_other_stages_is_refused(configured: Callable[..., Config]) -> None:
-    config = configured()
-    train(config)
+def test_a_directory_with_checkpoints_of_other_stages_is_refused(
+    finished: Config, configured: Callable[..., Config]
+) -> None:
     renamed = configured("run", "stages.1.name=first")
     with pytest.raises(RunError, match="1-coarse holds checkpoints"):
         train(renamed, resume="must")
@@ -215,24 +222,22 @@ def test_a_link_in_the_place_of_a_stage_is_not_followed(configured: Callable[...
     elsewhere.mkdir()
     root_of(config).mkdir()
     (root_of(config) / "stages").mkdir()
-    os.symlink(elsewhere, root_of(config) / FOLDERS[0])
+    (root_of(config) / FOLDERS[0]).symlink_to(elsewhere)
     with pytest.raises(RunError, match="symbolic link"):
         train(config)
     assert not list(elsewhere.iterdir())
 
 
 def test_commands_on_a_run_act_on_its_newest_stage_and_verify_on_all(
-    configured: Callable[..., Config], capfd: pytest.CaptureFixture[str]
+    finished: Config, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    config = configured()
-    train(config)
-    root = root_of(config)
+    root = root_of(finished)
     shutil.rmtree(root / FOLDERS[1] / "renders")
     capfd.readouterr()
     assert main(["render", str(root)]) == 0
     assert f"{FOLDERS[1]}/renders/contact-sheet.png" in capfd.readouterr().out
     assert main(["evaluate", str(root), "--json"]) == 0
-    assert json.loads(capfd.readouterr().out)["particles"] == 3
+    assert json.loads(capfd.readouterr().out)["particles"] == 2
     assert (root / FOLDERS[1] / "evaluation.json").is_file()
     assert main(["verify", str(root)]) == 0
     lines = capfd.readouterr().out.splitlines()
@@ -243,12 +248,10 @@ def test_commands_on_a_run_act_on_its_newest_stage_and_verify_on_all(
     assert newest_stage(root) == root / FOLDERS[0]
 
 
-def test_verifying_finds_damage_in_any_stage(configured: Callable[..., Config]) -> None:
-    config = configured()
-    train(config)
+def test_verifying_finds_damage_in_any_stage(finished: Config) -> None:
     for folder in FOLDERS:
-        particle = max((root_of(config) / folder / "checkpoints").iterdir()) / "particles/000001.safetensors"
+        particle = max((root_of(finished) / folder / "checkpoints").iterdir()) / "particles/000001.safetensors"
         particle.write_bytes(particle.read_bytes()[:-1] + b"\x7f")
-    assert main(["verify", str(root_of(config))]) == 1
-    with pytest.raises(Exception, match=r"1-coarse.*2-fine"):
-        verify(root_of(config))
+    assert main(["verify", str(root_of(finished))]) == 1
+    with pytest.raises(CheckpointError, match=r"1-coarse.*2-fine"):
+        verify(root_of(finished))
