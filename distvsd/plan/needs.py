@@ -67,7 +67,7 @@ def least_memory(config: Config, prior: Mapping[str, Any], particles: int) -> di
     micro_batch = 1 if config.parallel.numerics == "exact" else kind.micro_batch or particles
     pixels = 0 if kind.kind == "image" and kind.image.space == "latent" else 3 * size**2
     latents = prior["latent_channels"] * (config.encoded_edge(size, prior["resolution"]) // prior["downscale"]) ** 2
-    renders = (particles if config.objective.kind == "sds" else kind.count) * views
+    renders = (particles if not config.objective.needs_score else kind.count) * views
     return {
         "particles": 4 * FLOAT_BYTES * (particle_parameters(config, prior) or 0) * particles,
         "pictures of a call": FLOAT_BYTES * min(micro_batch, particles) * views * pixels,

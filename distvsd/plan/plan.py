@@ -162,7 +162,7 @@ def _particle(parameters: int | None) -> dict[str, Any]:
 
 def _score(config: Config, prior: Mapping[str, Any]) -> dict[str, Any]:
     """The score network's trained numbers and what the flat sum reduces; SDS has no score network."""
-    if config.objective.kind == "sds":
+    if not config.objective.needs_score:
         return {"parameters": 0, "gradient": 0}
     if prior["adapter_parameters"] is None or prior["camera_parameters"] is None:
         return {"parameters": None, "gradient": None}
@@ -199,7 +199,7 @@ def _unet_samples(config: Config, largest_shard: int, world: int) -> dict[str, i
     return {
         "prior": local * (1 if config.prior.guidance_scale in (0, 1) else 2),
         "score": local * _score_passes(config),
-        "score_training": 0 if config.objective.kind == "sds" else -(-batch // world) * config.score.steps_per_round,
+        "score_training": 0 if not config.objective.needs_score else -(-batch // world) * config.score.steps_per_round,
     }
 
 
@@ -214,7 +214,7 @@ def _phase(config: Config, prior: Mapping[str, Any], round: int, largest_shard: 
         latent = [prior["latent_channels"], side, side]
         sample = (latent[0] * side * side + SAMPLE_WORDS) * FLOAT_BYTES
         block = sample * largest_shard * config.particles.views
-    moved = 0 if world == 1 or config.objective.kind == "sds" else None if block is None else block * (world - 1)
+    moved = 0 if world == 1 or not config.objective.needs_score else None if block is None else block * (world - 1)
     return {
         "round": round,
         "resolution": resolution,
@@ -250,7 +250,7 @@ def _checkpoint(
     network = None if score["parameters"] is None else 3 * score["parameters"] * FLOAT_BYTES
     rows = kept_rows(config.particles.count * config.particles.views, config.score.replay_share, config.particles.views)
     replay: int | None = None
-    if config.objective.kind == "sds":
+    if not config.objective.needs_score:
         replay = 0
     elif phases[-1]["sample"] is not None:
         replay = config.score.replay_rounds * rows * max(phase["sample"] for phase in phases)

@@ -172,7 +172,7 @@ class _Judge:
                 return problems
             self._why = f"{self._prior.path} holds another prior than the one it was trained against"
         try:
-            unet = _unet_of(checkpoint)
+            unet = _unet_of(checkpoint) if config.objective.needs_score else {}
         except CheckpointError as error:
             return list(dict.fromkeys([*checkpoint.problems(), str(error)]))
         _log.warning(
@@ -183,7 +183,9 @@ class _Judge:
         return checkpoint.problems(self._contents(config, unet, None))
 
     def _contents(self, config: Config, unet: stored.Shapes, prior: PipelineFolder | None) -> Contents:
-        trainable = stored.trainable_of(unet, config.score.rank, config.reads_cameras)
+        trainable: stored.Shapes = {}
+        if config.objective.needs_score:
+            trainable = stored.trainable_of(unet, config.score.rank, config.reads_cameras)
         return Contents(config, trainable, prior, config.score.replay_rounds)
 
 
