@@ -31,6 +31,7 @@ from distvsd.arguments import (
 from distvsd.commands import is_first_rank
 from distvsd.config.scalars import printable
 from distvsd.errors import ConfigError, DistvsdError, UsageError
+from distvsd.plan.published import PUBLISHED
 from distvsd.runtime import streams
 from distvsd.runtime.launcher import watch_from_the_start
 from distvsd.runtime.preempt import leave_by_signal, obey_from_the_start
@@ -146,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
         kinds,
         "plan",
         "say what a run needs, without a GPU: who owns what, memory, bytes, UNet calls, schedules",
-        "configs/prolificdreamer.yaml particles.count=64 --nodes 4 --gpus-per-node 8",
+        "configs/prolificdreamer.yaml particles.count=64 --as sd-2.1 --nodes 4 --gpus-per-node 8",
         commands.run_plan,
     )
     _config_arguments(plan)
@@ -157,6 +158,12 @@ def _parser() -> argparse.ArgumentParser:
         default=1,
         metavar="G",
         help="ranks a machine (default: %(default)s)",
+    )
+    plan.add_argument(
+        "--as",
+        dest="published",
+        choices=tuple(PUBLISHED),
+        help="plan for a public model by its published sizes instead of prior.path; needs no weights",
     )
     for option, metavar, what in PLAN_ASSUMPTIONS:
         plan.add_argument(

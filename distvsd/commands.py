@@ -36,12 +36,13 @@ def run_train(args: argparse.Namespace) -> int:
 def run_plan(args: argparse.Namespace) -> int:
     from distvsd.config import load_config
     from distvsd.plan.cluster import Assumptions
-    from distvsd.plan.plan import make_plan
     from distvsd.plan.text import draw
+    from distvsd.run.planned import plan_run
 
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Assumptions)}
     assumed = Assumptions(**{name: value for name, value in given.items() if value is not None})
-    plan = make_plan(load_config(args.config, args.overrides), args.nodes, args.gpus_per_node, assumed)
+    config = load_config(args.config, args.overrides)
+    plan = plan_run(config, args.nodes, args.gpus_per_node, assumed, args.published)
     print(json.dumps(plan) if args.json else draw(plan))
     return 0
 

@@ -70,6 +70,11 @@ class Config:
         dropped would train nothing but an offset."""
         return self.particles.kind != "image" and self.score.camera_drop < 1
 
+    @property
+    def final_resolution(self) -> int:
+        """Pixels along an edge of a render in the last round."""
+        return self.render.resolution_at(self.schedule.rounds - 1)
+
     def encoded_edge(self, resolution: int, native: int) -> int:
         """Edge in pixels of the image that latents stand for when renders have `resolution`; native: the prior's."""
         is_latent = self.particles.kind == "image" and self.particles.image.space == "latent"

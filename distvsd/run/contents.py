@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from distvsd.checkpoint.format import Manifest, particle_of, whole_digest
@@ -26,7 +25,7 @@ from distvsd.networks.identity import Identity
 from distvsd.particles.health import Health
 from distvsd.particles.stored import blank_state, read_particle
 from distvsd.prior.prompts import VIEWS
-from distvsd.run.build import make_particle
+from distvsd.run.build import are_latents, blank_particle
 from distvsd.runtime.paths import RunPaths
 from distvsd.score import stored
 from distvsd.score.replay import Limits
@@ -75,35 +74,16 @@ class Contents:
 
     def _particle(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The state of one particle, without values. tensors: of which latents take their shape where no prior says."""
-        if self.prior is not None or self.config.particles.kind != "image":
+        if self.prior is not None or not are_latents(self.config):
             return self._known_particle
         image = tensors.get("param/image")
         channels, height, width = image.shape if image is not None and image.ndim == 3 and image.numel() else (1, 1, 1)
-        return _state(self.config, _Latents((channels, height, width)))
+        return blank_state(blank_particle(self.config, (channels, height, width)))
 
     @cached_property
     def _known_particle(self) -> Mapping[str, Tensor]:
-        if self.prior is None:
-            return _state(self.config, None)
-        size = self.config.render.resolution_at(self.config.schedule.rounds - 1) // self.prior.downscale
-        return _state(self.config, _Latents((self.prior.latent_channels, size, size)))
-
-
-@dataclass(frozen=True)
-class _Latents:
-    """As much of a prior as the shape of a particle depends on."""
-
-    shape: tuple[int, int, int]
-
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        return self.shape
-
-    def encode(self, images: Tensor) -> Tensor:
-        return images.new_empty(len(images), *self.shape)
-
-
-def _state(config: Config, latents: _Latents | None) -> Mapping[str, Tensor]:
-    return blank_state(make_particle(config, latents, torch.device("cpu")))
+        latents = self.prior.latent_shape(self.config.final_resolution) if self.prior else None
+        return blank_state(blank_particle(self.config, latents))
 
 
 def refuse_other_particles(manifest: Manifest, count: int) -> None:

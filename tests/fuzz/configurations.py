@@ -19,8 +19,8 @@ from distvsd.config.load import dotted_keys, hints, is_section
 from distvsd.config.ranges import Range
 from distvsd.config.stages import may_change
 from distvsd.errors import ConfigError, DistvsdError
-from distvsd.plan.plan import make_plan
 from distvsd.plan.text import draw as drawn
+from distvsd.run.planned import plan_run
 
 FOLDER = Path(__file__).parents[2] / "configs"
 TAGS = (
@@ -81,7 +81,7 @@ def check(draw: random.Random, folder: Path, load: Callable[[], Config]) -> None
         raise AssertionError(f"what was accepted is refused when it is read back: {error}") from error
     assert back == config and digest(back) == digest(config), "what was written reads back as another configuration"
     nodes, ranks = draw.choice((1, 2, 7, 10**6)), draw.choice((1, 8, 1024))
-    plan = make_plan(config, nodes, ranks)
+    plan = plan_run(config, nodes, ranks)
     json.dumps(plan, allow_nan=False)
     assert len(drawn(plan)) < 30_000, "a plan of that length is not read"
 
