@@ -71,8 +71,6 @@ def run_render(args: argparse.Namespace) -> int:
 def run_verify(args: argparse.Namespace) -> int:
     run = _run_directory(args)
     from distvsd.checkpoint import reader
-    from distvsd.config import load_config
-    from distvsd.looking.opened import compare_with_saved
     from distvsd.run.contents import verify
     from distvsd.runtime import inside
     from distvsd.runtime.paths import RunPaths
@@ -86,6 +84,9 @@ def run_verify(args: argparse.Namespace) -> int:
     for paths in map(RunPaths, folders):
         steps = reader.steps(paths.checkpoints)
         if steps and paths.previous_config() is not None:
+            from distvsd.config import load_config
+            from distvsd.looking.opened import compare_with_saved
+
             compare_with_saved(paths, load_config(paths.config), reader.open_checkpoint(paths.checkpoints, steps[0]))
     return 0
 
