@@ -255,3 +255,15 @@ def test_verifying_finds_damage_in_any_stage(finished: Config) -> None:
     assert main(["verify", str(root_of(finished))]) == 1
     with pytest.raises(CheckpointError, match=r"1-coarse.*2-fine"):
         verify(root_of(finished))
+
+
+def test_latent_images_go_from_one_objective_to_another(configured: Callable[..., Config]) -> None:
+    """The first stage trains no score network, and the kind needs the prior to be read."""
+    stages = "[{name: sds, objective: {kind: sds}}, {name: vsd}]"
+    kind = {"particles__kind": "image", "particles__image__space": "latent", "particles__image__init_color": 0.2}
+    config = configured("run", f"stages={stages}", **kind, schedule__rounds=1, render__resolution=64)
+    assert run_ranks(lambda world: train(config), 2) == [0, 0]
+    root = root_of(config)
+    kept = [sorted((root / "stages").glob(f"{stage}/checkpoints/*/score")) for stage in ("1-sds", "2-vsd")]
+    assert [len(list(folder.iterdir())) for folders in kept for folder in folders] == [0, 4]
+    assert len(verify(root)) == 2
