@@ -31,6 +31,7 @@ from distvsd.arguments import (
 from distvsd.commands import is_first_rank
 from distvsd.config.scalars import printable
 from distvsd.errors import ConfigError, DistvsdError, UsageError
+from distvsd.plan.published import PUBLISHED
 from distvsd.runtime import streams
 from distvsd.runtime.launcher import watch_from_the_start
 from distvsd.runtime.preempt import leave_by_signal, obey_from_the_start
@@ -38,6 +39,15 @@ from distvsd.runtime.preempt import leave_by_signal, obey_from_the_start
 Command = Callable[[argparse.Namespace], int]
 FIRST_RANK_S = 3.0
 INTERRUPTED = 130  # as shells say it: 128 and the number of SIGINT
+
+INTRODUCTION = """\
+distvsd makes 3-D scenes from text by Variational Score Distillation, with many particles on many ranks.
+
+  distvsd train configs/quickstart.yaml    the first run: no GPU and no download, minutes on two CPU cores
+  distvsd render runs/quickstart           its turntables and contact sheet
+  distvsd plan configs/prolificdreamer.yaml --as sd-2.1 --gpus-per-node 8    what a large run needs
+  distvsd doctor                           what is installed here, and what is missing
+  distvsd --help                           all commands; distvsd COMMAND --help explains one"""
 
 # What `distvsd plan` assumes where nobody says: option, unit, meaning.
 PLAN_ASSUMPTIONS = (
@@ -121,6 +131,11 @@ class _HelpConfig(argparse.Action):
         parser.exit(0)
 
 
+def _introduce(args: argparse.Namespace) -> int:
+    print(INTRODUCTION)
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="distvsd",
@@ -131,7 +146,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    kinds = parser.add_subparsers(metavar="COMMAND", required=True)
+    parser.set_defaults(command=_introduce, parser=parser)
+    kinds = parser.add_subparsers(metavar="COMMAND")
 
     train = _command(
         kinds,
@@ -146,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
         kinds,
         "plan",
         "say what a run needs, without a GPU: who owns what, memory, bytes, UNet calls, schedules",
-        "configs/prolificdreamer.yaml particles.count=64 --nodes 4 --gpus-per-node 8",
+        "configs/prolificdreamer.yaml particles.count=64 --as sd-2.1 --nodes 4 --gpus-per-node 8",
         commands.run_plan,
     )
     _config_arguments(plan)
@@ -157,6 +173,12 @@ def _parser() -> argparse.ArgumentParser:
         default=1,
         metavar="G",
         help="ranks a machine (default: %(default)s)",
+    )
+    plan.add_argument(
+        "--as",
+        dest="published",
+        choices=tuple(PUBLISHED),
+        help="plan for a public model by its published sizes instead of prior.path; needs no weights",
     )
     for option, metavar, what in PLAN_ASSUMPTIONS:
         plan.add_argument(
@@ -211,7 +233,10 @@ def _commands_on_runs(kinds: Any) -> None:
 
 def _prior_commands(parents: Any) -> None:
     prior = parents.add_parser(
-        "prior", help="describe a prior, draw from it, or train the embedded one", allow_abbrev=False
+        "prior",
+        help="describe a prior, draw from it, or train the embedded one",
+        epilog="example: distvsd prior info shapes",
+        allow_abbrev=False,
     )
     kinds = prior.add_subparsers(metavar="COMMAND", required=True)
 

@@ -36,12 +36,13 @@ def run_train(args: argparse.Namespace) -> int:
 def run_plan(args: argparse.Namespace) -> int:
     from distvsd.config import load_config
     from distvsd.plan.cluster import Assumptions
-    from distvsd.plan.plan import make_plan
     from distvsd.plan.text import draw
+    from distvsd.run.planned import plan_run
 
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Assumptions)}
     assumed = Assumptions(**{name: value for name, value in given.items() if value is not None})
-    plan = make_plan(load_config(args.config, args.overrides), args.nodes, args.gpus_per_node, assumed)
+    config = load_config(args.config, args.overrides)
+    plan = plan_run(config, args.nodes, args.gpus_per_node, assumed, args.published)
     print(json.dumps(plan) if args.json else draw(plan))
     return 0
 
@@ -50,8 +51,9 @@ def run_evaluate(args: argparse.Namespace) -> int:
     run = _run_directory(args)
     with _only_json(args.json):
         from distvsd.looking.evaluate import evaluate_run
+        from distvsd.stages import newest_stage
 
-        result = evaluate_run(run)
+        result = evaluate_run(newest_stage(run))
     _print_result(result, args.json)
     return 0
 
@@ -59,29 +61,33 @@ def run_evaluate(args: argparse.Namespace) -> int:
 def run_render(args: argparse.Namespace) -> int:
     run = _run_directory(args)
     from distvsd.looking.render import render_run
+    from distvsd.stages import newest_stage
 
-    for path in render_run(run):
+    for path in render_run(newest_stage(run)):
         print(path)
     return 0
 
 
 def run_verify(args: argparse.Namespace) -> int:
     run = _run_directory(args)
+    from distvsd.checkpoint import reader
     from distvsd.run.contents import verify
     from distvsd.runtime import inside
     from distvsd.runtime.paths import RunPaths
+    from distvsd.stages import stage_folders
 
-    paths = RunPaths(run)
-    inside.expect_folder(run, paths.checkpoints.name)
+    folders = stage_folders(run) or [run]
+    for folder in folders:
+        inside.expect_folder(folder, RunPaths(folder).checkpoints.name)
     for line in verify(run, args.digest):
         print(line)
-    if paths.previous_config() is not None:
-        from distvsd.checkpoint import reader
-        from distvsd.config import load_config
-        from distvsd.looking.opened import compare_with_saved
+    for paths in map(RunPaths, folders):
+        steps = reader.steps(paths.checkpoints)
+        if steps and paths.previous_config() is not None:
+            from distvsd.config import load_config
+            from distvsd.looking.opened import compare_with_saved
 
-        newest = reader.open_checkpoint(paths.checkpoints, reader.steps(paths.checkpoints)[0])
-        compare_with_saved(paths, load_config(paths.config), newest)
+            compare_with_saved(paths, load_config(paths.config), reader.open_checkpoint(paths.checkpoints, steps[0]))
     return 0
 
 
@@ -90,7 +96,9 @@ def run_log(args: argparse.Namespace) -> int:
     from distvsd.config import load_config, to_dict
     from distvsd.runtime.paths import RunPaths
     from distvsd.runtime.replay_metrics import replay
+    from distvsd.stages import newest_stage
 
+    run = newest_stage(run)
     config = load_config(RunPaths(run).known_config())
     log = config.log
     count = replay(

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,8 +24,8 @@ from distvsd.parallel.world import World
 from distvsd.run import trainer
 from distvsd.run.build import Run
 from distvsd.runtime.heartbeat import Heartbeat
-from distvsd.runtime.paths import RunPaths
 from distvsd.runtime.preempt import Preemption
+from distvsd.stages import Stage
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 
@@ -62,8 +63,8 @@ def change_tensors(
 
 def trainer_of(config: Config, run: Path) -> trainer.Trainer:
     """Has resumed the run when it is made."""
-    paths = RunPaths(run)
-    return trainer.Trainer(config, ALONE, paths, Preemption(), Heartbeat(paths.heartbeats, 0, 1))
+    stage = Stage(replace(config, run=replace(config.run, dir=str(run))), 1)
+    return trainer.Trainer(stage, ALONE, Preemption(), Heartbeat(stage.paths.heartbeats, 0, 1))
 
 
 def resume(config: Config, parts: Run, run: Path) -> None:
@@ -84,7 +85,7 @@ def resume(config: Config, parts: Run, run: Path) -> None:
 def _given(parts: Run) -> Iterator[None]:
     """Trainers get these parts; they collect no garbage, and say nothing of the checkpoints that they pass over."""
     with (
-        mock.patch.object(trainer, "build_run", lambda *_: parts),
+        mock.patch.object(trainer, "build_run", lambda *_, **__: parts),
         mock.patch.object(trainer, "tame_garbage_collector", lambda: None),
         mock.patch.object(logging.getLogger("distvsd"), "disabled", True),
     ):

@@ -13,6 +13,7 @@ from distvsd.config.run import CheckpointConfig, LogConfig, RunConfig, ScheduleC
 from distvsd.config.schedule import Schedule
 from distvsd.config.schema import Config
 from distvsd.config.score import ScoreConfig
+from distvsd.config.stages import StageConfig
 
 __all__ = [
     "CamerasConfig",
@@ -31,6 +32,7 @@ __all__ = [
     "Schedule",
     "ScheduleConfig",
     "ScoreConfig",
+    "StageConfig",
     "config_from",
     "diff",
     "digest",

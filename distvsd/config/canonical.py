@@ -6,19 +6,24 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from typing import Any
 
 from distvsd.config.schedule import Schedule
 from distvsd.config.schema import Config
+from distvsd.config.stages import StageConfig
 
 # What changes no bit of the result: where a run lies, what is kept and reported, how long ranks are waited for.
 BOOKKEEPING = ("run.dir", "particles.recompute", "parallel.timeout_s", "checkpoint.", "log.")
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Every field as plain data, in the order of the schema: what YAML and JSON can hold."""
+    """Every field as plain data, in the order of the schema: what YAML and JSON can hold. `stages` only where there
+    are some, so that a configuration without them reads as it did before there were any."""
     plain = _plain(config)
     assert isinstance(plain, dict), "a configuration is a mapping"
+    if not config.stages:
+        del plain["stages"]
     return plain
 
 
@@ -32,15 +37,22 @@ def to_yaml(config: Config) -> str:
 
 def digest(config: Config) -> str:
     """SHA-256 of the fields that change the mathematics; not where the run lies, nor what it keeps, logs, waits for."""
-    chosen = {key: value for key, value in _flat(to_dict(config)).items() if not key.startswith(BOOKKEEPING)}
+    chosen = {key: value for key, value in _flat(to_dict(config)).items() if not is_bookkeeping(key)}
     text = json.dumps(chosen, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
 def diff(a: Config, b: Config) -> list[tuple[str, Any, Any]]:
-    """Fields that differ: dotted key, plain value in `a`, plain value in `b`, in the order of the schema."""
+    """Fields that differ: dotted key, plain value in `a`, plain value in `b`, in the order of the schema. None stands
+    for a field that a stage does not change, or for one of a stage that is not there."""
     first, second = _flat(to_dict(a)), _flat(to_dict(b))
-    return [(key, first[key], second[key]) for key in first if first[key] != second[key]]
+    keys = dict.fromkeys([*first, *second])
+    return [(key, first.get(key), second.get(key)) for key in keys if first.get(key) != second.get(key)]
+
+
+def is_bookkeeping(key: str) -> bool:
+    """Whether the field with this dotted key, of a stage or of the run, changes no bit of the result."""
+    return re.sub(r"^stages\.\d+\.", "", key).startswith(BOOKKEEPING)
 
 
 def recorded_keys(text: str) -> set[str]:
@@ -51,10 +63,14 @@ def recorded_keys(text: str) -> set[str]:
 
 
 def _yaml_lines(key: str, value: Any, indent: str) -> list[str]:
-    """A section as an indented block, a value on its key's line, texts of a list one a line."""
+    """A section as an indented block, a value on its key's line, texts of a list one a line, stages as a list of
+    blocks."""
     if isinstance(value, dict) and not _is_schedule(value):
         inner = [line for name, item in value.items() for line in _yaml_lines(name, item, indent + "  ")]
         return [f"{indent}{key}:\n", *inner]
+    if isinstance(value, list) and isinstance(value[0], dict):
+        entries = [[line for name, item in entry.items() for line in _yaml_lines(name, item, "  ")] for entry in value]
+        return [f"{key}:\n", *(line for first, *rest in entries for line in (f"- {first.lstrip()}", *rest))]
     if isinstance(value, list) and isinstance(value[0], str):
         return [f"{indent}{key}:\n", *(f"{indent}- {_yaml_value(text)}\n" for text in value)]
     return [f"{indent}{key}: {_yaml_value(value)}\n"]
@@ -84,11 +100,25 @@ def _plain(value: object) -> object:
             return _number(value.points[0][1])
         points = {round: _number(number) for round, number in value.points}
         return points if value.kind == "step" else {value.kind: points}
+    if isinstance(value, StageConfig):
+        return {"name": value.name} | _nested(value.changes)
     if dataclasses.is_dataclass(value):
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     return _number(value) if isinstance(value, float) else value
+
+
+def _nested(changes: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    """Dotted keys and their values as sections in sections."""
+    nested: dict[str, Any] = {}
+    for key, value in changes:
+        *sections, name = key.split(".")
+        place = nested
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = _plain(value)
+    return nested
 
 
 def _number(value: float) -> float:
@@ -97,10 +127,14 @@ def _number(value: float) -> float:
 
 
 def _flat(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys of the schema's fields; a schedule, whose keys are rounds, stays one value."""
+    """Dotted keys of the schema's fields, those of stages as `stages.1.`; a schedule, whose keys are rounds, stays one
+    value."""
     flat: dict[str, Any] = {}
     for key, value in plain.items():
-        if isinstance(value, dict) and not _is_schedule(value):
+        if isinstance(value, list) and isinstance(value[0], dict):
+            for number, entry in enumerate(value, 1):
+                flat.update(_flat(entry, f"{prefix}{key}.{number}."))
+        elif isinstance(value, dict) and not _is_schedule(value):
             flat.update(_flat(value, f"{prefix}{key}."))
         else:
             flat[prefix + key] = value

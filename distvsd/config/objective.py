@@ -21,3 +21,8 @@ class ObjectiveConfig:
     """Lower end of the particles' diffusion time, as a share of all timesteps."""
     t_max: Annotated[Schedule, Range(0, 1)] = Schedule(((0, 0.98),))
     """Upper end of the particles' diffusion time, as a share of all timesteps; never below t_min."""
+
+    @property
+    def needs_score(self) -> bool:
+        """Whether a score network is trained."""
+        return self.kind != "sds"

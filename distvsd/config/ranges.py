@@ -54,6 +54,11 @@ class PathText:
     """Marks a text that names a file or a folder: at least one character, none of them NUL."""
 
 
+@dataclass(frozen=True)
+class FolderName:
+    """Marks a text that becomes the name of a folder: 1 to 40 lower-case letters, digits, - and _, no sign first."""
+
+
 Count = Annotated[int, Range(0, 10**9)]
 Positive = Annotated[int, Range(1, 10**9)]
 Share = Annotated[float, Range(0, 1)]

@@ -17,6 +17,7 @@ from distvsd.config.load import dotted_keys, hints, is_section
 from distvsd.config.ranges import Increasing, PathText, Range
 from distvsd.config.schedule import Schedule
 from distvsd.config.schema import Config
+from distvsd.config.stages import StageConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,8 @@ def fields_reference() -> list[FieldReference]:
             section, default = hints(section)[part], default[part]
         annotation = hints(section)[name]
         if not is_section(annotation):
-            rows.append(FieldReference(key, _accepts(annotation), default[name], field_docs(section).get(name, "")))
+            meaning = field_docs(section).get(name, "")
+            rows.append(FieldReference(key, _accepts(annotation), default.get(name, []), meaning))
     return rows
 
 
@@ -80,6 +82,8 @@ def _accepts(annotation: Any) -> str:
 def _noun(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return " | ".join(get_args(annotation))
+    if annotation == tuple[StageConfig, ...]:
+        return "list of stages"
     if get_origin(annotation) is tuple:
         return "two numbers, each"
     if get_origin(annotation) in (Union, types.UnionType):

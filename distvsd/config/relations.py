@@ -81,14 +81,14 @@ def _exact_strategy(config: Config) -> str | None:
 
 
 def _strategy_without_score(config: Config) -> str | None:
-    if config.parallel.strategy == "flat" or config.objective.kind != "sds":
+    if config.parallel.strategy == "flat" or config.objective.needs_score:
         return None
     return f"is {config.parallel.strategy}, but objective.kind is sds, which trains no score network; allowed: flat"
 
 
 def _exact_rows(config: Config) -> str | None:
     rows = config.score.rows_a_step(config.particles.count * config.particles.views)
-    if config.parallel.numerics != "exact" or config.objective.kind == "sds" or rows <= MOST_EXACT_ROWS:
+    if config.parallel.numerics != "exact" or not config.objective.needs_score or rows <= MOST_EXACT_ROWS:
         return None
     return (
         f"is exact, which adds at most {MOST_EXACT_ROWS} samples a score step, but count, views, batch_size and "

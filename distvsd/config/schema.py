@@ -6,7 +6,7 @@ is one line in the file of its section with its docstring below it. Nothing in t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from distvsd.config.cameras import CamerasConfig
 from distvsd.config.objective import ObjectiveConfig
@@ -16,6 +16,7 @@ from distvsd.config.prior import PriorConfig
 from distvsd.config.render import RenderConfig
 from distvsd.config.run import CheckpointConfig, LogConfig, RunConfig, ScheduleConfig
 from distvsd.config.score import ScoreConfig
+from distvsd.config.stages import StageConfig, changed
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,15 @@ class Config:
     """What is kept for resuming."""
     log: LogConfig = LogConfig()
     """What is reported while training."""
+    stages: tuple[StageConfig, ...] = ()
+    """Stages that follow each other, each with a name and the fields that it changes; none is one stage. Each begins
+    with the particles of the one before and a new score network. `stages.1.schedule.rounds=50` is for the first."""
+
+    @property
+    def stage_configs(self) -> tuple[Config, ...]:
+        """The configuration of each stage, which has no stages itself; this one where there are none."""
+        whole = replace(self, stages=())
+        return tuple(changed(whole, dict(stage.changes)) for stage in self.stages) or (self,)
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -59,6 +69,11 @@ class Config:
         """Whether the score network is told the camera: an image looks the same from all, and a camera that is always
         dropped would train nothing but an offset."""
         return self.particles.kind != "image" and self.score.camera_drop < 1
+
+    @property
+    def final_resolution(self) -> int:
+        """Pixels along an edge of a render in the last round."""
+        return self.render.resolution_at(self.schedule.rounds - 1)
 
     def encoded_edge(self, resolution: int, native: int) -> int:
         """Edge in pixels of the image that latents stand for when renders have `resolution`; native: the prior's."""

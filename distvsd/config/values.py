@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import types
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from distvsd.config.document import Entry
-from distvsd.config.ranges import Increasing, PathText, Range
+from distvsd.config.ranges import FolderName, Increasing, PathText, Range
 from distvsd.config.scalars import SHOWN, Unread, printable, quoted
 from distvsd.config.schedule import Schedule
 
@@ -125,6 +126,8 @@ def _text(value: object, marks: Sequence[object] = ()) -> str:
         raise Mistake(
             f"is {named(value) if value else 'empty'}; allowed: a path of at least one character, without NUL"
         )
+    if any(isinstance(mark, FolderName) for mark in marks) and not re.fullmatch("[a-z0-9][a-z0-9_-]{0,39}", value):
+        raise Mistake(f"is {named(value)}; allowed: 1 to 40 lower-case letters, digits, - and _, no sign first")
     return value
 
 

@@ -69,6 +69,10 @@ class PipelineFolder:
         size = self.configs["unet"].get("sample_size") or 64
         return int(max(size) if isinstance(size, list) else size) * self.downscale
 
+    def latent_shape(self, edge: int) -> tuple[int, int, int]:
+        """Channels, height and width of the latents of a square image with this edge in pixels."""
+        return self.latent_channels, edge // self.downscale, edge // self.downscale
+
     @property
     def text_encoder_class(self) -> str:
         """Its name in transformers."""

@@ -5,60 +5,66 @@ Counts are exact for what this program itself allocates and sends; activations a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
 from distvsd.config import Config, Schedule
 from distvsd.config.relations import refuse_small_latents
-from distvsd.errors import PriorError
+from distvsd.parallel.assign import share
+from distvsd.particles.base import Particle
+from distvsd.particles.good import most_copies
 from distvsd.plan.cluster import Assumptions, disk_times, failures, strategies
-from distvsd.plan.needs import FLOAT_BYTES, particle_parameters
+from distvsd.plan.needs import FLOAT_BYTES, particle_bytes
+from distvsd.plan.prior import PriorSizes
+from distvsd.score.camera import CAMERA_FEATURES
+from distvsd.score.training import kept_rows
 
-CAMERA_NUMBERS = 16
 # A sample travels as 32-bit words: its latents, its camera, id and view (64 bits each), its weight.
-SAMPLE_WORDS = CAMERA_NUMBERS + 2 + 2 + 1
+SAMPLE_WORDS = CAMERA_FEATURES + 2 + 2 + 1
 EXACT_BYTES = 16  # an exact sum keeps each gradient element as two 64-bit integers
 CHART_COLUMNS = 48
-_TRANSFORMERS = {"DownBlock2D": 0, "UpBlock2D": 0, "CrossAttnDownBlock2D": 1, "CrossAttnUpBlock2D": 1}
-_MID = "UNetMidBlock2DCrossAttn"
 
 
 def make_plan(
-    config: Config, nodes: int = 1, gpus_per_node: int = 1, assumed: Assumptions | None = None
+    config: Config,
+    particle: Particle | None,
+    prior: PriorSizes,
+    nodes: int = 1,
+    gpus_per_node: int = 1,
+    assumed: Assumptions | None = None,
 ) -> dict[str, Any]:
-    """The plan as plain data, ready for JSON; bytes unless a name says otherwise, None where the prior is not here.
+    """The plan of a stage as plain data, ready for JSON; bytes unless a name says otherwise.
 
-    Raises ConfigError where training would: for latents much smaller than those that the UNet was trained on.
+    particle: of the stage's kind; None, and None for what depends on it, where only the prior knows its size and is not
+    here. Raises ConfigError where training would: for latents much smaller than those that the network was trained on.
     """
-    from distvsd.parallel.assign import share
-
     assumed = assumed or Assumptions()
     world = nodes * gpus_per_node
     largest_shard = len(share(config.particles.count, world, 0))
-    prior = _prior(config)
-    if prior["resolution"] is not None:
-        refuse_small_latents(config, prior["resolution"])
+    if prior.resolution is not None:
+        refuse_small_latents(config, prior.resolution)
     phases = [
         _phase(config, prior, round, largest_shard, world)
         for round, _ in config.render.resolution.points
         if round < config.schedule.rounds
     ]
-    particle = particle_parameters(config, prior)
+    size = _particle(particle, config)
     score = _score(config, prior)
     table = strategies(
-        config, prior["unet_bytes"], score["parameters"], score["gradient"], 1 + _score_passes(config), world
+        config, prior.unet_bytes, score["parameters"], score["gradient"], 1 + _score_passes(config), world
     )
     chosen = next((row for row in table if row["chosen"]), dict.fromkeys(("base", "trained", "sent_a_round")))
-    checkpoint = _checkpoint(config, particle, score, phases, world)
+    checkpoint = _checkpoint(config, size, score, phases, world)
     times = disk_times(config, checkpoint["total"], checkpoint["loaded"], assumed)
     return {
         "world": {"nodes": nodes, "gpus_per_node": gpus_per_node, "ranks": world},
         "owners": _owners(config.particles.count, world),
         "idle_ranks": max(world - config.particles.count, 0),
-        "prior": prior,
-        "particle": _particle(particle),
-        "rank_memory": _rank_memory(particle, chosen, prior, largest_shard),
+        "prior": asdict(prior),
+        "particle": size,
+        "rank_memory": _rank_memory(size, chosen, prior, largest_shard),
         "score": score,
         "strategies": table,
         "unet": _unet_samples(config, largest_shard, world),
@@ -72,37 +78,6 @@ def make_plan(
     }
 
 
-def adapter_parameters(unet: Mapping[str, Any], rank: int) -> int | None:
-    """Numbers in a LoRA on to_q, to_k, to_v, to_out of a UNet2DConditionModel; None for blocks not known here.
-
-    A linear layer from a to b gets rank (a + b). A transformer block has self-attention, 4 layers from c to c, and
-    cross-attention, where keys and values come from the text.
-    """
-    widths: list[int] = list(unet["block_out_channels"])
-    num_blocks = len(widths)
-    layers = _per_block(unet.get("layers_per_block", 2), num_blocks)
-    depths = _per_block(unet.get("transformer_layers_per_block", 1), num_blocks)
-    texts = _per_block(unet.get("cross_attention_dim", 1280), num_blocks)
-    down, up = list(unet["down_block_types"]), list(unet["up_block_types"])
-    if not set(down + up) <= set(_TRANSFORMERS) or unet.get("mid_block_type", _MID) not in (_MID, None):
-        return None
-    if not all(isinstance(depth, int) for depth in depths):  # a list: each layer of a block has a depth of its own
-        return None
-    total = 0
-    for index in range(num_blocks):
-        mirror = num_blocks - 1 - index
-        blocks = _TRANSFORMERS[down[index]] * layers[index] + _TRANSFORMERS[up[mirror]] * (layers[index] + 1)
-        if index == num_blocks - 1 and unet.get("mid_block_type", _MID):
-            blocks += 1
-        width, text = widths[index], texts[index]
-        total += blocks * depths[index] * rank * (4 * 2 * width + 2 * 2 * width + 2 * (text + width))
-    return total
-
-
-def _per_block(value: Any, num_blocks: int) -> list[int]:
-    return list(value) if isinstance(value, list | tuple) else [value] * num_blocks
-
-
 def _owners(particles: int, world: int) -> list[dict[str, Any]]:
     """Ranks from the first to the last that own `each` particles each, one after the other from `first` on; shares are
     of two sizes at most, so these are one row or two for any world."""
@@ -114,59 +89,28 @@ def _owners(particles: int, world: int) -> list[dict[str, Any]]:
     return rows if longer else rows[1:]
 
 
-def _prior(config: Config) -> dict[str, Any]:
-    """What the prior's configuration files say; None for each, with the reason, where it is not on this machine."""
-    from distvsd.networks.folder import open_folder
-
-    try:
-        folder = open_folder(config.prior.path)
-    except PriorError as error:
-        missing = dict.fromkeys(
-            (
-                "latent_channels",
-                "downscale",
-                "resolution",
-                "weight_bytes",
-                "unet_bytes",
-                "adapter_parameters",
-                "camera_parameters",
-            )
-        )
-        return {"path": config.prior.path, "problem": str(error), **missing}
-    unet = folder.configs["unet"]
-    embedding = unet.get("time_embedding_dim") or 4 * unet["block_out_channels"][0]
+def _particle(particle: Particle | None, config: Config) -> dict[str, Any]:
+    """Its numbers, which of them are trained, and their bytes; None where the particle's size is not known."""
+    if particle is None:
+        return dict.fromkeys(("parameters", "frozen", "values", "gradient", "moments", "training"))
+    cost = particle.cost(config.final_resolution)
     return {
-        "path": config.prior.path,
-        "problem": None,
-        "latent_channels": folder.latent_channels,
-        "downscale": folder.downscale,
-        "resolution": folder.native_resolution,
-        "weight_bytes": sum(weights.num_bytes for weights in folder.weights.values()),
-        "unet_bytes": folder.weights["unet"].num_bytes,
-        "adapter_parameters": adapter_parameters(unet, config.score.rank),
-        "camera_parameters": ((CAMERA_NUMBERS + embedding) * embedding + 2 * embedding) * config.reads_cameras,
+        "parameters": cost.trained + cost.frozen,
+        "frozen": cost.frozen,
+        "values": (cost.trained + cost.frozen) * FLOAT_BYTES,
+        "gradient": cost.trained * FLOAT_BYTES,
+        "moments": 2 * cost.trained * FLOAT_BYTES,
+        "training": particle_bytes(particle, config),
     }
 
 
-def _particle(parameters: int | None) -> dict[str, Any]:
-    """Values, gradient and Adam's two moments are four numbers a parameter while training."""
-    size = None if parameters is None else parameters * FLOAT_BYTES
-    return {
-        "parameters": parameters,
-        "values": size,
-        "gradient": size,
-        "moments": None if size is None else 2 * size,
-        "training": None if size is None else 4 * size,
-    }
-
-
-def _score(config: Config, prior: Mapping[str, Any]) -> dict[str, Any]:
+def _score(config: Config, prior: PriorSizes) -> dict[str, Any]:
     """The score network's trained numbers and what the flat sum reduces; SDS has no score network."""
-    if config.objective.kind == "sds":
+    if not config.objective.needs_score:
         return {"parameters": 0, "gradient": 0}
-    if prior["adapter_parameters"] is None or prior["camera_parameters"] is None:
+    if prior.adapter_parameters is None or prior.camera_parameters is None:
         return {"parameters": None, "gradient": None}
-    parameters = prior["adapter_parameters"] + prior["camera_parameters"]
+    parameters = prior.adapter_parameters + prior.camera_parameters
     return {
         "parameters": parameters,
         "gradient": parameters * (EXACT_BYTES if config.parallel.numerics == "exact" else FLOAT_BYTES),
@@ -179,11 +123,13 @@ def _score_passes(config: Config) -> int:
 
 
 def _rank_memory(
-    particle: int | None, chosen: Mapping[str, Any], prior: Mapping[str, Any], largest_shard: int
+    particle: Mapping[str, Any], chosen: Mapping[str, Any], prior: PriorSizes, largest_shard: int
 ) -> dict[str, Any]:
     """The frozen UNet is the prior's and the score network's; what else the prior has, every rank holds whole."""
-    particles = None if particle is None else 4 * particle * FLOAT_BYTES * largest_shard
-    frozen = None if chosen["base"] is None else prior["weight_bytes"] - prior["unet_bytes"] + chosen["base"]
+    particles = None if particle["training"] is None else particle["training"] * largest_shard
+    frozen = None
+    if chosen["base"] is not None and prior.weight_bytes is not None and prior.unet_bytes is not None:
+        frozen = prior.weight_bytes - prior.unet_bytes + chosen["base"]
     known = [particles, chosen["trained"], frozen]
     total = None if None in known else sum(value for value in known if value is not None)
     return {"particles": particles, "score": chosen["trained"], "prior": frozen, "total": total}
@@ -199,27 +145,24 @@ def _unet_samples(config: Config, largest_shard: int, world: int) -> dict[str, i
     return {
         "prior": local * (1 if config.prior.guidance_scale in (0, 1) else 2),
         "score": local * _score_passes(config),
-        "score_training": 0 if config.objective.kind == "sds" else -(-batch // world) * config.score.steps_per_round,
+        "score_training": 0 if not config.objective.needs_score else -(-batch // world) * config.score.steps_per_round,
     }
 
 
-def _phase(config: Config, prior: Mapping[str, Any], round: int, largest_shard: int, world: int) -> dict[str, Any]:
+def _phase(config: Config, prior: PriorSizes, round: int, largest_shard: int, world: int) -> dict[str, Any]:
     """From this round on: the size of renders and of what the UNet sees, and the bytes of a rank; shards are padded to
     the largest."""
     resolution = config.render.resolution_at(round)
-    edge, latent, sample, block = None, None, None, None
-    if prior["downscale"] is not None:
-        edge = config.encoded_edge(resolution, prior["resolution"])
-        side = edge // prior["downscale"]
-        latent = [prior["latent_channels"], side, side]
-        sample = (latent[0] * side * side + SAMPLE_WORDS) * FLOAT_BYTES
-        block = sample * largest_shard * config.particles.views
-    moved = 0 if world == 1 or config.objective.kind == "sds" else None if block is None else block * (world - 1)
+    edge = None if prior.resolution is None else config.encoded_edge(resolution, prior.resolution)
+    latent = None if edge is None else prior.latent_shape(edge)
+    sample = None if latent is None else (math.prod(latent) + SAMPLE_WORDS) * FLOAT_BYTES
+    block = None if sample is None else sample * largest_shard * config.particles.views
+    moved = 0 if world == 1 or not config.objective.needs_score else None if block is None else block * (world - 1)
     return {
         "round": round,
         "resolution": resolution,
         "encoded_at": edge,
-        "latent_shape": latent,
+        "latent_shape": latent and list(latent),
         "sample": sample,
         "sent_a_round": moved,
         "received_a_round": moved,
@@ -235,22 +178,23 @@ def _wire(phases: list[dict[str, Any]], chosen: Mapping[str, Any], world: int) -
 
 
 def _checkpoint(
-    config: Config, particle: int | None, score: Mapping[str, Any], phases: list[dict[str, Any]], world: int
+    config: Config, particle: Mapping[str, Any], score: Mapping[str, Any], phases: list[dict[str, Any]], world: int
 ) -> dict[str, Any]:
-    """Of the largest: values and two moments of every particle, perhaps its good state too, and of the score network;
-    and the replay.
+    """Of the largest: values and two moments of every particle, perhaps its good state too, in which nothing frozen is
+    repeated, and of the score network; and the replay.
 
     loaded: what a resume reads. Each file is hashed by one rank; then its owner reads a particle, every rank the score.
     """
-    from distvsd.particles.good import most_copies
-    from distvsd.score.training import kept_rows
-
     copies = most_copies(config.schedule.rounds, config.checkpoint.every)
-    particles = None if particle is None else 3 * copies * particle * FLOAT_BYTES * config.particles.count
+    particles = None
+    if particle["values"] is not None:
+        frozen = particle["frozen"] * FLOAT_BYTES
+        trained = particle["values"] - frozen + particle["moments"]
+        particles = (copies * trained + frozen) * config.particles.count
     network = None if score["parameters"] is None else 3 * score["parameters"] * FLOAT_BYTES
     rows = kept_rows(config.particles.count * config.particles.views, config.score.replay_share, config.particles.views)
     replay: int | None = None
-    if config.objective.kind == "sds":
+    if not config.objective.needs_score:
         replay = 0
     elif phases[-1]["sample"] is not None:
         replay = config.score.replay_rounds * rows * max(phase["sample"] for phase in phases)

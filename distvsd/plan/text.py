@@ -22,8 +22,12 @@ ASSUMED = {
 
 
 def draw(plan: Mapping[str, Any]) -> str:
-    """All of `make_plan`'s result that a person wants to see."""
-    return "\n".join(_lines(plan))
+    """All of a plan that a person wants to see; of a run with stages one after the other."""
+    if "stages" not in plan:
+        return "\n".join(_lines(plan))
+    stages = plan["stages"]
+    titles = [f"stage {number} of {len(stages)}: {stage['name']}" for number, stage in enumerate(stages, 1)]
+    return "\n\n".join(f"{title}\n{draw(stage)}" for title, stage in zip(titles, stages, strict=True))
 
 
 def _lines(plan: Mapping[str, Any]) -> Iterator[str]:
@@ -33,6 +37,8 @@ def _lines(plan: Mapping[str, Any]) -> Iterator[str]:
     yield from _owners(plan["owners"], plan["idle_ranks"], per_node)
     if plan["prior"]["problem"]:
         yield f"prior        {printable(plan['prior']['problem'], MAX_PROBLEM)}; what depends on it is unknown here"
+    elif plan["prior"]["note"]:
+        yield f"prior        {plan['prior']['note']}"
     else:
         path = printable(plan["prior"]["path"], MAX_PROBLEM)
         yield f"prior        {path}, {amount(plan['prior']['weight_bytes'])} of weights on disk"

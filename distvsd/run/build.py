@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -86,10 +87,11 @@ def build_run(
     watch: Callable[[Round], bool],
     entered: Callable[[int, str], None] = lambda step, phase: None,
     custom: Custom = Custom(),
+    source: Callable[[Latents, Sequence[int]], Handed] | None = None,
 ) -> Run:
     """Loads the prior and makes this rank's particles. Every rank calls it; it does not communicate.
 
-    watch, entered: see `Loop`.
+    watch, entered: see `Loop`. source: gives these particles of the stage before, whose latents are the prior's.
 
     Raises PriorError and BackendError where the configuration asks for what is not there, and ConfigError where it asks
     for more memory than there is, or where the network would see latents much smaller than those it was trained on.
@@ -122,7 +124,8 @@ def build_run(
             # A second module tree would hold all of the network.
             prior = replace(prior, denoiser=training.score.without_adapter())
     assigned = owners(config.particles.count, world.size)
-    ensemble = make_ensemble(config, prior, assigned[world.rank], world.device, custom=custom)
+    own = assigned[world.rank]
+    ensemble = make_ensemble(config, prior, own, world.device, source and source(prior, own), custom=custom)
     loop = Loop(
         ensemble=ensemble,
         encode=Encoder(config, prior, ensemble),
@@ -144,12 +147,14 @@ def _refuse_unfit(config: Config, world: World) -> None:
     folder = open_folder(config.prior.path)
     native = folder.native_resolution
     refuse_small_latents(config, native)
-    prior = {"latent_channels": folder.latent_channels, "downscale": folder.downscale, "resolution": native}
-    own = len(share(config.particles.count, world.size, 0))
+    least = config.encoded_edge(min(config.render.corners(config.schedule.rounds)), native)
+    particle = blank_particle(config, folder.latent_shape(config.final_resolution))
+    latents, own = math.prod(folder.latent_shape(least)), len(share(config.particles.count, world.size, 0))
     if world.device.type == "cuda":
-        refuse_too_large(config, prior, own, torch.cuda.get_device_properties(world.device).total_memory, "GPU")
+        room, where = torch.cuda.get_device_properties(world.device).total_memory, "GPU"
     else:
-        refuse_too_large(config, prior, own, host_memory(), "machine")
+        room, where = host_memory(), "machine"
+    refuse_too_large(config, particle, latents, own, room, where)
 
 
 def make_objective(config: ObjectiveConfig) -> Objective:
@@ -253,13 +258,34 @@ def are_latents(config: Config) -> bool:
     return config.particles.kind == "image" and config.particles.image.space == "latent"
 
 
+@dataclass(frozen=True)
+class _Shape:
+    """As much of a prior as the shape of a particle depends on."""
+
+    shape: tuple[int, int, int]
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        return self.shape
+
+    def encode(self, images: Tensor) -> Tensor:
+        return images.new_empty(len(images), *self.shape)
+
+
+def blank_particle(config: Config, latents: tuple[int, int, int] | None) -> Particle:
+    """The kind of particle of this configuration, for its sizes: it needs no prior, and is not for rendering.
+
+    latents: the shape of an image in latents in the last round, which `are_latents` need.
+    """
+    return make_particle(config, None if latents is None else _Shape(latents), torch.device("cpu"))
+
+
 def make_particle(config: Config, prior: Latents | None, device: torch.device) -> Particle:
     """The kind of particle of this configuration."""
     particles, exact, on_cpu = config.particles, config.parallel.numerics == "exact", device.type == "cpu"
     rate = particles.learning_rate.at
     match particles.kind:
         case "image":
-            size = config.render.resolution_at(config.schedule.rounds - 1)
+            size = config.final_resolution
             if not are_latents(config):
                 return ImageParticle(config=particles.image, shape=(3, size, size), learning_rate=rate)
             assert prior is not None, "particles in latents need the prior whose latents they are"

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from distvsd.checkpoint.format import Manifest, particle_of
-from distvsd.checkpoint.reader import Checkpoint
+from distvsd.checkpoint.format import Manifest, particle_of, whole_digest
+from distvsd.checkpoint.reader import Checkpoint, steps
 from distvsd.checkpoint.verify import verify_run
 from distvsd.config import Config, config_from, load_config
 from distvsd.errors import CheckpointError, ConfigError, PriorError
@@ -26,10 +25,11 @@ from distvsd.networks.identity import Identity
 from distvsd.particles.health import Health
 from distvsd.particles.stored import blank_state, read_particle
 from distvsd.prior.prompts import VIEWS
-from distvsd.run.build import make_particle
+from distvsd.run.build import are_latents, blank_particle
 from distvsd.runtime.paths import RunPaths
 from distvsd.score import stored
 from distvsd.score.replay import Limits
+from distvsd.stages import stage_folders
 from distvsd.vsd.wanted import MOST
 
 _log = logging.getLogger("distvsd")
@@ -74,35 +74,16 @@ class Contents:
 
     def _particle(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The state of one particle, without values. tensors: of which latents take their shape where no prior says."""
-        if self.prior is not None or self.config.particles.kind != "image":
+        if self.prior is not None or not are_latents(self.config):
             return self._known_particle
         image = tensors.get("param/image")
         channels, height, width = image.shape if image is not None and image.ndim == 3 and image.numel() else (1, 1, 1)
-        return _state(self.config, _Latents((channels, height, width)))
+        return blank_state(blank_particle(self.config, (channels, height, width)))
 
     @cached_property
     def _known_particle(self) -> Mapping[str, Tensor]:
-        if self.prior is None:
-            return _state(self.config, None)
-        size = self.config.render.resolution_at(self.config.schedule.rounds - 1) // self.prior.downscale
-        return _state(self.config, _Latents((self.prior.latent_channels, size, size)))
-
-
-@dataclass(frozen=True)
-class _Latents:
-    """As much of a prior as the shape of a particle depends on."""
-
-    shape: tuple[int, int, int]
-
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        return self.shape
-
-    def encode(self, images: Tensor) -> Tensor:
-        return images.new_empty(len(images), *self.shape)
-
-
-def _state(config: Config, latents: _Latents | None) -> Mapping[str, Tensor]:
-    return blank_state(make_particle(config, latents, torch.device("cpu")))
+        latents = self.prior.latent_shape(self.config.final_resolution) if self.prior else None
+        return blank_state(blank_particle(self.config, latents))
 
 
 def refuse_other_particles(manifest: Manifest, count: int) -> None:
@@ -123,9 +104,24 @@ def refuse_other_particles(manifest: Manifest, count: int) -> None:
 def verify(run: Path, digest: bool = False) -> list[str]:
     """`checkpoint.verify.verify_run`, for which a checkpoint is sound if a resume with its own configuration reads it.
 
-    What needs the prior is left out where the prior is not there, with a warning.
+    Of a run with stages, all that have a checkpoint: their lines begin with the stage, `2-fine/`, and the last line of
+    the digest is of all stages. What needs the prior is left out where the prior is not there, with a warning.
     """
-    return verify_run(run, digest, _Judge(run).problems)
+    stages = [folder for folder in stage_folders(run) if steps(RunPaths(folder).checkpoints)]
+    if not stages:
+        return verify_run(run, digest, _Judge(run).problems)
+    lines, problems = [], []
+    for folder in stages:
+        try:
+            found = verify_run(folder, digest, _Judge(folder).problems)
+        except CheckpointError as error:
+            problems.append(str(error))
+        else:
+            lines += [f"{folder.name}/{line}" for line in found]
+    if problems:
+        raise CheckpointError("; ".join(problems))
+    whole = {name: value for name, _, value in (line.partition(" ") for line in lines)}
+    return lines + [f"all {whole_digest(whole)}"] * digest
 
 
 class _Judge:
@@ -156,7 +152,7 @@ class _Judge:
                 return problems
             self._why = f"{self._prior.path} holds another prior than the one it was trained against"
         try:
-            unet = _unet_of(checkpoint)
+            unet = _unet_of(checkpoint) if config.objective.needs_score else {}
         except CheckpointError as error:
             return list(dict.fromkeys([*checkpoint.problems(), str(error)]))
         _log.warning(
@@ -167,7 +163,9 @@ class _Judge:
         return checkpoint.problems(self._contents(config, unet, None))
 
     def _contents(self, config: Config, unet: stored.Shapes, prior: PipelineFolder | None) -> Contents:
-        trainable = stored.trainable_of(unet, config.score.rank, config.reads_cameras)
+        trainable: stored.Shapes = {}
+        if config.objective.needs_score:
+            trainable = stored.trainable_of(unet, config.score.rank, config.reads_cameras)
         return Contents(config, trainable, prior, config.score.replay_rounds)
 
 

@@ -1,50 +1,108 @@
-"""A training from its configuration to its exit code: world, run directory, trainer."""
+"""A training from its configuration to its exit code: world, run directory, one stage after the other."""
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from distvsd.config import Config, diff, load_config, to_dict, to_yaml
-from distvsd.config.canonical import BOOKKEEPING, recorded_keys
+from distvsd.config.canonical import is_bookkeeping, recorded_keys
 from distvsd.config.scalars import printable
 from distvsd.errors import PREEMPTED, ConfigError, RankError, RunError
-from distvsd.parallel.collectives import agreed, gather_objects
+from distvsd.parallel.collectives import agreed, gather_objects, max_flags
 from distvsd.parallel.world import World, open_world
 from distvsd.run.trainer import Trainer
 from distvsd.runtime.heartbeat import Heartbeat, forget_ranks
-from distvsd.runtime.launcher import watched
+from distvsd.runtime.launcher import Watch, watched
 from distvsd.runtime.paths import Resume, RunLock, RunPaths
 from distvsd.runtime.preempt import Preemption
-from distvsd.runtime.status import read_status, write_status
+from distvsd.runtime.status import read_status
+from distvsd.stages import Stage, refuse_other_stages, stages_of
 
 _log = logging.getLogger("distvsd")
 
 
 def train(config: Config, resume: Resume = "auto") -> int:
-    """Trains to `schedule.rounds` and returns the exit code; every rank of a launch calls it, on its main thread.
+    """Trains all stages, each to its `schedule.rounds`, and returns the exit code; every rank of a launch calls it, on
+    its main thread.
 
     0: done. 3: told to stop by SIGTERM, SIGUSR1 or SIGINT on any rank; saved, and the same call continues. resume:
     'auto' continues the run in `run.dir` if there is one, 'must' demands one and accepts a changed configuration,
     'never' demands a fresh directory. Raises DistvsdError with the same text on every rank; where a rank was lost, the
     text names the silent one.
     """
-    paths = RunPaths(Path(config.run.dir))
-    timeout_s = config.parallel.timeout_s
+    run, timeout_s = RunPaths(Path(config.run.dir)), config.parallel.timeout_s
     with watched() as watch, Preemption() as preemption, open_world(timeout_s, preemption.nothing_begun) as world:
         _refuse_other_configurations(world, config)
         with (
-            _claimed(world, paths, config, resume),
-            Heartbeat(paths.heartbeats, world.rank, world.size, timeout_s) as heartbeat,
-            _naming_the_silent(heartbeat, world, paths, config),
+            _claimed(world, run, config, resume),
+            Heartbeat(run.heartbeats, world.rank, world.size, timeout_s) as heartbeat,
         ):
-            trainer = Trainer(config, world, paths, preemption, heartbeat)
-            if watch is not None:  # from here on there is something to save
-                watch.spare(lambda: preemption.request("the launcher died"), heartbeat.is_stuck)
-            is_done = trainer.run()
-    return 0 if is_done else PREEMPTED
+            process = _Process(world, preemption, heartbeat, watch)
+            stages = stages_of(config)
+            first = _newest_begun(world, stages)
+            for stage in stages[first:]:
+                if not _train_stage(stage, process):
+                    return PREEMPTED
+    return 0
+
+
+@dataclass(frozen=True)
+class _Process:
+    """What a rank has of its machine for the whole run."""
+
+    world: World
+    preemption: Preemption
+    heartbeat: Heartbeat
+    watch: Watch | None
+
+
+def _newest_begun(world: World, stages: list[Stage]) -> int:
+    """Index of the stage to go on with: the last one that has a checkpoint, or the first. As rank 0 sees the disk, the
+    same on every rank. One that is complete only draws its pictures again before the next begins."""
+
+    def look() -> int:
+        if world.rank != 0:
+            return 0
+        begun = max((index for index, stage in enumerate(stages) if stage.has_begun()), default=0)
+        for over in stages[:begun]:
+            _warn_of_changes(over)
+        return begun
+
+    found: int = gather_objects(world, agreed(world, look))[0]
+    return found
+
+
+def _warn_of_changes(over: Stage) -> None:
+    """Says which settings of a stage that is over were changed: they have no effect any more."""
+    before = load_config(over.paths.known_config())
+    changed = [key for key, *_ in diff(before, over.config) if not is_bookkeeping(key)]
+    if changed:
+        _log.warning("%s is over and stays as it is, whatever %s is now", over.folder, ", ".join(changed[:8]))
+
+
+def _train_stage(stage: Stage, process: _Process) -> bool:
+    """Trains one stage to its end; False where the run was told to stop. Every rank calls it."""
+    world, preemption = process.world, process.preemption
+    with _failure_reported(stage, process):
+        trainer = Trainer(stage, world, preemption, process.heartbeat)
+        if process.watch is not None:  # from here on there is something to save
+            process.watch.spare(lambda: preemption.request("the launcher died"), process.heartbeat.is_stuck)
+        is_done = trainer.run()
+        if not is_done or stage.number == stage.count:
+            return is_done
+        del trainer
+        gc.collect()  # its networks and particles refer to each other in circles; the next stage needs their memory
+        if not max_flags(world, int(preemption.requested is not None)):
+            return True
+        if world.rank == 0:
+            why = preemption.requested or "another rank was told to stop"
+            stage.report_run("preempted", stage.config.schedule.rounds, f"{why}; the same command continues the run")
+        return False
 
 
 def _refuse_other_configurations(world: World, config: Config) -> None:
@@ -71,16 +129,28 @@ def _shown(value: object) -> str:
 
 
 @contextlib.contextmanager
-def _naming_the_silent(heartbeat: Heartbeat, world: World, paths: RunPaths, config: Config) -> Iterator[None]:
-    """Adds to the error of a lost rank which one it was, where it was, and what it was doing."""
+def _failure_reported(stage: Stage, process: _Process) -> Iterator[None]:
+    """Writes an error that ends the run into STATUS.json. To that of a lost rank it adds which one it was, where it
+    was, and what it was doing."""
+    rank = process.world.rank
     try:
         yield
     except RankError as error:
-        silent = heartbeat.silent()
+        silent = process.heartbeat.silent()
         named = RankError(f"{error}; {silent}") if silent else error
-        if world.rank != 0 and "rank 0 (" in silent:  # nobody else is left to say so
-            _report_failure(paths, config, named)
+        if rank == 0 or "rank 0 (" in silent:  # nobody else is left to say so
+            _report_failure(stage, named)
         raise named from error
+    except BaseException as error:
+        if rank == 0:
+            _report_failure(stage, error)
+        raise
+
+
+def _report_failure(stage: Stage, error: BaseException) -> None:
+    with contextlib.suppress(RunError):
+        reached = (read_status(stage.paths.status) or {}).get("round", 0)
+        stage.report("failed", reached, f"{type(error).__name__}: {error}")
 
 
 @contextlib.contextmanager
@@ -94,6 +164,7 @@ def _claimed(world: World, paths: RunPaths, config: Config, resume: Resume) -> I
         paths.create()
         lock.acquire()
         try:
+            refuse_other_stages(config)
             paths.claim(to_yaml(config), resume, _differences(paths, config))
             forget_ranks(paths.heartbeats)
         except Exception:
@@ -102,25 +173,10 @@ def _claimed(world: World, paths: RunPaths, config: Config, resume: Resume) -> I
 
     try:
         agreed(world, claim)
-    except BaseException:
-        if world.rank == 0:
-            lock.release()  # only if it is this run's: a rank was lost after rank 0 had taken it
-        raise
-    try:
         yield
-    except BaseException as error:
-        if world.rank == 0:
-            _report_failure(paths, config, error)
-        raise
     finally:
         if world.rank == 0:
-            lock.release()
-
-
-def _report_failure(paths: RunPaths, config: Config, error: BaseException) -> None:
-    with contextlib.suppress(RunError):
-        reached = (read_status(paths.status) or {}).get("round", 0)
-        write_status(paths.status, "failed", reached, config.schedule.rounds, f"{type(error).__name__}: {error}")
+            lock.release()  # only if it is this run's
 
 
 def _differences(paths: RunPaths, config: Config) -> list[str]:
@@ -132,7 +188,8 @@ def _differences(paths: RunPaths, config: Config) -> list[str]:
     if text is None:
         return []
     before, recorded = load_config(paths.config), recorded_keys(text)
-    changed = [each for each in diff(before, config) if not each[0].startswith(BOOKKEEPING)]
+    recorded |= {key for key, *_ in diff(before, config) if key.startswith("stages.")}
+    changed = [each for each in diff(before, config) if not is_bookkeeping(each[0])]
     added = [f"{key}={_shown(new)}" for key, _, new in changed if key not in recorded]
     if added:
         _log.warning("%s was begun by a version without %s; it goes on with these", paths.root, ", ".join(added))

@@ -1,4 +1,4 @@
-"""One rank of a run with all that surrounds the loop: resuming, what is due after each round, saving, stopping."""
+"""One rank of a stage with all that surrounds the loop: what is due after each round, saving, stopping."""
 
 from __future__ import annotations
 
@@ -6,38 +6,31 @@ import contextlib
 import enum
 import gc
 import logging
-import math
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from distvsd import __version__
 from distvsd.checkpoint.format import particle_file
-from distvsd.checkpoint.reader import Checkpoint
 from distvsd.checkpoint.saver import Saver
-from distvsd.config import Config, digest, to_dict, to_yaml
+from distvsd.config import digest, to_dict, to_yaml
 from distvsd.errors import CheckpointError, DivergedError, RunError
 from distvsd.faults import fault
-from distvsd.looking.opened import Opened, load_particles
-from distvsd.looking.render import SHEET_ROWS, contact_sheets
 from distvsd.parallel.alike import Fact, refuse_unlike
 from distvsd.parallel.collectives import agreed, max_flags, set_timeout
 from distvsd.parallel.world import OPENING_TIMEOUT_S, World
-from distvsd.particles.good import most_copies
 from distvsd.run.build import Run, build_run
-from distvsd.run.contents import Contents
 from distvsd.run.journal import Journal
 from distvsd.run.loop import Round
+from distvsd.run.pictures import draw_finished, draw_round
+from distvsd.run.resume import Source, largest_part, resume, source_of
 from distvsd.runtime.heartbeat import Heartbeat
-from distvsd.runtime.paths import RunPaths
 from distvsd.runtime.preempt import Preemption
-from distvsd.runtime.status import State, write_status
+from distvsd.runtime.status import State
 from distvsd.runtime.stragglers import tame_garbage_collector
 from distvsd.runtime.tracker import Outcome
-from distvsd.score.stored import CAMERA_FILE
-from distvsd.score.training import kept_rows
+from distvsd.stages import Stage
 
 _log = logging.getLogger("distvsd")
 PICTURES_TIMEOUT_S = 86_400.0
@@ -51,25 +44,26 @@ class Order(enum.IntFlag):
 
 
 class Trainer:
-    """Every rank makes one and calls `run`; all of it is collective."""
+    """Trains one stage. Every rank makes one and calls `run`; all of it is collective."""
 
-    def __init__(
-        self, config: Config, world: World, paths: RunPaths, preemption: Preemption, heartbeat: Heartbeat
-    ) -> None:
-        self.config, self.world, self.paths = config, world, paths
-        self.preemption, self.heartbeat = preemption, heartbeat
+    def __init__(self, stage: Stage, world: World, preemption: Preemption, heartbeat: Heartbeat) -> None:
+        self.stage, self.world, self.preemption, self.heartbeat = stage, world, preemption, heartbeat
+        self.config, self.paths = stage.config, stage.paths
+        config, paths = self.config, self.paths
         # Loading from a shared disk, and the first round, take ranks very different times, and heartbeats tell a slow
         # rank from a lost one. Later a silence is a failure.
         self.patience_s = max(OPENING_TIMEOUT_S, config.parallel.timeout_s)
         set_timeout(world, self.patience_s, heartbeat.refuse_lost)
-        self.parts = agreed(world, self._load)
+        agreed(world, lambda: stage.create() if world.rank == 0 else None)
+        source = source_of(stage, world)
+        self.parts = agreed(world, lambda: self._load(source))
         self._refuse_unlike_ranks()
         checkpoint = config.checkpoint
         self.saver = Saver(paths.checkpoints, world, checkpoint.keep, checkpoint.asynchronous, checkpoint.max_failures)
         self.saver.preflight(largest_part(self.parts))
-        self.first, metrics_bytes, health_bytes = self._resume()
+        self.first, metrics_bytes, health_bytes = resume(self.parts, self.saver)
         self.journal = agreed(world, lambda: Journal(config, world, paths, self.first, metrics_bytes, health_bytes))
-        agreed(world, lambda: paths.adopt(to_yaml(config)) if world.rank == 0 else None)
+        agreed(world, lambda: self._adopt() if world.rank == 0 else None)
         self.saved = self.first if self.first else -1  # rounds completed in the newest checkpoint that was begun
         self.was_preempted = False
         self.collect_garbage = tame_garbage_collector()
@@ -85,9 +79,14 @@ class Trainer:
         }
         refuse_unlike(self.world, facts)
 
-    def _load(self) -> Run:
+    def _load(self, source: Source | None) -> Run:
         fault("load")
-        return build_run(self.config, self.world, self._watch, self.heartbeat.at)
+        return build_run(self.config, self.world, self._watch, self.heartbeat.at, source=source)
+
+    def _adopt(self) -> None:
+        """Writes what the run and the stage are continued with, which may be changed by `--resume must`."""
+        self.paths.adopt(to_yaml(self.config))
+        self.stage.run.adopt(to_yaml(self.stage.whole))
 
     def run(self) -> bool:
         """All rounds that are left, the last checkpoint, the contact sheet. False if the run was told to stop before
@@ -104,7 +103,7 @@ class Trainer:
             self._status(outcome, reached, why if self.was_preempted else "")  # before what may take long, or fail
             if not self.was_preempted:
                 set_timeout(self.world, PICTURES_TIMEOUT_S)  # the others wait for rank 0
-                self._last_pictures()
+                draw_finished(self.parts, self.paths, self.journal)
         except DivergedError:
             with contextlib.suppress(CheckpointError):
                 self._finish()  # all ranks are at the same place: what was being saved is not lost
@@ -136,7 +135,7 @@ class Trainer:
         if ends or (every and completed % every == 0):
             self._save(completed)
         if self.config.log.images_every and completed % self.config.log.images_every == 0:
-            self._draw(completed)
+            draw_round(self.parts, self.paths, self.journal, completed)
         self.was_preempted = Order.PREEMPTED in orders and not last
         return self.was_preempted
 
@@ -206,107 +205,9 @@ class Trainer:
                 f"the last state, after {completed} rounds, could not be saved: {self.saver.last_failure}"
             )
 
-    def _resume(self) -> tuple[int, int, int | None]:
-        """Restores the newest sound checkpoint; returns its round and its lengths of metrics.jsonl, health.jsonl."""
-        training = self.parts.training
-        trainable = training.score.trainable if training else {}
-        shapes = {name: parameter.shape for name, parameter in trainable.items()}
-        checkpoint = self.saver.load(contents=Contents(self.config, shapes, self.parts.prior.folder))
-        if checkpoint is None:
-            return 0, 0, 0
-        agreed(self.world, lambda: self._restore(checkpoint))
-        manifest = checkpoint.manifest
-        return manifest.step, manifest.metrics_bytes, manifest.more.get("health_bytes")
-
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        manifest, parts = checkpoint.manifest, self.parts
-        if not parts.prior.is_identified_by(manifest.prior_identity):
-            raise CheckpointError(
-                f"{checkpoint.folder} was trained against another prior than {self.config.prior.path} "
-                "holds now; resume with that prior, or choose another run.dir"
-            )
-        if parts.world.rank == 0 and CAMERA_FILE in manifest.files and not self.config.reads_cameras:
-            _log.warning(
-                "%s holds a camera network, which runs without cameras no longer have; it is left out, and the adapter "
-                "learns the constant offset that it gave",
-                checkpoint.folder,
-            )
-        for particle_id in parts.ensemble.ids:
-            state = checkpoint.read(particle_file(particle_id))
-            parts.ensemble.load_state(particle_id, state, manifest.health[particle_id])
-        if parts.training is not None:
-            tensors = [file for file in manifest.files if file.startswith("score/") and file.endswith(".safetensors")]
-            parts.training.load_state({file: checkpoint.read(file) for file in tensors})
-
-    def _draw(self, completed: int) -> None:
-        """Contact sheets on the way: each rank draws its own first particles, so that nothing is gathered."""
-        ensemble = self.parts.ensemble
-        ids = ensemble.ids[:SHEET_ROWS]
-        if not ids:
-            return
-        decode = self.parts.prior.decode if ensemble.particle.is_latent else None
-        folder = f"{self.paths.renders.name}/round-{completed:08d}/particles-{ids[0]:06d}-{ids[-1]:06d}"
-        try:
-            sheets = contact_sheets(Opened(self.config, ids, completed, ensemble, decode), self.paths.root, folder)
-        except (RunError, OSError, RuntimeError) as error:  # a full disk, no memory: pictures do not end a run
-            _log.warning("no pictures of round %d: %s", completed, error)
-        else:
-            self.journal.pictures(sheets, completed)
-
-    def _last_pictures(self) -> None:
-        """The contact sheet and the table of the finished run, on rank 0; the run is done without them."""
-        if self.world.rank != 0:
-            return
-        try:
-            self._show_finished()
-        except Exception as error:  # whatever it is: the state is saved, and the others wait
-            self.journal.progress.note(f"warning: no pictures of the finished run ({type(error).__name__}: {error})")
-
-    def _show_finished(self) -> None:
-        finished = load_particles(self.paths.root, str(self.world.device), most=SHEET_ROWS)
-        sheets = contact_sheets(finished, self.paths.root)
-        for sheet in sheets:
-            self.journal.progress.note(f"written {sheet}")
-        if len(finished.ids) < self.config.particles.count:
-            self.journal.progress.note(
-                f"which shows the first {SHEET_ROWS} of {self.config.particles.count} particles; "
-                f"`distvsd render {self.paths.root}` draws all"
-            )
-        self.journal.pictures(sheets, finished.step)
-        rows: list[dict[str, Any]] = [
-            {"particle": particle_id, "prompt": self.config.prompts[particle_id]} | health
-            for particle_id, health in sorted(finished.health.items())
-        ]
-        self.journal.particles(rows, finished.step)
-
     def _status(self, state: State, completed: int, message: str = "") -> None:
         if self.world.rank == 0:
             try:
-                write_status(self.paths.status, state, completed, self.config.schedule.rounds, message)
+                self.stage.report(state, completed, message)
             except RunError as error:  # the disk is full; only rank 0 knows, so it must not raise alone
                 self.journal.progress.note(f"warning: {error}")
-
-
-def largest_part(parts: Run) -> int:
-    """Bytes of this rank's part of the largest checkpoint that is due, at the start of a run; the score network, which
-    all ranks hold, counts on rank 0.
-
-    A score that is trained gets AdamW's two moments of every parameter, and its replay fills up. Local.
-    """
-    config, rounds = parts.config, parts.config.schedule.rounds
-    total = most_copies(rounds, config.checkpoint.every) * parts.ensemble.num_bytes
-    if parts.world.rank != 0:
-        return total
-    if parts.training is None:
-        return total
-    trained = 4 * sum(parts.training.score.num_parameters)
-    row = max(_row_bytes(parts, resolution) for resolution in config.render.corners(rounds))
-    samples = config.particles.count * config.particles.views
-    rows = config.score.replay_rounds * kept_rows(samples, config.score.replay_share, config.particles.views)
-    return total + 3 * trained + rows * row
-
-
-def _row_bytes(parts: Run, resolution: int) -> int:
-    """Of one sample of that resolution, taken from a batch without any."""
-    columns = vars(parts.loop.encode([], resolution)).values()
-    return sum(column.element_size() * math.prod(column.shape[1:]) for column in columns)

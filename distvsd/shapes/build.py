@@ -34,7 +34,7 @@ from distvsd.shapes.captions import (
     tokenize,
 )
 from distvsd.shapes.train_classifier import train_classifier
-from distvsd.shapes.trainer import Trainer, save_atomically
+from distvsd.shapes.trainer import PriorTrainer, save_atomically
 from distvsd.vsd.rng import Purpose, generator, seeded
 
 PATCH = 4
@@ -108,7 +108,7 @@ def build_pipeline(
     if start:
         _begin_with(modules, start, folder / "tokenizer")
     modules.to(device)
-    trainer = Trainer(modules, config.learning_rate, config.steps)
+    trainer = PriorTrainer(modules, config.learning_rate, config.steps)
     trainer.load(state / "training.safetensors")
     train(trainer, images, labels, cameras, folder, config, report, save_every)
     trainer.write(folder)
@@ -142,7 +142,7 @@ def alphas_cumprod() -> Tensor:
 
 
 def train(
-    trainer: Trainer,
+    trainer: PriorTrainer,
     images: Tensor,
     labels: world.Labels,
     cameras: Cameras,

@@ -16,7 +16,7 @@ EMA = 0.998
 WARMUP = 300
 
 
-class Trainer:
+class PriorTrainer:
     """The models, their moving average and the optimiser, as one resumable thing."""
 
     def __init__(self, modules: torch.nn.ModuleDict, learning_rate: float, steps: int) -> None:

@@ -14,8 +14,8 @@ from distvsd.faults import injected
 from distvsd.parallel.world import World
 from distvsd.particles import ensemble, good
 from distvsd.run.build import build_run
+from distvsd.run.resume import largest_part
 from distvsd.run.train import train
-from distvsd.run.trainer import largest_part
 from distvsd.testing.pipelines import tiny_pipeline
 from distvsd.testing.ranks import run_ranks
 from tests.small_run import small_config, told

@@ -17,9 +17,10 @@ import yaml
 from distvsd.config import Config, Schedule, digest, load_config, to_yaml
 from distvsd.config.load import dotted_keys, hints, is_section
 from distvsd.config.ranges import Range
+from distvsd.config.stages import may_change
 from distvsd.errors import ConfigError, DistvsdError
-from distvsd.plan.plan import make_plan
 from distvsd.plan.text import draw as drawn
+from distvsd.run.planned import plan_run
 
 FOLDER = Path(__file__).parents[2] / "configs"
 TAGS = (
@@ -80,7 +81,7 @@ def check(draw: random.Random, folder: Path, load: Callable[[], Config]) -> None
         raise AssertionError(f"what was accepted is refused when it is read back: {error}") from error
     assert back == config and digest(back) == digest(config), "what was written reads back as another configuration"
     nodes, ranks = draw.choice((1, 2, 7, 10**6)), draw.choice((1, 8, 1024))
-    plan = make_plan(config, nodes, ranks)
+    plan = plan_run(config, nodes, ranks)
     json.dumps(plan, allow_nan=False)
     assert len(drawn(plan)) < 30_000, "a plan of that length is not read"
 
@@ -103,6 +104,8 @@ def value(draw: random.Random, key: str, nasty: float) -> str:
     if draw.random() < nasty:
         word = draw.choice(WORDS)
         return f"!!{draw.choice(TAGS)} {word}" if draw.random() < 0.2 else word
+    if key == "stages":
+        return _stages(draw, nasty)
     section: Any = Config
     *outer, name = key.split(".")
     for part in outer:
@@ -113,6 +116,20 @@ def value(draw: random.Random, key: str, nasty: float) -> str:
     if hasattr(annotation, "__metadata__"):
         annotation, marks = annotation.__origin__, annotation.__metadata__
     return _fitting(draw, annotation, next((mark for mark in marks if isinstance(mark, Range)), Range()))
+
+
+def _stages(draw: random.Random, nasty: float) -> str:
+    """A list of stages with a field each, or with probability `nasty` one that no stage may change."""
+    fields = [key for key in dotted_keys() if "." in key and not is_a_section(key)]
+    stages = []
+    for number in range(draw.randint(1, 4)):
+        key = draw.choice([key for key in fields if draw.random() < nasty or may_change(key)])
+        *outer, name = key.split(".")
+        text = f"{name}: {value(draw, key, nasty)}"
+        for part in reversed(outer):
+            text = f"{part}: {{{text}}}"
+        stages.append(f"{{name: s{number}, {text}}}")
+    return f"[{', '.join(stages)}]"
 
 
 def _fitting(draw: random.Random, annotation: Any, allowed: Range) -> str:

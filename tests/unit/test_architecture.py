@@ -34,6 +34,7 @@ INNER: dict[str, set[str]] = {
     "score": {"networks", "parallel", "vsd"},
     "checkpoint": {"parallel"},
     "shapes": {"cameras", "networks", "prior", "vsd"},
+    "stages": {"checkpoint", "particles", "runtime"},
     "plan": {"config", "networks", "parallel.assign", "particles", "score"},
 }
 OUTER: dict[str, set[str]] = {
@@ -42,7 +43,15 @@ OUTER: dict[str, set[str]] = {
     "doctor": {"networks"},
     "commands": set(INNER) | {"doctor", "looking", "run"},
     "arguments": {"config"},
-    "cli": {"arguments", "commands", "config", "runtime.launcher", "runtime.preempt", "runtime.streams"},
+    "cli": {
+        "arguments",
+        "commands",
+        "config",
+        "plan.published",
+        "runtime.launcher",
+        "runtime.preempt",
+        "runtime.streams",
+    },
     "train": {"cli"},
     "__main__": {"cli"},
     "__init__": {"config", "particles.base", "prior.base", "run", "score.base"},

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import types
@@ -17,6 +19,7 @@ from distvsd.cli import main
 from distvsd.config import Config, load_config
 from distvsd.errors import CheckpointError, ConfigError, DistvsdError, RankError
 
+ROOT = Path(__file__).parents[2]
 SECOND_OF_TWO = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
 
 
@@ -47,7 +50,7 @@ def shell(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
         text=True,
         env=os.environ | environment,
         check=False,
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
     )
 
 
@@ -84,7 +87,6 @@ def test_a_rank_left_over_in_the_environment_silences_nothing(config: str) -> No
 @pytest.mark.parametrize(
     "command",
     [
-        "",
         "trian",
         "train",
         "train CONFIG --resume perhaps",
@@ -175,7 +177,10 @@ def test_a_plan_says_of_a_prior_at_an_impossible_path_what_is_wrong(
 
 @pytest.mark.parametrize(
     "command",
-    ["train", "plan", "evaluate", "render", "verify", "doctor", "prior info", "prior sample", "prior build", ""],
+    [
+        *("train", "plan", "evaluate", "render", "verify", "log", "doctor", ""),
+        *("prior", "prior info", "prior sample", "prior build"),
+    ],
 )
 def test_every_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -184,19 +189,28 @@ def test_every_help_has_an_example(command: str, capsys: pytest.CaptureFixture[s
     assert f"example: distvsd {command}".rstrip() in capsys.readouterr().out
 
 
-def test_the_examples_in_the_help_are_understood() -> None:
-    import shlex
+@pytest.mark.parametrize("command", ["plan", "prior info", "prior sample"])
+def test_the_example_of_a_help_is_understood(
+    command: str, room: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    seen: list[str] = []
+    room("distvsd.looking.describe_prior", sample=lambda *values: seen.append("drawn"), describe=lambda path: {})
+    room("distvsd.looking.measure_prior", measure_prior=lambda path, report: seen.append("measured"))
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--help"])
+    _, _, example = capsys.readouterr().out.partition("example: distvsd ")
+    arguments = shlex.split(example)
+    assert main(arguments) == 0
+    assert seen == {"plan": [], "prior info": ["measured"], "prior sample": ["drawn"]}[command]
 
-    from distvsd.cli import _parser
 
-    examples = [
-        "train configs/quickstart.yaml run.dir=runs/a",
-        "plan configs/prolificdreamer.yaml particles.count=64 --nodes 4 --gpus-per-node 8",
-        "prior sample 'a red cube' --out cubes.png",
-        "prior info shapes --measure",
-    ]
-    for example in examples:
-        assert callable(_parser().parse_args(shlex.split(example)).command)
+def test_without_arguments_it_says_what_it_is_and_what_to_type_first() -> None:
+    done = shell()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "distvsd train configs/quickstart.yaml" in done.stdout and "--help" in done.stdout
+    for word in re.findall(r"configs/[a-z]+\.yaml", done.stdout):
+        assert (ROOT / word).is_file()
 
 
 def test_overrides_may_stand_before_and_after_options(config: str, room: Callable[..., None]) -> None:

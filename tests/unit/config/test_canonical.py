@@ -15,7 +15,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distvsd.config import Config, Schedule, config_from, diff, digest, document, load_config, to_dict, to_yaml
+from distvsd.config import (
+    Config,
+    Schedule,
+    StageConfig,
+    config_from,
+    diff,
+    digest,
+    document,
+    load_config,
+    to_dict,
+    to_yaml,
+)
 from distvsd.config import values as values_module
 from distvsd.config.ranges import Increasing, Range
 from distvsd.errors import ConfigError
@@ -45,6 +56,8 @@ def values(annotation: Any) -> st.SearchStrategy[Any]:
         )
     if get_origin(annotation) is Literal:
         return st.sampled_from(get_args(annotation))
+    if annotation == tuple[StageConfig, ...]:
+        return st.lists(stages(), max_size=3).map(tuple)
     if get_origin(annotation) is tuple:
         increasing = any(isinstance(mark, Increasing) for mark in marks)
         return st.tuples(numbers, numbers).map(lambda pair: tuple(sorted(pair)) if increasing else pair)
@@ -58,6 +71,24 @@ def values(annotation: Any) -> st.SearchStrategy[Any]:
 def sections(section: Any) -> st.SearchStrategy[Any]:
     hints = get_type_hints(section, include_extras=True)
     return st.builds(section, **{name: values(annotation) for name, annotation in hints.items()})
+
+
+@st.composite
+def stages(draw: st.DrawFn) -> StageConfig:
+    """A stage with some of the fields that stand in no relation to others, in the order of the schema."""
+    choices: dict[str, st.SearchStrategy[Any]] = {
+        "prior.guidance_scale": st.floats(0, 1000),
+        "prior.negative_prompt": TEXTS,
+        "objective.esd_lambda": st.floats(0, 1),
+        "particles.learning_rate": values(Annotated[Schedule, Range(0, 10)]),
+        "particles.nerf.bound": st.floats(0.5, 10),
+        "particles.health.max_bad": st.integers(1, 9),
+        "cameras.distance": st.sampled_from([(1.0, 2.5), (0.25, 3.0)]),
+        "schedule.rounds": st.integers(1, 100),
+    }
+    chosen = [key for key in choices if draw(st.booleans())]
+    name = draw(st.from_regex("[a-z0-9][a-z0-9_-]{0,39}", fullmatch=True).filter(str.isascii))
+    return StageConfig(name, tuple((key, draw(choices[key])) for key in chosen))
 
 
 ANY_CONFIG = sections(Config)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from distvsd.config import Config, diff, load_config
-from distvsd.plan.plan import make_plan
 from distvsd.plan.text import draw
+from distvsd.run.planned import plan_run
 
 FOLDER = Path(__file__).parents[3] / "configs"
 FILES = sorted(FOLDER.rglob("*.yaml"))
@@ -18,7 +18,7 @@ FILES = sorted(FOLDER.rglob("*.yaml"))
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(FOLDER)))
 def test_it_loads_and_can_be_planned(path: Path) -> None:
     config = load_config(path)
-    assert str(config.schedule.rounds) in draw(make_plan(config, nodes=2, gpus_per_node=4))
+    assert str(config.schedule.rounds) in draw(plan_run(config, nodes=2, gpus_per_node=4))
     assert config.run.dir != Config().run.dir, "runs of two configurations must not share a directory"
 
 

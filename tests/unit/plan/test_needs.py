@@ -13,13 +13,13 @@ import torch
 from distvsd.config import Config, Schedule, load_config
 from distvsd.errors import ConfigError
 from distvsd.plan.needs import least_memory, refuse_too_large
-from distvsd.run.build import make_ensemble
+from distvsd.run.build import blank_particle, make_ensemble
 from distvsd.runtime.memory import host_memory
 from distvsd.vsd.samples import Samples
 
 ROOT = Path(__file__).parents[3]
 SMOKE = ROOT / "configs" / "smoke.yaml"
-PRIOR = {"latent_channels": 48, "downscale": 4, "resolution": 64}
+LATENTS = 48 * 16 * 16
 TRAIN = """
 import resource, sys
 from distvsd.config import load_config
@@ -41,9 +41,13 @@ HUGE = (
 )
 
 
+def needs_of(config: Config, particles: int) -> dict[str, int]:
+    return least_memory(config, blank_particle(config, (48, 16, 16)), LATENTS, particles)
+
+
 def test_no_more_is_asked_for_than_a_rank_really_takes() -> None:
     config = load_config(SMOKE, ["particles.views=3", "particles.nerf.log2_table_size=10"])
-    needs = least_memory(config, PRIOR, 4)
+    needs = needs_of(config, 4)
     ensemble = make_ensemble(config, None, range(4), "cpu")
     values = sum(tensor.nbytes for i in ensemble.ids for tensor in ensemble.parameters_of(i).values())
     assert needs["particles"] == 4 * values
@@ -59,21 +63,21 @@ def test_the_smallest_resolution_counts_and_only_the_pictures_of_one_call() -> N
     small = load_config(SMOKE, ["particles.micro_batch=1", "render.resolution=24"])
     # Eight rounds, 0 to 7, on the way from 32 at round 4 to 8 at round 99: 31.2 at round 7, rounded down to 24.
     assert config.render.resolution_at(7) == 24
-    assert least_memory(config, PRIOR, 4) == least_memory(small, PRIOR, 4)
-    assert least_memory(small, PRIOR, 4)["pictures of a call"] == 3 * 24 * 24 * 4
+    assert needs_of(config, 4) == needs_of(small, 4)
+    assert needs_of(small, 4)["pictures of a call"] == 3 * 24 * 24 * 4
 
 
 def test_without_a_score_network_only_the_own_latents_count() -> None:
     sds = load_config(SMOKE, ["objective.kind=sds"])
-    assert least_memory(sds, PRIOR, 1)["latents of a round"] == 48 * 16 * 16 * 4
+    assert needs_of(sds, 1)["latents of a round"] == 48 * 16 * 16 * 4
 
 
 def test_what_fits_is_let_through_and_what_does_not_is_refused_with_both_numbers() -> None:
     config = load_config(SMOKE)
-    needed = sum(least_memory(config, PRIOR, 4).values())
-    refuse_too_large(config, PRIOR, 4, needed, "GPU")
+    needed = sum(needs_of(config, 4).values())
+    refuse_too_large(config, blank_particle(config, None), LATENTS, 4, needed, "GPU")
     with pytest.raises(ConfigError, match=r"at least .* GiB .*its GPU has .* GiB; take more ranks"):
-        refuse_too_large(config, PRIOR, 4, needed - 1, "GPU")
+        refuse_too_large(config, blank_particle(config, None), LATENTS, 4, needed - 1, "GPU")
 
 
 def test_the_memory_of_the_machine_is_what_the_system_says() -> None:
@@ -98,7 +102,7 @@ def test_a_training_that_no_machine_holds_is_refused_before_it_takes_the_memory(
 def test_an_image_of_latents_has_no_pictures() -> None:
     config = replace(Config(), render=replace(Config().render, resolution=Schedule.constant(64)))
     image = replace(config.particles, kind="image", image=replace(config.particles.image, space="latent"))
-    needs = least_memory(replace(config, particles=image), PRIOR, 8)
+    needs = needs_of(replace(config, particles=image), 8)
     assert needs == {
         "particles": 4 * 4 * 48 * 16 * 16 * 8,
         "pictures of a call": 0,

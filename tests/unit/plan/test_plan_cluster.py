@@ -13,8 +13,8 @@ import pytest
 from distvsd.cli import main
 from distvsd.config import Config
 from distvsd.plan.cluster import Assumptions, disk_times, failures
-from distvsd.plan.plan import make_plan
 from distvsd.plan.text import ASSUMED, draw, duration
+from distvsd.run.planned import plan_run
 
 ROUNDS, MOMENTS = 4000, 40_000
 QUICKSTART = str(Path(__file__).parents[3] / "configs/quickstart.yaml")
@@ -110,7 +110,7 @@ def test_more_failures_than_time_between_them_never_end() -> None:
 
 def test_what_depends_on_an_unknown_size_is_unknown_and_the_rest_is_not(tmp_path: Path) -> None:
     default = Config()
-    plan = make_plan(replace(default, prior=replace(default.prior, path=str(tmp_path / "nowhere"))), nodes=50)
+    plan = plan_run(replace(default, prior=replace(default.prior, path=str(tmp_path / "nowhere"))), nodes=50)
     assert plan["checkpoint"]["write_s"] is None and plan["wire"] == {"rank": None, "all": None}
     assert plan["failures"]["a_day"] == 0.5 and plan["failures"]["share"] is None
     assert "what each loses is unknown" in draw(plan)

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from distvsd.checkpoint import open_checkpoint
-from distvsd.config import Config
+from distvsd.config import Config, load_config
 from distvsd.errors import CheckpointError
 from distvsd.looking.opened import load_particles
-from distvsd.run.build import Run, build_run
+from distvsd.run.build import Run, build_run, make_objective
 from distvsd.run.contents import Contents, verify
 from distvsd.run.train import train
 from distvsd.testing.pipelines import tiny_pipeline
 from tests.signing import ALONE, change_tensors, resume, signed
-from tests.small_run import refusals, small_config
+from tests.small_run import SMOKE, refusals, small_config
 
 PARTICLE = "particles/000001.safetensors"
 OPTIMIZER, REPLAY = "score/optimizer.safetensors", "score/replay.safetensors"
@@ -291,3 +291,19 @@ def test_images_are_sound_with_and_without_their_prior_and_another_size_is_found
         verify(run)
     away(Path(config.run.dir), prior)
     assert "sound" in verify(Path(config.run.dir))[0] and "held against the prior" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["vsd", "sds", "esd"])
+def test_the_configuration_knows_which_objectives_train_a_score_network(kind: str) -> None:
+    config = load_config(SMOKE, [f"objective.kind={kind}"]).objective
+    assert config.needs_score == bool(make_objective(config).needs & {"score", "score_without_camera"})
+
+
+def test_a_run_without_a_score_network_is_sound_with_and_without_its_prior(prior: Path, tmp_path: Path) -> None:
+    here = tmp_path / "prior"
+    shutil.copytree(prior, here)
+    config = small_config(tmp_path / "run", here, **{"objective.kind": "sds", "schedule.rounds": 1})
+    assert train(config) == 0
+    assert "sound" in verify(tmp_path / "run")[0]
+    shutil.rmtree(here)
+    assert "sound" in verify(tmp_path / "run")[0]

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import distvsd.run.pictures as pictures_module
 import distvsd.run.trainer as trainer_module
 from distvsd.config import Config, load_config
 from distvsd.errors import CheckpointError, ConfigError, PriorError, RunError
@@ -25,7 +26,6 @@ from distvsd.parallel.world import World
 from distvsd.prior.guidance import GUIDED, ClassifierFree
 from distvsd.run.build import Run, build_run
 from distvsd.run.contents import verify as verify_run
-from distvsd.run.loop import Round
 from distvsd.run.train import train
 from distvsd.testing.pipelines import tiny_pipeline
 from tests.small_run import TINY
@@ -87,8 +87,8 @@ def digest_of(config: Config) -> str:
 def built_with(monkeypatch: pytest.MonkeyPatch, change: Callable[[Run], None]) -> None:
     """Every run from now on is changed just after it is built."""
 
-    def build(config: Config, world: World, watch: Callable[[Round], bool], entered: Callable[[int, str], None]) -> Run:
-        run = build_run(config, world, watch, entered)
+    def build(*arguments: Any, **more: Any) -> Run:
+        run = build_run(*arguments, **more)
         change(run)
         return run
 
@@ -500,7 +500,7 @@ def test_pictures_that_cannot_be_drawn_do_not_undo_a_finished_run(
     def no_space(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(trainer_module, "contact_sheets", no_space)
+    monkeypatch.setattr(pictures_module, "contact_sheets", no_space)
     config = configured(log__images_every=1)
     assert train(config) == 0
     assert status_of(config)["state"] == "done"

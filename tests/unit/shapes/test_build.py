@@ -15,7 +15,7 @@ from distvsd.prior import load_prior
 from distvsd.shapes import world
 from distvsd.shapes.build import BuildConfig, build_pipeline, draw_images
 from distvsd.shapes.captions import LEVELS
-from distvsd.shapes.trainer import Trainer
+from distvsd.shapes.trainer import PriorTrainer
 
 TINY = BuildConfig(num_images=12, steps=5, batch_size=4, channels=(16, 32), text_width=16, text_layers=1)
 
@@ -48,15 +48,15 @@ def test_a_build_writes_an_ordinary_pipeline_that_draws_images(whole: Path) -> N
 def test_a_build_that_is_stopped_and_called_again_ends_with_the_bits_of_one_that_was_not(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    update = Trainer.update
+    update = PriorTrainer.update
 
-    def stopped(trainer: Trainer, *arguments: torch.Tensor) -> float:
+    def stopped(trainer: PriorTrainer, *arguments: torch.Tensor) -> float:
         if trainer.step == 3:  # one step after the last save
             raise KeyboardInterrupt
         return update(trainer, *arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "update", stopped)
+        patch.setattr(PriorTrainer, "update", stopped)
         built(tmp_path)
     expected, found = weights(whole), weights(built(tmp_path))
     assert expected.keys() == found.keys()

@@ -1,0 +1,99 @@
+"""What a plan must know of the prior: from its folder, or from the published sizes of a public model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from distvsd.config import Config
+from distvsd.errors import PriorError
+from distvsd.networks.folder import PipelineFolder, open_folder
+from distvsd.networks.unet import TIME_EMBEDDING
+from distvsd.plan.published import PUBLISHED, Published
+from distvsd.score.stored import Shapes, trainable_of
+
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class PriorSizes:
+    """latent_channels; downscale: image pixels a side of a latent pixel; resolution: pixels a side that the network was
+    trained at. weight_bytes: of all files, unet_bytes: of the network's alone. adapter_parameters, camera_parameters:
+    trained beside it. None where the prior is not here, and problem says why. path: what it is called.
+    """
+
+    path: str
+    problem: str | None = None
+    latent_channels: int | None = None
+    downscale: int | None = None
+    resolution: int | None = None
+    weight_bytes: int | None = None
+    unet_bytes: int | None = None
+    adapter_parameters: int | None = None
+    camera_parameters: int | None = None
+    note: str | None = None
+
+    def latent_shape(self, edge: int) -> tuple[int, int, int] | None:
+        """Of an image with this edge in pixels; None where the prior is not here."""
+        if self.latent_channels is None or self.downscale is None:
+            return None
+        return self.latent_channels, edge // self.downscale, edge // self.downscale
+
+
+def prior_sizes(config: Config, published: str | None = None) -> PriorSizes:
+    """Of prior.path, or of a public model by its name in `PUBLISHED`. Reads configurations and headers, no weights."""
+    if published is not None:
+        return _published(config, PUBLISHED[published])
+    try:
+        folder = open_folder(config.prior.path)
+        adapter, camera = _trained(config, _shapes(folder))
+    except PriorError as error:
+        return PriorSizes(config.prior.path, str(error))
+    return PriorSizes(
+        path=config.prior.path,
+        latent_channels=folder.latent_channels,
+        downscale=folder.downscale,
+        resolution=folder.native_resolution,
+        weight_bytes=sum(weights.num_bytes for weights in folder.weights.values()),
+        unet_bytes=folder.weights["unet"].num_bytes,
+        adapter_parameters=adapter,
+        camera_parameters=camera,
+    )
+
+
+def _published(config: Config, model: Published) -> PriorSizes:
+    size = _BYTES[config.prior.dtype]
+    adapter, camera = _trained(config, dict(_attention(model)) | {TIME_EMBEDDING: (model.time_width,) * 2})
+    numbers = model.denoiser + model.vae + model.text
+    note = f"the published sizes of {model.source}, {numbers:,} numbers in {config.prior.dtype}"
+    if model.missing:
+        note += f"; this version cannot train with it: {model.missing}"
+    return PriorSizes(
+        path=model.source,
+        latent_channels=model.latent_channels,
+        downscale=model.downscale,
+        resolution=model.resolution,
+        weight_bytes=numbers * size,
+        unet_bytes=model.denoiser * size,
+        adapter_parameters=adapter,
+        camera_parameters=camera,
+        note=note,
+    )
+
+
+def _shapes(folder: PipelineFolder) -> Shapes:
+    return {name: header.shape for name, header in folder.weights["unet"].headers.items()}
+
+
+def _attention(model: Published) -> Iterator[tuple[str, tuple[int, int]]]:
+    for kind, (rows, columns, count) in enumerate(model.attention):
+        for layer in range(count):
+            yield f"{kind}.{layer}.to_q.weight", (rows, columns)
+
+
+def _trained(config: Config, shapes: Shapes) -> tuple[int, int]:
+    """Numbers in the adapter and in the camera embedding of a network with these shapes."""
+    trainable = trainable_of(shapes, config.score.rank, config.reads_cameras)
+    camera = sum(math.prod(shape) for name, shape in trainable.items() if name.startswith("camera."))
+    return sum(map(math.prod, trainable.values())) - camera, camera

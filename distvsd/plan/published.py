@@ -1,0 +1,93 @@
+"""The sizes of public models, so that a plan needs no weights.
+
+Counted by their diffusers and transformers classes from the config.json of each component, as the models' repositories
+publish them; tests/unit/plan has those configurations and counts again. Tables of constants, such as positions, are
+among the numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Published:
+    """One model. denoiser, vae, text: how many numbers each of them has, all text encoders together. resolution: native
+    pixels a side. time_width: of the vector to which the camera is added. attention: layers that get an adapter, as
+    (outputs, inputs, how many). missing: why this version cannot train with it, "" where it can.
+    """
+
+    source: str
+    latent_channels: int
+    downscale: int
+    resolution: int
+    denoiser: int
+    vae: int
+    text: int
+    time_width: int
+    attention: tuple[tuple[int, int, int], ...]
+    missing: str = ""
+
+
+PUBLISHED = {
+    "sd-1.5": Published(
+        source="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        latent_channels=4,
+        downscale=8,
+        resolution=512,
+        denoiser=859_520_964,
+        vae=83_653_863,
+        text=123_060_480,
+        time_width=1280,
+        attention=(
+            (320, 320, 30),
+            (640, 640, 30),
+            (1280, 1280, 36),
+            (320, 768, 10),
+            (640, 768, 10),
+            (1280, 768, 12),
+        ),
+    ),
+    "sd-2.1": Published(
+        source="stabilityai/stable-diffusion-2-1",
+        latent_channels=4,
+        downscale=8,
+        resolution=768,
+        denoiser=865_910_724,
+        vae=83_653_863,
+        text=340_387_840,
+        time_width=1280,
+        attention=(
+            (320, 320, 30),
+            (640, 640, 30),
+            (1280, 1280, 36),
+            (320, 1024, 10),
+            (640, 1024, 10),
+            (1280, 1024, 12),
+        ),
+    ),
+    "sdxl": Published(
+        source="stabilityai/stable-diffusion-xl-base-1.0",
+        latent_channels=4,
+        downscale=8,
+        resolution=1024,
+        denoiser=2_567_463_684,
+        vae=83_653_863,
+        text=123_060_480 + 694_659_840,
+        time_width=1280,
+        attention=((640, 640, 60), (1280, 1280, 360), (640, 2048, 20), (1280, 2048, 120)),
+        missing="its UNet wants a pooled text and the sizes of the image",
+    ),
+    "sd-3": Published(
+        source="stabilityai/stable-diffusion-3-medium-diffusers",
+        latent_channels=16,
+        downscale=8,
+        resolution=1024,
+        denoiser=2_084_951_104,
+        vae=83_819_683,
+        text=123_650_304 + 694_659_840 + 4_762_310_656,
+        time_width=1536,
+        attention=((1536, 1536, 96),),
+        missing="its network is a transformer that was trained by flow matching",
+    ),
+}

@@ -1,0 +1,106 @@
+"""How a stage begins: from its own newest checkpoint, from the particles of the stage before, or anew."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+
+from distvsd.checkpoint.format import particle_file
+from distvsd.checkpoint.reader import Checkpoint
+from distvsd.checkpoint.saver import Saver
+from distvsd.errors import CheckpointError
+from distvsd.parallel.collectives import agreed
+from distvsd.parallel.world import World
+from distvsd.particles.base import Handed
+from distvsd.particles.good import most_copies
+from distvsd.run.build import Latents, Run, make_particle
+from distvsd.run.contents import Contents, refuse_other_particles
+from distvsd.score.stored import CAMERA_FILE
+from distvsd.score.training import kept_rows
+from distvsd.stages import Stage, hand_over
+
+_log = logging.getLogger("distvsd")
+
+Source = Callable[[Latents, Sequence[int]], Handed]
+
+
+def source_of(stage: Stage, world: World) -> Source | None:
+    """What gives this rank's particles of the stage before; None for the first stage. Collective: the checkpoint is
+    read, and verified by all ranks together. Raises CheckpointError where there is none."""
+    if stage.number == 1:
+        return None
+    before = Stage(stage.whole, stage.number - 1)
+    checkpoint = Saver(before.paths.checkpoints, world).load()
+    if checkpoint is None:
+        raise CheckpointError(
+            f"{before.paths.checkpoints} holds no checkpoint, which {stage.folder} begins from; restore it, or delete "
+            f"{stage.paths.root} to train the stages from there on again"
+        )
+    refuse_other_particles(checkpoint.manifest, stage.config.particles.count)
+
+    def source(prior: Latents, ids: Sequence[int]) -> Handed:
+        return hand_over(checkpoint, make_particle(before.config, prior, world.device), ids)
+
+    return source
+
+
+def resume(parts: Run, saver: Saver) -> tuple[int, int, int | None]:
+    """Restores the newest sound checkpoint into the parts; collective.
+
+    Returns the rounds completed by then and its lengths of metrics.jsonl and health.jsonl; zeros where there is none.
+    """
+    trainable = parts.training.score.trainable if parts.training else {}
+    shapes = {name: parameter.shape for name, parameter in trainable.items()}
+    checkpoint = saver.load(contents=Contents(parts.config, shapes, parts.prior.folder))
+    if checkpoint is None:
+        return 0, 0, 0
+    agreed(parts.world, lambda: _restore(parts, checkpoint))
+    manifest = checkpoint.manifest
+    return manifest.step, manifest.metrics_bytes, manifest.more.get("health_bytes")
+
+
+def _restore(parts: Run, checkpoint: Checkpoint) -> None:
+    manifest, config = checkpoint.manifest, parts.config
+    if not parts.prior.is_identified_by(manifest.prior_identity):
+        raise CheckpointError(
+            f"{checkpoint.folder} was trained against another prior than {config.prior.path} holds now; resume with "
+            "that prior, or choose another run.dir"
+        )
+    if parts.world.rank == 0 and CAMERA_FILE in manifest.files and not config.reads_cameras:
+        _log.warning(
+            "%s holds a camera network, which runs without cameras no longer have; it is left out, and the adapter "
+            "learns the constant offset that it gave",
+            checkpoint.folder,
+        )
+    for particle_id in parts.ensemble.ids:
+        state = checkpoint.read(particle_file(particle_id))
+        parts.ensemble.load_state(particle_id, state, manifest.health[particle_id])
+    if parts.training is not None:
+        tensors = [file for file in manifest.files if file.startswith("score/") and file.endswith(".safetensors")]
+        parts.training.load_state({file: checkpoint.read(file) for file in tensors})
+
+
+def largest_part(parts: Run) -> int:
+    """Bytes of this rank's part of the largest checkpoint that is due, at the start of a run; the score network, which
+    all ranks hold, counts on rank 0.
+
+    A score that is trained gets AdamW's two moments of every parameter, and its replay fills up. Local.
+    """
+    config, rounds = parts.config, parts.config.schedule.rounds
+    total = most_copies(rounds, config.checkpoint.every) * parts.ensemble.num_bytes
+    if parts.world.rank != 0:
+        return total
+    if parts.training is None:
+        return total
+    trained = 4 * sum(parts.training.score.num_parameters)
+    row = max(_row_bytes(parts, resolution) for resolution in config.render.corners(rounds))
+    samples = config.particles.count * config.particles.views
+    rows = config.score.replay_rounds * kept_rows(samples, config.score.replay_share, config.particles.views)
+    return total + 3 * trained + rows * row
+
+
+def _row_bytes(parts: Run, resolution: int) -> int:
+    """Of one sample of that resolution, taken from a batch without any."""
+    columns = vars(parts.loop.encode([], resolution)).values()
+    return sum(column.element_size() * math.prod(column.shape[1:]) for column in columns)
