@@ -19,7 +19,7 @@ from distvsd.config.canonical import BOOKKEEPING
 from distvsd.errors import CheckpointError
 from distvsd.particles import Ensemble, Particle
 from distvsd.prior.load import load_prior
-from distvsd.run.build import are_latents, make_ensemble
+from distvsd.run.build import Custom, are_latents, make_ensemble
 from distvsd.run.contents import refuse_other_particles
 from distvsd.runtime import inside
 from distvsd.runtime.paths import RunPaths
@@ -65,12 +65,14 @@ class Opened:
         return images, opacity
 
 
-def load_particles(run_dir: Path, device: str | None = None, most: int | None = None) -> Opened:
+def load_particles(
+    run_dir: Path, device: str | None = None, most: int | None = None, custom: Custom = Custom()
+) -> Opened:
     """Opens a finished, stopped or running run for looking. Reads only; takes no lock.
 
-    device: None for a GPU if there is one. most: loads only so many particles, the first ones; None for all.
-    Raises RunError where the folder is no run, CheckpointError where it has no sound checkpoint yet, ConfigError where
-    its config.yaml is none.
+    device: None for a GPU if there is one. most: loads only so many particles, the first ones; None for all. custom:
+    the parts that it was trained with. Raises RunError where the folder is no run, CheckpointError where it has no
+    sound checkpoint yet, ConfigError where its config.yaml is none.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     paths = RunPaths(Path(run_dir))
@@ -83,7 +85,7 @@ def load_particles(run_dir: Path, device: str | None = None, most: int | None = 
     prior = load_prior(config.prior.path, [""], device=device) if are_latents(config) else None
     entries = checkpoint.manifest.particles[:most]
     ids = [entry.id for entry in entries]
-    ensemble = make_ensemble(config, prior, ids, device, blank=True)
+    ensemble = make_ensemble(config, prior, ids, device, blank=True, custom=custom)
     for entry in entries:
         state = checkpoint.read(entry.file)
         try:

@@ -7,6 +7,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -17,6 +18,7 @@ from distvsd.config import Config, ObjectiveConfig
 from distvsd.config.relations import refuse_small_latents
 from distvsd.networks.base import Adaptable
 from distvsd.networks.folder import open_folder
+from distvsd.networks.identity import Identity
 from distvsd.parallel.assign import owners, share
 from distvsd.parallel.collectives import gather_objects
 from distvsd.parallel.exchange import Exchange, exclude, slice_for
@@ -44,21 +46,6 @@ from distvsd.score.training import ScoreTraining
 from distvsd.vsd.objectives import ESD, SDS, VSD, Distillation, Objective
 
 
-@dataclass(frozen=True)
-class Run:
-    """The parts of one rank of a run, wired together; `loop.run` is the algorithm.
-
-    training: of the score network; None where the objective needs none.
-    """
-
-    config: Config
-    world: World
-    prior: Pipeline
-    ensemble: Ensemble
-    training: ScoreTraining | None
-    loop: Loop
-
-
 @dataclass(frozen=True, kw_only=True)
 class Custom:
     """Parts that the caller makes, in place of those that the configuration names; None leaves a part to it.
@@ -71,6 +58,34 @@ class Custom:
     objective: Objective | None = None
     particle: Particle | None = None
     cameras: CameraSampler | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The parts of one rank of a run, wired together; `loop.run` is the algorithm.
+
+    training: of the score network; None where the objective needs none. custom: what the caller made of it.
+    """
+
+    config: Config
+    world: World
+    prior: Pipeline
+    ensemble: Ensemble
+    training: ScoreTraining | None
+    loop: Loop
+    custom: Custom
+
+    def identities(self) -> dict[str, tuple[str, str]]:
+        """Path and hash of every frozen pipeline of the run: `prior`, and `score_base` where it has one. Local; the
+        first call reads their files."""
+        found = {"prior": (self.config.prior.path, self.prior.identity())}
+        if self.config.score.base and self.training is not None:
+            found["score_base"] = (self.config.score.base, self._score_base.current())
+        return found
+
+    @cached_property
+    def _score_base(self) -> Identity:
+        return Identity(open_folder(self.config.score.base))
 
 
 class Latents(Protocol):
@@ -138,7 +153,7 @@ def build_run(
         lag_due=lambda step: (step + 1) % config.log.every == 0,
         entered=entered,
     )
-    return Run(config, world, prior, ensemble, training, loop)
+    return Run(config=config, world=world, prior=prior, ensemble=ensemble, training=training, loop=loop, custom=custom)
 
 
 def _refuse_unfit(config: Config, world: World) -> None:

@@ -22,6 +22,7 @@ from distvsd.config import Config, config_from, load_config
 from distvsd.errors import CheckpointError, ConfigError, PriorError
 from distvsd.networks.folder import PipelineFolder, open_folder
 from distvsd.networks.identity import Identity
+from distvsd.particles.base import Particle
 from distvsd.particles.health import Health
 from distvsd.particles.stored import blank_state, read_particle
 from distvsd.prior.prompts import VIEWS
@@ -39,14 +40,15 @@ _log = logging.getLogger("distvsd")
 class Contents:
     """See `checkpoint.reader.Contents`. config: of who reads. trainable: shapes of what its score network trains.
 
-    prior: None where it is not there; then latents may have any shape. kept: most rounds in the replay buffer; a resume
-    takes any number and keeps the newest.
+    particle: of the run; None to make one of the configuration. prior: None where it is not there; then latents may
+    have any shape. kept: most rounds in the replay buffer; a resume takes any number and keeps the newest.
     """
 
     config: Config
     trainable: stored.Shapes
     prior: PipelineFolder | None
     kept: int = MOST
+    particle: Particle | None = None
 
     def refuse_manifest(self, manifest: Manifest) -> None:
         """Raises CheckpointError for other particles, missing files, and impossible records of health."""
@@ -74,7 +76,7 @@ class Contents:
 
     def _particle(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The state of one particle, without values. tensors: of which latents take their shape where no prior says."""
-        if self.prior is not None or not are_latents(self.config):
+        if self.particle is not None or self.prior is not None or not are_latents(self.config):
             return self._known_particle
         image = tensors.get("param/image")
         channels, height, width = image.shape if image is not None and image.ndim == 3 and image.numel() else (1, 1, 1)
@@ -82,6 +84,8 @@ class Contents:
 
     @cached_property
     def _known_particle(self) -> Mapping[str, Tensor]:
+        if self.particle is not None:
+            return blank_state(self.particle)
         latents = self.prior.latent_shape(self.config.final_resolution) if self.prior else None
         return blank_state(blank_particle(self.config, latents))
 

@@ -43,7 +43,7 @@ def draw_finished(parts: Run, paths: RunPaths, journal: Journal) -> None:
 
 def _draw_finished(parts: Run, paths: RunPaths, journal: Journal) -> None:
     config = parts.config
-    finished = load_particles(paths.root, str(parts.world.device), most=SHEET_ROWS)
+    finished = load_particles(paths.root, str(parts.world.device), most=SHEET_ROWS, custom=parts.custom)
     sheets = contact_sheets(finished, paths.root)
     for sheet in sheets:
         journal.progress.note(f"written {sheet}")

@@ -14,7 +14,7 @@ from distvsd.parallel.collectives import agreed
 from distvsd.parallel.world import World
 from distvsd.particles.base import Handed
 from distvsd.particles.good import most_copies
-from distvsd.run.build import Latents, Run, make_particle
+from distvsd.run.build import Custom, Latents, Run, make_particle
 from distvsd.run.contents import Contents, refuse_other_particles
 from distvsd.score.stored import CAMERA_FILE
 from distvsd.score.training import kept_rows
@@ -25,7 +25,7 @@ _log = logging.getLogger("distvsd")
 Source = Callable[[Latents, Sequence[int]], Handed]
 
 
-def source_of(stage: Stage, world: World) -> Source | None:
+def source_of(stage: Stage, world: World, custom: Custom) -> Source | None:
     """What gives this rank's particles of the stage before; None for the first stage. Collective: the checkpoint is
     read, and verified by all ranks together. Raises CheckpointError where there is none."""
     if stage.number == 1:
@@ -40,7 +40,8 @@ def source_of(stage: Stage, world: World) -> Source | None:
     refuse_other_particles(checkpoint.manifest, stage.config.particles.count)
 
     def source(prior: Latents, ids: Sequence[int]) -> Handed:
-        return hand_over(checkpoint, make_particle(before.config, prior, world.device), ids)
+        particle = custom.particle or make_particle(before.config, prior, world.device)
+        return hand_over(checkpoint, particle, ids)
 
     return source
 
@@ -52,7 +53,9 @@ def resume(parts: Run, saver: Saver) -> tuple[int, int, int | None]:
     """
     trainable = parts.training.score.trainable if parts.training else {}
     shapes = {name: parameter.shape for name, parameter in trainable.items()}
-    checkpoint = saver.load(contents=Contents(parts.config, shapes, parts.prior.folder))
+    checkpoint = saver.load(
+        contents=Contents(parts.config, shapes, parts.prior.folder, particle=parts.ensemble.particle)
+    )
     if checkpoint is None:
         return 0, 0, 0
     agreed(parts.world, lambda: _restore(parts, checkpoint))
@@ -66,6 +69,12 @@ def _restore(parts: Run, checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f"{checkpoint.folder} was trained against another prior than {config.prior.path} holds now; resume with "
             "that prior, or choose another run.dir"
+        )
+    base, trained_on = parts.identities().get("score_base", ("", None)), manifest.more.get("score_base_identity")
+    if parts.training is not None and base[1] != trained_on:
+        raise CheckpointError(
+            f"the score network in {checkpoint.folder} was trained on another base than score.base "
+            f"{base[0] or 'empty'} gives now; resume with that base, or choose another run.dir"
         )
     if parts.world.rank == 0 and CAMERA_FILE in manifest.files and not config.reads_cameras:
         _log.warning(

@@ -15,6 +15,7 @@ from distvsd.config.scalars import printable
 from distvsd.errors import PREEMPTED, ConfigError, RankError, RunError
 from distvsd.parallel.collectives import agreed, gather_objects, max_flags
 from distvsd.parallel.world import World, open_world
+from distvsd.run.build import Custom
 from distvsd.run.trainer import Trainer
 from distvsd.runtime.heartbeat import Heartbeat, forget_ranks
 from distvsd.runtime.launcher import Watch, watched
@@ -26,14 +27,14 @@ from distvsd.stages import Stage, refuse_other_stages, stages_of
 _log = logging.getLogger("distvsd")
 
 
-def train(config: Config, resume: Resume = "auto") -> int:
+def train(config: Config, resume: Resume = "auto", custom: Custom = Custom()) -> int:
     """Trains all stages, each to its `schedule.rounds`, and returns the exit code; every rank of a launch calls it, on
     its main thread.
 
     0: done. 3: told to stop by SIGTERM, SIGUSR1 or SIGINT on any rank; saved, and the same call continues. resume:
     'auto' continues the run in `run.dir` if there is one, 'must' demands one and accepts a changed configuration,
-    'never' demands a fresh directory. Raises DistvsdError with the same text on every rank; where a rank was lost, the
-    text names the silent one.
+    'never' demands a fresh directory. custom: parts that the caller makes, the same on every rank. Raises DistvsdError
+    with the same text on every rank; where a rank was lost, the text names the silent one.
     """
     run, timeout_s = RunPaths(Path(config.run.dir)), config.parallel.timeout_s
     with watched() as watch, Preemption() as preemption, open_world(timeout_s, preemption.nothing_begun) as world:
@@ -42,7 +43,7 @@ def train(config: Config, resume: Resume = "auto") -> int:
             _claimed(world, run, config, resume),
             Heartbeat(run.heartbeats, world.rank, world.size, timeout_s) as heartbeat,
         ):
-            process = _Process(world, preemption, heartbeat, watch)
+            process = _Process(world, preemption, heartbeat, watch, custom)
             stages = stages_of(config)
             first = _newest_begun(world, stages)
             for stage in stages[first:]:
@@ -59,6 +60,7 @@ class _Process:
     preemption: Preemption
     heartbeat: Heartbeat
     watch: Watch | None
+    custom: Custom
 
 
 def _newest_begun(world: World, stages: list[Stage]) -> int:
@@ -89,7 +91,7 @@ def _train_stage(stage: Stage, process: _Process) -> bool:
     """Trains one stage to its end; False where the run was told to stop. Every rank calls it."""
     world, preemption = process.world, process.preemption
     with _failure_reported(stage, process):
-        trainer = Trainer(stage, world, preemption, process.heartbeat)
+        trainer = Trainer(stage, world, preemption, process.heartbeat, process.custom)
         if process.watch is not None:  # from here on there is something to save
             process.watch.spare(lambda: preemption.request("the launcher died"), process.heartbeat.is_stuck)
         is_done = trainer.run()

@@ -20,7 +20,7 @@ from distvsd.faults import fault
 from distvsd.parallel.alike import Fact, refuse_unlike
 from distvsd.parallel.collectives import agreed, max_flags, set_timeout
 from distvsd.parallel.world import OPENING_TIMEOUT_S, World
-from distvsd.run.build import Run, build_run
+from distvsd.run.build import Custom, Run, build_run
 from distvsd.run.journal import Journal
 from distvsd.run.loop import Round
 from distvsd.run.pictures import draw_finished, draw_round
@@ -46,7 +46,9 @@ class Order(enum.IntFlag):
 class Trainer:
     """Trains one stage. Every rank makes one and calls `run`; all of it is collective."""
 
-    def __init__(self, stage: Stage, world: World, preemption: Preemption, heartbeat: Heartbeat) -> None:
+    def __init__(
+        self, stage: Stage, world: World, preemption: Preemption, heartbeat: Heartbeat, custom: Custom = Custom()
+    ) -> None:
         self.stage, self.world, self.preemption, self.heartbeat = stage, world, preemption, heartbeat
         self.config, self.paths = stage.config, stage.paths
         config, paths = self.config, self.paths
@@ -55,8 +57,8 @@ class Trainer:
         self.patience_s = max(OPENING_TIMEOUT_S, config.parallel.timeout_s)
         set_timeout(world, self.patience_s, heartbeat.refuse_lost)
         agreed(world, lambda: stage.create() if world.rank == 0 else None)
-        source = source_of(stage, world)
-        self.parts = agreed(world, lambda: self._load(source))
+        source = source_of(stage, world, custom)
+        self.parts = agreed(world, lambda: self._load(source, custom))
         self._refuse_unlike_ranks()
         checkpoint = config.checkpoint
         self.saver = Saver(paths.checkpoints, world, checkpoint.keep, checkpoint.asynchronous, checkpoint.max_failures)
@@ -71,17 +73,19 @@ class Trainer:
     def _refuse_unlike_ranks(self) -> None:
         """Communicates. Every rank reads all files of its prior once more for this, which is the price of knowing that
         they are the same: seconds for each GB from a local disk."""
-        identity = agreed(self.world, self.parts.prior.identity)
+        identities = agreed(self.world, self.parts.identities)
         facts = {
-            "prior": Fact(identity, f"{identity[:15]} ({self.config.prior.path} seen from {Path.cwd()})"),
+            what: Fact(identity, f"{identity[:15]} ({path} seen from {Path.cwd()})")
+            for what, (path, identity) in identities.items()
+        } | {
             "version of distvsd": Fact(__version__, __version__),
             "version of torch": Fact(str(torch.__version__), str(torch.__version__)),
         }
         refuse_unlike(self.world, facts)
 
-    def _load(self, source: Source | None) -> Run:
+    def _load(self, source: Source | None, custom: Custom) -> Run:
         fault("load")
-        return build_run(self.config, self.world, self._watch, self.heartbeat.at, source=source)
+        return build_run(self.config, self.world, self._watch, self.heartbeat.at, custom, source)
 
     def _adopt(self) -> None:
         """Writes what the run and the stage are continued with, which may be changed by `--resume must`."""
@@ -168,7 +172,7 @@ class Trainer:
         metadata = {
             "config": to_dict(self.config),
             "config_digest": digest(self.config),
-            "prior_identity": self.parts.prior.identity(),
+            **{f"{what}_identity": identity for what, (_, identity) in self.parts.identities().items()},
         } | self.journal.lengths()
         training = self.parts.training
         texts = training.score.texts() if training else {}

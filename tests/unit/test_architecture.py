@@ -277,7 +277,7 @@ def test_train_can_be_called_although_a_module_has_its_name(first: str) -> None:
     """In any order of imports, and again: a submodule takes the place of a name in its package when it is loaded."""
     program = f"{first}\nimport distvsd, inspect\nfor _ in 'ab': print(*inspect.signature(distvsd.train).parameters)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout.splitlines() == ["config resume"] * 2
+    assert done.stdout.splitlines() == ["config resume custom"] * 2
 
 
 def test_the_reader_sees_what_is_imported_and_how(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
