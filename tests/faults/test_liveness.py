@@ -31,7 +31,8 @@ Figure = Callable[[str], None]
 
 
 def config(run: Path, prior: Path, **changes: Any) -> Config:
-    return small_config(run, prior, **{"checkpoint.every": 1, "log.every": 1, "parallel.timeout_s": 60} | changes)
+    own = {"parallel.numerics": "fast", "parallel.timeout_s": 60, "checkpoint.every": 1, "log.every": 1}
+    return small_config(run, prior, **own | changes)
 
 
 def train_with(world: World, run: Config, faults: str, folder: Path) -> None:
@@ -117,7 +118,7 @@ def test_a_rank_lost_inside_another_librarys_collectives_is_named_too(
     if strategy["strategy"] == "deepspeed":
         pytest.importorskip("deepspeed")
     changes = {f"parallel.{name}": value for name, value in strategy.items()}
-    run = config(tmp_path / "run", prior, **{"parallel.timeout_s": 8, "parallel.numerics": "fast"} | changes)
+    run = config(tmp_path / "run", prior, **{"parallel.timeout_s": 8} | changes)
     # The sleep is for a heartbeat, as above.
     faults = f"sleep@reduce:rank=1:step=1:nth=1:ms=2500; {lost}@reduce:rank=1:step=1:nth=1"
     found = reports(tmp_path / "said", run, faults, 3)

@@ -48,7 +48,8 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 def config(run: Path, prior: Path, **changes: Any) -> Config:
     own = {"particles.count": 2, "schedule.rounds": ROUNDS, "checkpoint.every": 4, "log.every": 1}
-    return small_config(run, prior, **own | {"log.wandb": "offline"} | changes)
+    own |= {"parallel.numerics": "fast", "log.wandb": "offline"}
+    return small_config(run, prior, **own | changes)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
