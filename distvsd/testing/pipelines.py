@@ -38,8 +38,8 @@ def tiny_pipeline(
 
     layout: what the files look like. "sd15" and "sd21" are Stable Diffusion 1.5 and 2.1 (64 x 64 images, 4 x 8 x 8
     latents, an AutoencoderKL, 77 tokens), "shapes" the embedded prior (32 x 32 images, 48 x 8 x 8 latents, PatchCodec,
-    16 tokens, a schedule that ends in pure noise). prediction_type: the layout's own where None. levels: of the UNet; one
-    level without a middle block takes half the time, for tests that are about something else.
+    16 tokens, a schedule that ends in pure noise). prediction_type: the layout's own where None. levels: of the UNet;
+    one level without a middle block takes less time, for tests that are about something else.
     """
     folder = Path(folder)
     prediction = prediction_type or _PREDICTION[layout]
