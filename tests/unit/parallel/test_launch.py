@@ -85,7 +85,7 @@ def test_three_counts_of_the_world_must_agree() -> None:
     """The launcher's, torch's and accelerate's number of ranks must be one number."""
     refuse_other_world(4, 4, 4)
     for counts in ((4, 1, 1), (4, 4, 1), (2, 4, 4)):
-        with pytest.raises(RankError, match=r"not one world: WORLD_SIZE is \d, torch\.distributed counts \d ranks"):
+        with pytest.raises(RankError, match=r"WORLD_SIZE is \d, torch\.distributed counts \d"):
             refuse_other_world(*counts)
 
 

@@ -21,7 +21,7 @@ from distvsd.runtime.paths import RunLock, RunPaths
 def test_the_names_in_a_run_directory_are_the_documented_ones(tmp_path: Path) -> None:
     paths = RunPaths(tmp_path)
     named = [paths.status, paths.config, paths.metrics, paths.health, paths.lock, paths.checkpoints, paths.renders]
-    named += [paths.exports, paths.gallery, paths.evaluation]
+    named += [paths.evaluation]
     assert [str(path.relative_to(tmp_path)) for path in named] == [
         "STATUS.json",
         "config.yaml",
@@ -30,8 +30,6 @@ def test_the_names_in_a_run_directory_are_the_documented_ones(tmp_path: Path) ->
         "run.lock",
         "checkpoints",
         "renders",
-        "exports",
-        "gallery",
         "evaluation.json",
     ]
     assert list(tmp_path.iterdir()) == []
