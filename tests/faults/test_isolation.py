@@ -299,10 +299,8 @@ def test_a_score_that_stays_not_finite_ends_the_run_with_one_text_that_names_par
     texts, steps, taken = zip(*found, strict=True)
     assert set(steps) == {ROUND + 1} and set(taken) == {ROUND}
     assert len(set(texts)) == 1
-    assert f"last 2 optimiser steps were left out (score.max_skipped), up to round {ROUND + 2}" in texts[0]
-    named = re.search(
-        rf"the loss was not finite for particle {STRUCK} at timestep (\d+), particle {STRUCK} at", texts[0]
-    )
+    assert re.search(rf"2 optimiser steps .*score\.max_skipped.* round {ROUND + 2}\b", texts[0])
+    named = re.search(rf"particle {STRUCK} at timestep (\d+), particle {STRUCK} at", texts[0])
     assert named and 0 <= int(named[1]) < 1000
     assert not re.search(rf"particle (?!{STRUCK}\b)\d+ at timestep", texts[0])
 
@@ -313,4 +311,4 @@ def test_a_sum_that_stays_not_finite_says_that_no_particle_is_to_blame(settings)
     plan, limits = "nan@reduce:rank=1", {"score.max_skipped": 2}
     found = run_ranks(until_the_end, 2, settings(**limits), plan, lambda samples: samples)
     assert found[0] == found[1]
-    assert "every rank's loss and gradient were finite, their sum over ranks was not" in found[0][0]
+    assert "sum over ranks" in found[0][0] and "particle" not in found[0][0]

