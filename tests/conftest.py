@@ -10,6 +10,7 @@ makes docs/guarantees.md of them.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
@@ -65,6 +66,16 @@ def prior(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Whatever a training imports late is imported here, once, and not by each rank that a test forks.
     train(small_config(tmp_path_factory.mktemp("first") / "run", folder, **{"schedule.rounds": 1}))
     return folder
+
+
+@pytest.fixture(scope="session")
+def deepspeed() -> None:
+    """Imports what DeepSpeed imports in its first use, seconds of it, here and not in each forked rank; skips without
+    it."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    pytest.importorskip("deepspeed")
+    with contextlib.suppress(ImportError):
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - it compiles kernels, which takes seconds
 
 
 @pytest.hookimpl(wrapper=True)

@@ -7,7 +7,6 @@ second rank has no particle, and in one round no row to train on.
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,11 +48,10 @@ class Result:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def ready_for_deepspeed() -> Iterator[None]:
-    """Imported here, so that forked ranks have it already, and with ZeRO-3 cutting up what a tiny network has."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+def small_tensors_are_cut_up(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With ZeRO-3 cutting up what a tiny network has."""
     if HAS_DEEPSPEED:
-        import deepspeed  # noqa: F401
+        request.getfixturevalue("deepspeed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("distvsd.score.strategies.deepspeed.PERSISTENT", 4000)
         yield
