@@ -27,22 +27,24 @@ class UsageError(DistvsdError):
 
 
 class PriorError(DistvsdError):
-    """A prior that is not there, cannot be read, does not hold what its configuration promises, or cannot be used as
-    asked. Wrong usage: the same command with the same folder would end the same way, so nothing should try again."""
+    """A prior that is missing, cannot be read, does not match its own configuration, or cannot be used as asked.
+
+    It counts as wrong usage (exit code 2): the same command would fail again, so a scheduler must not retry it.
+    """
 
     exit_code = 2
 
 
 class CheckpointError(DistvsdError):
-    """A checkpoint that is missing, torn, altered, or belongs to another run."""
+    """A checkpoint that is missing, damaged, changed, or of another run."""
 
 
 class RankError(DistvsdError):
-    """Ranks that disagree, do not answer, or were started in a way that cannot work."""
+    """Ranks that disagree, do not answer, or were started wrongly."""
 
 
 class BackendError(DistvsdError):
-    """An optional library or device that was asked for and is not there, or does not support what is asked."""
+    """A requested library or device that is missing or does not support the request."""
 
 
 class RunError(DistvsdError):
@@ -50,4 +52,4 @@ class RunError(DistvsdError):
 
 
 class DivergedError(DistvsdError):
-    """Training that cannot go on: too many particles, or the score network, are no longer finite."""
+    """Training that cannot go on: too many particles, or the score network, are not finite any more."""

@@ -1,13 +1,13 @@
-"""Faults on purpose: the points at which a run can be made to die, to lose its disk, or to compute nonsense.
+"""Fault injection: named points in the program at which a test can kill a process, fail its disk or spoil a tensor.
 
-`DISTVSD_FAULTS` names them, separated by semicolons, each `kind@point` with conditions behind colons:
+`DISTVSD_FAULTS` holds a plan: faults separated by semicolons, each `kind@point` followed by conditions after colons:
 
     DISTVSD_FAULTS="kill@save.manifest:rank=1:step=4; enospc@save.write:rank=0:nth=3; nan@render:particle=2:step=5"
 
 kinds: kill, stop, term, usr1 (signals to this process), enospc, edquot, eio, oom (errors raised), nan (rows of a
-tensor), sleep (`ms=`). conditions: rank, step (the round under way, from 0), particle, restart (the launcher's count of
-restarts), nth (the n-th time that all others hold, from 1; without it, every time). Without the variable a point costs
-one comparison. The points of a save are the argument for crash consistency in docs/checkpoint-format.md.
+tensor), sleep (`ms=`). conditions: rank, step (the current round, from 0), particle, restart (the launcher's count of
+restarts), nth (only the n-th time that the other conditions hold, from 1). Without a plan a point costs one comparison.
+docs/checkpoint-format.md derives crash consistency from the points of a save.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Fault:
     met: int = field(default=0, compare=False)
 
     def is_due(self, point: str, step: int, ids: Sequence[int]) -> bool:
-        """Whether it strikes now; counts, so it is asked once each time a point is passed."""
+        """Whether this fault happens now. Counts the calls that meet its conditions: call it once for each pass."""
         here = {
             "rank": int(os.environ.get("RANK", "0")),
             "step": step,
@@ -87,13 +87,13 @@ def parse(text: str) -> list[Fault]:
         kind, _, point = head.partition("@")
         if kind not in KINDS or point not in POINTS:
             raise UsageError(
-                f"{VARIABLE}: {head!r} is no fault; kinds are {', '.join(KINDS)}, points are {', '.join(POINTS)}"
+                f"{VARIABLE}: {head!r} is not a fault; kinds are {', '.join(KINDS)}, points are {', '.join(POINTS)}"
             )
         numbers = {}
         for condition in conditions:
             name, _, number = condition.partition("=")
             if name not in _CONDITIONS or not number.isdecimal():
-                raise UsageError(f"{VARIABLE}: {condition!r} is no condition; known are {', '.join(_CONDITIONS)} = n")
+                raise UsageError(f"{VARIABLE}: {condition!r} is not a condition; use {', '.join(_CONDITIONS)} = n")
             numbers[name] = int(number)
         faults.append(Fault(kind, point, numbers))
     return faults
@@ -104,7 +104,7 @@ _step = 0
 
 
 def fault(point: str, ids: Sequence[int] = ()) -> None:
-    """A named point in the program; does what the plan says for it. ids: the particles at hand, if any."""
+    """Marks a named point in the program and does what the plan says for it. ids: the particles concerned, if any."""
     if not _plan:
         return
     for entry in _plan:
@@ -113,8 +113,8 @@ def fault(point: str, ids: Sequence[int] = ()) -> None:
 
 
 def poison(point: str, rows: Tensor, ids: Tensor | None = None) -> Tensor:
-    """`rows`, or a copy of them that is NaN where the plan says so: in the rows `[N, ...]` whose id in `ids` `[N]` is
-    the fault's particle, in all of them without a particle. Differentiable; the gradient of poisoned rows is NaN."""
+    """`rows` `[N, ...]`, or a copy in which the plan's rows are NaN: those whose id in `ids` `[N]` is the fault's
+    particle, or all of them if the fault names no particle. Differentiable; the gradient of those rows is NaN."""
     if not _plan:
         return rows
     numbers = [] if ids is None else ids.tolist()
@@ -128,7 +128,7 @@ def poison(point: str, rows: Tensor, ids: Tensor | None = None) -> Tensor:
 
 
 def begin_round(step: int) -> None:
-    """Tells the plan which round is under way, and is the point `round`."""
+    """Tells the plan which round begins, and marks the point `round`."""
     global _step
     if _plan:
         _step = step
@@ -137,7 +137,7 @@ def begin_round(step: int) -> None:
 
 @contextlib.contextmanager
 def injected(text: str) -> Iterator[list[Fault]]:
-    """The plan `text` for the length of the block, in this process and those it forks; for tests."""
+    """Makes `text` the plan inside the block, for this process and the processes that it forks; for tests."""
     global _plan, _step
     before = _plan, _step
     _plan, _step = parse(text), 0

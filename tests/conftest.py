@@ -10,6 +10,7 @@ makes docs/guarantees.md of them.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
@@ -56,10 +57,25 @@ def figure(request: pytest.FixtureRequest) -> Callable[[str], None]:
 
 @pytest.fixture(scope="session")
 def prior(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny random pipeline in the layout of the embedded prior; not to be written to."""
+    """The folder of the smallest random pipeline in the layout of the embedded prior; not to be written to."""
+    from distvsd.run.train import train
     from distvsd.testing.pipelines import tiny_pipeline
+    from tests.small_run import small_config
 
-    return tiny_pipeline(tmp_path_factory.mktemp("prior"), "shapes", "v_prediction", 0)
+    folder = tiny_pipeline(tmp_path_factory.mktemp("prior"), "shapes", "v_prediction", 0, levels=1)
+    # Whatever a training imports late is imported here, once, and not by each rank that a test forks.
+    train(small_config(tmp_path_factory.mktemp("first") / "run", folder, **{"schedule.rounds": 1}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def deepspeed() -> None:
+    """Imports what DeepSpeed imports in its first use, seconds of it, here and not in each forked rank; skips without
+    it."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    pytest.importorskip("deepspeed")
+    with contextlib.suppress(ImportError):
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - it compiles kernels, which takes seconds
 
 
 @pytest.hookimpl(wrapper=True)

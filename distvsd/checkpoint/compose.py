@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint, made of what every rank reports of its part."""
+"""Makes the manifest of a checkpoint from the reports of all ranks."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _REQUIRED: Final = ("config", "config_digest", "prior_identity", "metrics_bytes"
 
 
 def frozen_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy that later changes do not reach. Raises CheckpointError where it lacks something or is not JSON."""
+    """A deep copy. Raises CheckpointError if a key is missing or something is not JSON."""
     if missing := [key for key in _REQUIRED if key not in metadata]:
-        raise CheckpointError(f"the metadata lacks {', '.join(missing)}; rank 0 has to give {', '.join(_REQUIRED)}")
+        raise CheckpointError(f"the metadata lacks {', '.join(missing)}; rank 0 must give {', '.join(_REQUIRED)}")
     frozen: dict[str, Any] = plain(metadata, "the metadata")
     return frozen
 
 
 def plain(value: Any, what: str) -> Any:
-    """The value as JSON gives it back. Raises CheckpointError for what is not JSON."""
+    """The value after a round trip through JSON. Raises CheckpointError for what is not JSON."""
     try:
         return json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError) as error:
@@ -33,7 +33,7 @@ def plain(value: Any, what: str) -> Any:
 
 
 def compose(step: int, world_size: int, written: Sequence[Mapping[str, Any]], metadata: Mapping[str, Any]) -> Manifest:
-    """The manifest of what all ranks wrote; `written` has by rank their entries, content digests and health records."""
+    """The manifest of what all ranks wrote. written: by rank, its file entries, content digests and health records."""
     entries = {file: entry for report in written for file, entry in report["entries"].items()}
     content = {file: digest for report in written for file, digest in report["content"].items()}
     health = {int(particle): record for report in written for particle, record in report["health"].items()}
@@ -55,7 +55,7 @@ def compose(step: int, world_size: int, written: Sequence[Mapping[str, Any]], me
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         more={key: value for key, value in metadata.items() if key not in _REQUIRED},
     )
-    # What no reader would accept must not replace what one would.
+    # A manifest that readers would refuse must not replace one that they accept.
     return decode_manifest(manifest.encode(), f"the manifest of step {step}")
 
 

@@ -1,8 +1,8 @@
-"""What a checkpoint is made of: names, manifest, tensor files. Pure functions; nothing here touches a disk.
+"""The format of a checkpoint: names, manifest, tensor files. Pure functions; nothing here touches a disk.
 
 A checkpoint is a folder of safetensors and JSON files, described and signed by its `manifest.json`. Particles are keyed
-by id, never by rank, so any number of ranks can read what any other number wrote. docs/checkpoint-format.md has the
-whole format and the reasons.
+by id, never by rank, so any number of ranks can read what any other number wrote. The full format and its reasons are
+in docs/checkpoint-format.md.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from distvsd.errors import CheckpointError
 
 FORMAT: Final = 1
 MANIFEST: Final = "manifest.json"
-# A manifest is read whole before anything is known about it; 200 bytes a file make this a million particles.
+# A manifest is read whole before it is checked. At 200 bytes a file this is enough for a million particles.
 MAX_MANIFEST_BYTES: Final = 256 * 2**20
-# What is nested more deeply could be parsed, and then not be walked through.
+# JSON that is nested more deeply could be parsed and would then exceed Python's recursion limit.
 MAX_DEPTH: Final = 64
-# Every JSON reader keeps integers up to here, and no count of a run gets there.
+# Every JSON reader is exact up to here, and no count of a run gets there.
 MAX_INT: Final = 2**53
 
 _STEP = re.compile(r"step-(\d{8,})", re.ASCII)
@@ -59,7 +59,7 @@ class ParticleEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint says of itself. Unknown keys of the file are kept in `more`, so that format 1 can gain some.
+    """The description of a checkpoint. Unknown keys of the file are kept in `more`, so that format 1 can gain keys.
 
     step: rounds completed. config: the whole configuration. world_size: ranks that saved, for information only.
     prior_identity: hash of the frozen prior. components: SHA-256 of tensor content by component, see `content_digest`.
@@ -89,9 +89,9 @@ class Manifest:
         content = asdict(self)
         more = content.pop("more")
         if clash := sorted(more.keys() & {*content, "format", "sha256"}):
-            raise CheckpointError(f"metadata may not hold the manifest's own keys {clash}; name them otherwise")
+            raise CheckpointError(f"metadata may not hold the manifest's own keys {clash}; use other names")
         try:
-            # Through JSON once before anything is sorted: integer keys become strings there, and sort differently.
+            # Through JSON before sorting: integer keys become strings, which sort differently.
             plain = json.loads(json.dumps({"format": FORMAT, **more, **content}, allow_nan=False))
         except (TypeError, ValueError) as error:
             raise CheckpointError(
@@ -103,9 +103,9 @@ class Manifest:
 def decode_manifest(data: bytes, where: str) -> Manifest:
     """Parses and checks a manifest file; `where` names it in errors.
 
-    Any change of a single bit is found: the file must be, byte for byte, the canonical spelling of what it says, and
-    what it says must match its own SHA-256. A valid signature is no proof of good will, so names, types and
-    cross-references are checked too. Raises CheckpointError; NewerFormatError if a newer program wrote it.
+    Any single flipped bit is found: the file must be, byte for byte, the canonical encoding of its content, and the
+    content must match its SHA-256. Anybody can make a valid signature, so names, types and cross-references are checked
+    too. Raises CheckpointError; NewerFormatError if a newer program wrote it.
     """
     try:
         content = json.loads(data.decode("ascii"))
@@ -135,14 +135,14 @@ def folder_name(step: int) -> str:
 
 
 def step_of(name: str) -> int | None:
-    """The inverse of `folder_name`; None for every other name, however alike."""
+    """The inverse of `folder_name`; None for every other name."""
     match = _STEP.fullmatch(name)
     step = int(match.group(1)) if match else -1
     return step if step >= 0 and folder_name(step) == name else None
 
 
 def particle_file(particle: int) -> str:
-    """Where a particle lies inside a checkpoint."""
+    """The file of a particle inside a checkpoint."""
     return f"particles/{particle:06d}.safetensors"
 
 
@@ -165,7 +165,7 @@ def component(file: str) -> str | None:
     match = _SCORE.fullmatch(file)
     if match is None or match.group(2) == "json":
         return None
-    # peft fixes this file's name; the component is called by what it is.
+    # peft fixes the name of this file.
     return "score/adapter" if match.group(1) == "adapter_model" else f"score/{match.group(1)}"
 
 
@@ -183,7 +183,7 @@ def encode_tensors(tensors: Mapping[str, Tensor], file: str) -> bytes:
         plain[name] = value.clone() if storage in seen else value
         seen.add(storage)
     try:
-        # The metadata is what peft and transformers look for in a file of torch tensors.
+        # peft and transformers look for this metadata in a file of torch tensors.
         data: bytes = safetensors.torch.save(plain, metadata={"format": "pt"})
     except (safetensors.SafetensorError, RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(f"the tensors of {file} do not fit safetensors: {error}") from error
@@ -191,7 +191,7 @@ def encode_tensors(tensors: Mapping[str, Tensor], file: str) -> bytes:
 
 
 def decode_tensors(data: bytes, where: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU. Raises CheckpointError when it is not one."""
+    """The tensors of a safetensors file, on the CPU. Raises CheckpointError if it is not one."""
     import safetensors.torch
 
     with as_safetensors(where):
@@ -201,7 +201,7 @@ def decode_tensors(data: bytes, where: str) -> dict[str, Tensor]:
 
 @contextmanager
 def as_safetensors(where: str) -> Iterator[None]:
-    """For a block that reads a file as one of tensors; `where` names it in the CheckpointError if it is not one."""
+    """Turns errors of a block that reads a safetensors file into CheckpointError; `where` names the file."""
     import safetensors
 
     try:
@@ -211,9 +211,9 @@ def as_safetensors(where: str) -> Iterator[None]:
 
 
 def content_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of tensors in the order of their names, whatever file holds them.
+    """SHA-256 over names, dtypes, shapes and bytes of tensors, sorted by name, independent of the file.
 
-    Each tensor is one line of JSON, which fixes how many bytes follow it, then its row-major bytes.
+    Each tensor is hashed as one line of JSON, which determines how many bytes follow, and its row-major bytes.
     """
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -246,7 +246,7 @@ def _damaged(where: str, what: str) -> CheckpointError:
 
 
 def _depth(content: Any) -> int:
-    """How many objects and lists lie inside each other."""
+    """The nesting depth of objects and lists."""
     depth, level = 0, [content]
     while level:
         depth += 1
@@ -256,7 +256,7 @@ def _depth(content: Any) -> int:
 
 
 def _checked(content: dict[str, Any], where: str) -> Manifest:
-    """A manifest from signed content; every field's type and every cross-reference is verified."""
+    """A manifest from signed content, with the type of every field and every cross-reference checked."""
 
     def take(key: str, kind: type) -> Any:
         value = content.pop(key, None)
@@ -264,7 +264,7 @@ def _checked(content: dict[str, Any], where: str) -> Manifest:
             raise _damaged(where, f"has no valid {key!r}")
         return value
 
-    if "health_bytes" in content:  # manifests did not always have it
+    if "health_bytes" in content:  # early manifests lack it
         content["health_bytes"] = take("health_bytes", int)
 
     files = {file: _file(file, entry, where) for file, entry in take("files", dict).items()}

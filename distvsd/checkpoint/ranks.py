@@ -1,4 +1,4 @@
-"""What ranks do together: each its part, and any rank's failure is the same error on all of them."""
+"""Work that ranks do together: a failure on any rank is the same error on all."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from distvsd.parallel.world import World
 
 
 class StorageError(CheckpointError):
-    """The disk failed (full, over quota, an I/O error), not the program: the same save may succeed a little later."""
+    """The disk failed (full, over quota, an I/O error), not the program: the same save may succeed later."""
 
 
 def together(world: World, action: str, work: Callable[[], Any]) -> list[Any]:
-    """Every rank's result of its work, which must be JSON, by rank; communicates once.
+    """Runs `work` on every rank and returns the results (JSON) by rank. Collective; communicates once.
 
-    Where any rank's work fails, all raise one CheckpointError in the same words that says which did not and why: a
-    StorageError if only disks failed. A rank that raised on its own would leave the others waiting for ever.
+    If it fails on any rank, all ranks raise the same CheckpointError, which names those ranks and their reasons; a
+    StorageError if only disks failed. If a rank raised alone, the others would wait for ever.
     """
     values, problems, _ = attempt(world, lambda: _described(work))
     failed = [problem.kind for problem in problems if problem is not None]
@@ -29,7 +29,7 @@ def together(world: World, action: str, work: Callable[[], Any]) -> list[Any]:
 
 
 def refuse(action: str, problems: Sequence[str | None], error: type[CheckpointError] = CheckpointError) -> None:
-    """Raises one error from the problems of all ranks, if there are any. Does not communicate."""
+    """Raises one error that lists the problems of all ranks, if there are any. Does not communicate."""
     ranks: dict[str, list[str]] = {}
     for rank, problem in enumerate(problems):
         if problem is not None:
@@ -40,7 +40,8 @@ def refuse(action: str, problems: Sequence[str | None], error: type[CheckpointEr
 
 
 def owners_of(action: str, opened: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """The rank that writes each file: the lowest that holds it. The same on every rank."""
+    """The rank that writes each file: the lowest that holds it. The same on every rank. Raises CheckpointError if ranks
+    are at different steps or hold the same particle."""
     holders: dict[str, list[int]] = {}
     for rank, report in enumerate(opened):
         for file in report["files"]:
@@ -58,7 +59,7 @@ def owners_of(action: str, opened: Sequence[Mapping[str, Any]]) -> dict[str, int
 
 
 def refuse_drift(action: str, contents: Sequence[Mapping[str, str]]) -> None:
-    """Raises where ranks that hold the same file hold different content."""
+    """Raises CheckpointError if ranks hold different content of the same file."""
     first: dict[str, tuple[int, str]] = {}
     problems: list[str | None] = [None] * len(contents)
     for rank, content in enumerate(contents):
@@ -70,7 +71,7 @@ def refuse_drift(action: str, contents: Sequence[Mapping[str, str]]) -> None:
 
 
 def _described(work: Callable[[], Any]) -> Any:
-    """What the work returns; its errors say what they are, and which are the disk's."""
+    """What the work returns; its errors become StorageError (of the disk) or CheckpointError."""
     try:
         return work()
     except CheckpointError:

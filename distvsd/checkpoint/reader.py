@@ -1,4 +1,4 @@
-"""Reading checkpoints: what is published, is it sound, what is in it. Changes nothing; one process, no ranks."""
+"""Reading checkpoints: which exist, whether they are sound, their content. Changes nothing; one process, no ranks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _CHANGED: Final = "does not match its SHA-256: it was damaged or changed after i
 
 
 class Contents(Protocol):
-    """What a run reads when it resumes, told by who composed the run. Both raise CheckpointError for what it cannot."""
+    """Checks that a run can resume from a checkpoint. Both methods raise CheckpointError if it cannot."""
 
     def refuse_manifest(self, manifest: Manifest) -> None: ...
 
@@ -43,7 +43,8 @@ class Contents(Protocol):
 
 @dataclass
 class Findings:
-    """Sentences. damaged: files that are not as they were written. unfit: what is, and what no resume can read."""
+    """Sentences. damaged: about files that changed after they were written. unfit: about intact files from which this
+    run cannot resume."""
 
     damaged: list[str] = field(default_factory=list)
     unfit: list[str] = field(default_factory=list)
@@ -51,21 +52,14 @@ class Findings:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A published checkpoint whose manifest is sound. Files are verified when they are read, or by `problems`."""
+    """A published checkpoint with a sound manifest. Files are verified when they are read, or by `problems`."""
 
     folder: Path
     manifest: Manifest
 
     def read(self, file: str) -> dict[str, Tensor]:
-        """The tensors of one file, on the CPU: exactly the bytes that were verified. Raises CheckpointError."""
+        """The tensors of one file, on the CPU, from the bytes that were verified. Raises CheckpointError."""
         return decode_tensors(self._bytes(file), str(self.folder / file))
-
-    def read_text(self, file: str) -> str:
-        """One JSON file of the checkpoint, verified. Raises CheckpointError."""
-        try:
-            return self._bytes(file).decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise CheckpointError(_advice(self.folder / file, f"is not UTF-8 ({error})")) from error
 
     def layout_problems(self) -> list[str]:
         """Files that are missing, extra, of another size or not regular files, one sentence each. Reads no content."""
@@ -84,7 +78,7 @@ class Checkpoint:
         return problems
 
     def examine(self, files: Iterable[str], contents: Contents | None = None) -> Findings:
-        """Reads `files`, one at a time, against their SHA-256 and, where they hold tensors, against `contents`."""
+        """Checks `files`, one at a time: their SHA-256 and, for tensors, whether they fit `contents`."""
         findings = Findings()
         for file in files:
             try:
@@ -102,7 +96,7 @@ class Checkpoint:
         return findings
 
     def examine_manifest(self, contents: Contents) -> list[str]:
-        """Why no resume could read what the manifest says, at most one sentence."""
+        """Why this run cannot resume from the manifest, at most one sentence."""
         try:
             contents.refuse_manifest(self.manifest)
         except CheckpointError as error:
@@ -110,7 +104,7 @@ class Checkpoint:
         return []
 
     def problems(self, contents: Contents | None = None) -> list[str]:
-        """Everything that is wrong with the files: empty for a sound checkpoint. Reads all of it."""
+        """All problems of the files, none for a sound checkpoint. Reads every file."""
         found, _ = _walk(self.folder)
         readable = [file for file, entry in sorted(self.manifest.files.items()) if found.get(file) == entry.bytes]
         findings = self.examine(readable, contents)
@@ -118,15 +112,14 @@ class Checkpoint:
         return self.layout_problems() + findings.damaged + unfit
 
     def _hash(self, file: str) -> None:
-        """Raises CheckpointError where a file does not match its SHA-256; keeps nothing of it in memory."""
+        """Raises CheckpointError if a file does not match its SHA-256. Does not keep it in memory."""
         with _reading(self.folder, file) as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         if digest != self.manifest.files[file].sha256:
             raise CheckpointError(_advice(self.folder / file, _CHANGED))
 
     def _mapped(self, file: str) -> dict[str, Tensor]:
-        """The tensors where they lie on the disk: for looking at values once, without a copy. Their bytes are not
-        verified; what goes into a run comes from `read`."""
+        """The tensors mapped from the disk, to look at values without a copy. Not verified; a run uses `read`."""
         import safetensors
 
         path = self.folder / file
@@ -149,7 +142,7 @@ class Checkpoint:
 
 
 def steps(checkpoints: Path) -> list[int]:
-    """The steps of the published checkpoints, newest first, sound or not. Only exact names count."""
+    """The steps of the published checkpoints, newest first, sound or not. Only exact folder names count."""
     if not checkpoints.is_dir():
         return []
     found = (step_of(path.name) for path in checkpoints.iterdir())
@@ -157,7 +150,7 @@ def steps(checkpoints: Path) -> list[int]:
 
 
 def open_checkpoint(checkpoints: Path, step: int) -> Checkpoint:
-    """The checkpoint after `step` rounds, its manifest verified and its files not. Raises CheckpointError."""
+    """The checkpoint after `step` rounds; verifies its manifest but not its files. Raises CheckpointError."""
     folder = checkpoints / folder_name(step)
     path = folder / MANIFEST
     if folder.is_symlink():
@@ -168,15 +161,15 @@ def open_checkpoint(checkpoints: Path, step: int) -> Checkpoint:
         data = stream.read()
     manifest = decode_manifest(data, str(path))
     if manifest.step != step:
-        raise CheckpointError(f"{path} is of step {manifest.step}: the folder was renamed; give it back its name")
+        raise CheckpointError(f"{path} is of step {manifest.step}: the folder was renamed; rename it back")
     return Checkpoint(folder, manifest)
 
 
 def newest(checkpoints: Path) -> Checkpoint | None:
     """The newest sound checkpoint, every file verified; a warning in the log names each newer one that is not.
 
-    None when there is no checkpoint at all. Raises CheckpointError when there are some and none is sound, so that
-    nobody starts from nothing unawares, and when the newest was written by a newer program.
+    None if there is no checkpoint at all. Raises CheckpointError if there are some and none is sound, so that no run
+    silently starts anew, and if the newest was written by a newer program.
     """
     skipped: list[str] = []
     for step in steps(checkpoints):
@@ -196,7 +189,7 @@ def newest(checkpoints: Path) -> Checkpoint | None:
 
 
 def skipping(step: int, problems: list[str]) -> str:
-    """Why a checkpoint is passed over in favour of an older one."""
+    """The warning about a checkpoint that is skipped for an older one."""
     return f"checkpoint {folder_name(step)} is skipped: {'; '.join(problems)}"
 
 
@@ -211,14 +204,14 @@ def raise_if_none_is_sound(checkpoints: Path, skipped: list[str]) -> None:
 
 @contextmanager
 def _reading(folder: Path, file: str) -> Iterator[io.BufferedReader]:
-    """Opens a regular file of a checkpoint and follows no link on the way; every failure is a CheckpointError."""
+    """Opens a regular file of a checkpoint without following links; every failure is a CheckpointError."""
     path = folder / file
     try:
         fault("load.read")
         for part in [*reversed(path.relative_to(folder).parents)][1:]:
             if (folder / part).is_symlink():
                 raise CheckpointError(_advice(folder / part, "is a symbolic link"))
-        # Non-blocking, because opening a named pipe that lies in a file's place would wait for ever.
+        # Non-blocking: opening a named pipe in the place of a file would wait for ever.
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             os.close(handle)
@@ -232,7 +225,8 @@ def _reading(folder: Path, file: str) -> Iterator[io.BufferedReader]:
 
 
 def _walk(folder: Path) -> tuple[dict[str, int], list[str]]:
-    """Sizes of the regular files below a folder by relative name, and a sentence for everything that is neither."""
+    """Sizes of the regular files below a folder by relative name, and a sentence for everything but files and
+    folders."""
     found: dict[str, int] = {}
     problems: list[str] = []
     pending = [""]

@@ -1,4 +1,4 @@
-"""Saving and loading by all ranks together: each writes and reads its own particles, rank 0 decides and publishes."""
+"""Saving and loading by all ranks: each writes and reads its own particles; rank 0 decides and publishes."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from distvsd.parallel.world import World
 
 _log = logging.getLogger("distvsd")
 
-# Headers of the tensor files and the manifest come on top of the tensors.
+# For the manifest and the headers of the tensor files.
 _MARGIN_BYTES: Final = 2**20
 
 
 @dataclass(frozen=True)
 class _Part:
-    """What this rank gives to a checkpoint, copied: nothing that the caller does later reaches it."""
+    """This rank's part of a checkpoint, copied, so later changes by the caller do not reach it."""
 
     step: int
     files: dict[str, dict[str, Tensor]]
@@ -39,7 +39,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Save:
-    """A save under way, on one rank: its part, the folder, the thread that writes."""
+    """A save in progress on one rank: its part, the folder, the thread that writes."""
 
     part: _Part
     staging: Path
@@ -47,57 +47,56 @@ class _Save:
 
 
 class Saver:
-    """The checkpoints of one run. What is not called local is collective: all ranks call it, in the same order, and
-    either all of them return or all of them raise the same CheckpointError.
+    """The checkpoints of one run. Everything not called local is collective: all ranks call it in the same order, and
+    either all of them return or all raise the same CheckpointError.
 
-    A save has two parts. `begin` copies the state into host memory and lets a thread of each rank write it; `finish`
-    waits for the threads, compares, and publishes. A disk that fails loses that save only: it is counted, and the run
-    may go on until `max_failures` failed one after another.
+    A save has two parts. `begin` copies the state into host memory, and a thread of each rank starts to write it.
+    `finish` waits for the threads, compares their reports, and publishes. A failing disk loses that save only. Failures
+    are counted, and the run may continue until `max_failures` saves in a row have failed.
 
-    Constructing one deletes what a dead run left half-written, so only the holder of the run's lock may; readers of a
-    run that may be alive use `reader.newest`.
+    The constructor deletes the unfinished saves of a dead run, so only the holder of the run's lock may call it. To
+    read a run that may be alive use `reader.newest`.
     """
 
     def __init__(
         self, checkpoints: Path, world: World, keep: int = 2, asynchronous: bool = False, max_failures: int = 3
     ) -> None:
-        """checkpoints: their folder, on a file system all ranks share. keep: how many complete ones stay, at least 2:
-        the newest may turn out to be damaged. asynchronous: `begin` returns while the files are being written."""
+        """checkpoints: their folder, on a file system that all ranks share. keep: how many complete ones stay, at least
+        2, because the newest may turn out to be damaged. asynchronous: `begin` returns before the files are written."""
         if keep < 2:
-            raise CheckpointError(
-                f"checkpoint.keep is {keep}; at least 2 have to stay, for the case that one is damaged"
-            )
+            raise CheckpointError(f"checkpoint.keep is {keep}; at least 2 must stay, in case one is damaged")
         self._checkpoints, self._world, self._keep = checkpoints, world, keep
         self._asynchronous, self._max_failures = asynchronous, max_failures
         self._copies = HostCopies()
         self._save: _Save | None = None
-        self._staging: Path | None = None  # on rank 0, the folder that is not published yet
+        self._staging: Path | None = None  # on rank 0: the folder that is not published yet
         self._unsound: set[int] = set()
         self._failures, self._last_failure = 0, ""
         self._together("clearing away unfinished checkpoints", self._lead(lambda: store.recover(checkpoints)))
 
     @property
     def writing(self) -> bool:
-        """Whether this rank still writes files; local, and not the same on all ranks."""
+        """Whether this rank still writes files. Local; may differ between ranks."""
         return self._save is not None and self._save.writer.is_busy
 
     @property
     def pending(self) -> int | None:
-        """The step whose save has begun and is not finished; local, the same on all ranks."""
+        """The step whose save has begun and is not finished. Local; the same on all ranks."""
         return None if self._save is None else self._save.part.step
 
     @property
     def failures(self) -> int:
-        """How many saves have failed since one succeeded; local, the same on all ranks."""
+        """How many saves have failed since the last success. Local; the same on all ranks."""
         return self._failures
 
     @property
     def last_failure(self) -> str:
-        """Why the newest failed save failed, "" if none has; local, the same on all ranks."""
+        """Why the newest failed save failed, "" if none has. Local; the same on all ranks."""
         return self._last_failure
 
     def preflight(self, num_bytes: int) -> None:
-        """Raises CheckpointError unless the disk has room for the run's checkpoints. num_bytes: of this rank's part."""
+        """Raises CheckpointError unless the disk has room for the run's checkpoints. num_bytes: size of this rank's
+        part."""
         action = "reserving space for checkpoints"
         total = sum(self._together(action, lambda: num_bytes)) + _MARGIN_BYTES
         self._together(action, self._lead(lambda: store.reserve(self._checkpoints, total, self._keep)))
@@ -110,14 +109,14 @@ class Saver:
         metadata: Mapping[str, Any],
         health: Mapping[int, Mapping[str, Any]] | None = None,
     ) -> None:
-        """Starts to save the state after `step` rounds; what the file holds is the state at this moment.
+        """Starts to save the state after `step` rounds, as it is at this moment.
 
-        Finishes the save before, if that is still under way, and this one too unless `asynchronous`. files, texts: what
-        this rank holds, by the file names of docs/checkpoint-format.md. A particle comes from one rank. A `score/` file
-        may come from several: the lowest writes it, and it is an error if the others hold other content, which is how
-        drifted replicas are found. health: JSON by particle id, for the particles in `files`. metadata: rank 0's is
-        used; config, config_digest, prior_identity, metrics_bytes, and anything else in JSON. Raises CheckpointError
-        for what no checkpoint can hold, and when `max_failures` saves failed in a row.
+        First finishes the save before, if it is in progress; also finishes this one unless `asynchronous`. files,
+        texts: what this rank holds, by the file names of docs/checkpoint-format.md. Each particle comes from one rank.
+        A `score/` file may come from several: the lowest rank writes it, and different content on another rank is an
+        error, which finds drifted replicas. health: JSON by particle id, for the particles in `files`. metadata: rank
+        0's is used; config, config_digest, prior_identity, metrics_bytes, and any further JSON. Raises CheckpointError
+        for what a checkpoint cannot hold, and after `max_failures` failed saves in a row.
         """
         self.finish()
         action = f"saving {folder_name(step)}"
@@ -144,10 +143,10 @@ class Saver:
             self.finish()
 
     def finish(self) -> Path | None:
-        """Waits until this rank has written, then publishes the checkpoint, verifies it, and deletes what is too old.
+        """Waits until all ranks have written, publishes the checkpoint, verifies it, and deletes the oldest.
 
-        Returns its folder; None when no save was under way, or when this one failed. Raises CheckpointError when
-        replicas have drifted apart, and when `max_failures` saves failed in a row.
+        Returns its folder; None if no save was in progress, or if this one failed. Raises CheckpointError if replicas
+        have drifted apart, and after `max_failures` failed saves in a row.
         """
         save = self._save
         if save is None:
@@ -171,12 +170,12 @@ class Saver:
     def load(self, step: int | None = None, contents: reader.Contents | None = None) -> reader.Checkpoint | None:
         """The checkpoint of `step`, or the newest sound one; all ranks get the same, every file of it verified.
 
-        contents: what it must hold. One that is as it was written and does not hold that is refused and not passed
-        over: an older one would lose rounds without need, for what is in the way is the configuration, or a stranger.
+        contents: what it must hold. A checkpoint that is intact but does not hold it is an error and is not skipped:
+        the cause is the configuration, or a file of another run, and an older checkpoint would only lose rounds.
 
-        The ranks share the verification, and later `read` from it what each needs, without communication. Rank 0 logs a
-        warning for each newer checkpoint that is not sound. None if there is none at all. Raises CheckpointError when
-        none is sound, when the one asked for is not there, and NewerFormatError as `reader.newest` does.
+        The ranks divide the verification among themselves; later each `read`s what it needs without communication. Rank
+        0 logs a warning for each newer checkpoint that is not sound. None if there is none at all. Raises
+        CheckpointError if none is sound or the requested one is missing, and NewerFormatError as `reader.newest` does.
         """
         found = self._together("listing the checkpoints", self._lead(lambda: reader.steps(self._checkpoints)))[0]
         if step is not None and step not in found:
@@ -189,14 +188,14 @@ class Saver:
                 return checkpoint
             if step is not None:
                 raise CheckpointError(f"{folder_name(step)} cannot be used: {'; '.join(problems)}")
-            self._unsound.add(candidate)  # it must not be counted among those that stay
+            self._unsound.add(candidate)  # not one of the `keep` that stay
             skipped.append(reader.skipping(candidate, problems))
             self._lead(lambda: _log.warning(skipped[-1]))()
         reader.raise_if_none_is_sound(self._checkpoints, skipped)
         return None
 
     def _lead(self, work: Callable[[], Any]) -> Callable[[], Any]:
-        """The same work on rank 0, and none on the others."""
+        """The work on rank 0, nothing on the others."""
         return lambda: work() if self._world.rank == 0 else None
 
     def _together(self, action: str, work: Callable[[], Any]) -> list[Any]:
@@ -210,7 +209,7 @@ class Saver:
         metadata: Mapping[str, Any],
         health: Mapping[int, Mapping[str, Any]],
     ) -> _Part:
-        """The part of this rank, checked. No save may be under way: its copies are overwritten."""
+        """The part of this rank, checked. Overwrites the copies of the save before, which must be finished."""
         for name in (*files, *texts):
             if not is_file_name(name) or name.endswith(".json") != (name in texts):
                 raise CheckpointError(
@@ -232,14 +231,14 @@ class Saver:
         store.publish(save.staging, compose(save.part.step, self._world.size, written, save.part.metadata))
         try:
             store.prune(self._checkpoints, self._keep, save.part.step, self._unsound - {save.part.step})
-        except OSError as error:  # the checkpoint is safe; what is too old is looked for again after the next save
+        except OSError as error:  # the checkpoint is safe; the next save prunes again
             _log.warning("%s could not be searched for old checkpoints: %s", self._checkpoints, error)
 
     def _fail(self, error: StorageError) -> None:
-        """Counts a save that the disk did not take. Raises CheckpointError when it was one too many."""
+        """Counts a failed save. Raises CheckpointError after `max_failures` in a row."""
         self._failures += 1
         self._last_failure = str(error)
-        kept = f"the checkpoints in {self._checkpoints} are as they were"
+        kept = f"the checkpoints in {self._checkpoints} are unchanged"
         if self._failures >= self._max_failures:
             raise CheckpointError(
                 f"{self._failures} saves in a row failed (checkpoint.max_failures is {self._max_failures}), the "
@@ -248,15 +247,15 @@ class Saver:
         self._lead(lambda: _log.warning("%s; failure %d in a row, %s", error, self._failures, kept))()
 
     def _discard(self) -> None:
-        """Deletes the folder of a save that came to nothing, on rank 0; published, it has moved away."""
+        """Deletes the folder of a failed save, on rank 0. After a publication there is none: it was renamed."""
         if self._staging is not None:
             store.discard(self._staging)
             self._staging = None
 
     def _examine(self, step: int, contents: reader.Contents | None) -> tuple[reader.Checkpoint | None, list[str]]:
-        """One checkpoint, its files read by all ranks together, and how it is damaged: the same on every rank.
+        """A checkpoint and its damages, the same on every rank; the ranks divide the files among themselves.
 
-        Raises CheckpointError where it is not damaged and does not hold `contents`.
+        Raises CheckpointError if it is intact but does not hold `contents`.
         """
         opened: list[reader.Checkpoint] = []
 

@@ -1,4 +1,4 @@
-"""Copies of a state in host memory, so that it can be written while the caller goes on changing it."""
+"""Copies of a state in host memory, which can be written while the caller changes the state."""
 
 from __future__ import annotations
 
@@ -9,20 +9,18 @@ from torch import Tensor
 
 
 class HostCopies:
-    """Host memory for one snapshot at a time, kept from save to save: what is saved again has a place already.
+    """Host memory for one snapshot at a time, reused from save to save.
 
-    Copies of CUDA tensors lie in pinned memory, so that they come over at the speed of the bus; allocating that is
-    slow, which is the reason to keep it.
+    Copies of CUDA tensors are in pinned memory, which transfers fast but is slow to allocate; hence the reuse.
     """
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, str], Tensor] = {}
 
     def take(self, files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-        """The tensors as they are now, contiguous on the CPU; waits for the devices they are on.
+        """Copies of the tensors, contiguous on the CPU; waits for their devices.
 
-        The copies taken before are overwritten, so nobody may be reading them any more. Memory of tensors that are not
-        there any more is given back.
+        Overwrites the copies of the call before, so nobody may still read them. Frees memory of tensors that are gone.
         """
         buffers = {
             (file, name): self._copy((file, name), tensor)

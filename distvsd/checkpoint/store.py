@@ -1,6 +1,6 @@
-"""Writing checkpoints: staged beside their place, renamed into it, pruned after. One process, no ranks.
+"""Writing checkpoints: staged beside their place, renamed into it, then the old ones pruned. One process, no ranks.
 
-The order of the writes is the argument for crash consistency, made in docs/checkpoint-format.md.
+Crash consistency follows from the order of the writes, see docs/checkpoint-format.md.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from distvsd.faults import fault
 
 _log = logging.getLogger("distvsd")
 
-# No reader takes a name with a leading dot for a checkpoint.
+# Readers ignore names with a leading dot.
 _STAGED: Final = ".staged-"
 _REPLACED: Final = ".replaced-"
 _REMOVED: Final = ".removed-"
@@ -43,7 +43,7 @@ def stage(checkpoints: Path, step: int) -> Path:
 
 
 def write_file(staging: Path, file: str, data: bytes) -> FileEntry:
-    """Writes one new file, forces it to the disk and reads it back. Raises OSError, also where the file exists."""
+    """Writes one new file, forces it to the disk and reads it back. Raises OSError, also if the file exists."""
     particle = particle_of(file)
     ids = () if particle is None else (particle,)
     fault("save.write", ids)
@@ -58,11 +58,11 @@ def write_file(staging: Path, file: str, data: bytes) -> FileEntry:
 
 
 def publish(staging: Path, manifest: Manifest) -> Path:
-    """Completes a staged checkpoint by its manifest and renames it into place; afterwards it survives a power cut.
+    """Adds the manifest to a staged checkpoint and renames it into place; from then on it survives a power cut.
 
-    A checkpoint of the same step is swapped aside first and deleted last, when the new one has been verified in its
-    place. On an error nothing is published and everything is where it was. Raises OSError, and CheckpointError when
-    the files in the folder are not those of the manifest.
+    A checkpoint of the same step is moved aside first, and deleted after the new one was verified in its place. After
+    an error nothing is published and everything is where it was. Raises OSError, and CheckpointError if the files in
+    the folder are not those of the manifest.
     """
     checkpoints = staging.parent
     problems = Checkpoint(staging, manifest).layout_problems()
@@ -100,15 +100,15 @@ def publish(staging: Path, manifest: Manifest) -> Path:
 
 
 def prune(checkpoints: Path, keep: int, published: int, unsound: Collection[int] = ()) -> None:
-    """Deletes what is older than the `keep` newest complete checkpoints, never the one just published.
+    """Deletes checkpoints older than the `keep` newest complete ones, never the one just published.
 
-    Complete means a sound manifest and all files at their sizes; those of `unsound` are known to be damaged all the
-    same. A failure to delete is a warning: it loses nothing. Raises OSError where the folder cannot be listed.
+    Complete means a sound manifest and all files of the right size; those in `unsound` are damaged nevertheless. A
+    failure to delete is only a warning. Raises OSError if the folder cannot be listed.
     """
     complete: list[int] = []
     for step in steps(checkpoints):
         if len(complete) >= keep and step != published:
-            # Renamed first, so that a half-deleted checkpoint is never taken for a damaged one.
+            # Renamed first: a half-deleted checkpoint would look like a damaged one.
             gone = checkpoints / f"{_REMOVED}{folder_name(step)}-{uuid.uuid4().hex}"
             try:
                 fault("save.prune")
@@ -122,11 +122,11 @@ def prune(checkpoints: Path, keep: int, published: int, unsound: Collection[int]
 
 
 def reserve(checkpoints: Path, num_bytes: int, keep: int) -> None:
-    """Proves that the disk has room for a run whose checkpoints have `num_bytes` each and of which `keep` stay.
+    """Checks that the disk has room for a run whose checkpoints have `num_bytes` each and of which `keep` stay.
 
-    While one is written beside those that stay, there are `keep` + 1; the ones that are there already are counted in.
-    The free space must hold the rest, and a file of one checkpoint's size is really allocated, because a quota does
-    not show in the free space, and then deleted. Raises CheckpointError with the bytes needed and free.
+    While one is written there are `keep` + 1; existing ones count. The free space must hold the rest. A quota does not
+    show in the free space, so a file of one checkpoint's size is allocated and deleted. Raises CheckpointError with the
+    bytes needed and free.
     """
     checkpoints.mkdir(parents=True, exist_ok=True)
     there = sum(_is_complete(checkpoints, step) for step in steps(checkpoints))
@@ -152,9 +152,9 @@ def reserve(checkpoints: Path, num_bytes: int, keep: int) -> None:
 
 
 def recover(checkpoints: Path) -> None:
-    """Cleans up after a run that died in a save: for the one process that holds the run's lock, before its first save.
+    """Cleans up after a run that died in a save. Only the holder of the run's lock may call it, before its first save.
 
-    A checkpoint that was swapped aside goes back if its place is empty; every other unfinished folder is deleted.
+    A checkpoint that was moved aside goes back if its place is empty; every other unfinished folder is deleted.
     """
     if not checkpoints.is_dir():
         return
@@ -169,7 +169,7 @@ def recover(checkpoints: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Deletes what no reader looks at, if it is there; a failure is a warning, and `recover` will try again."""
+    """Deletes an unused folder, if it exists. A failure is only a warning; `recover` tries again."""
     try:
         if not os.path.lexists(folder):
             return
@@ -183,7 +183,7 @@ def discard(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Forces a folder's entries to the disk."""
+    """Forces the entries of a folder to the disk."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
@@ -199,19 +199,20 @@ def _is_complete(checkpoints: Path, step: int) -> bool:
 
 
 def _read_back(path: Path, entry: FileEntry) -> None:
-    """Raises OSError unless the file on the disk is the one that was written."""
+    """Raises OSError unless the disk returns the bytes that were written."""
     with path.open("rb") as stream:
-        # Without the pages that the writing left in memory, so that the bytes come from where they will come from
-        # after a crash. Only advice: a file system in memory has nowhere else to read from.
+        # Drops the cached pages, so that the bytes come from the disk. Only advice to the kernel: a file system in
+        # memory has nowhere else to read from.
         with contextlib.suppress(OSError):
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != entry.sha256:
-        raise OSError(errno.EIO, "the disk gives back other bytes than were written to it", str(path))
+        raise OSError(errno.EIO, "the disk returns other bytes than were written to it", str(path))
 
 
 def _verify_published(checkpoints: Path, manifest: Manifest) -> None:
-    """Raises OSError unless readers find what was written; the content of a file was read back by who wrote it."""
+    """Raises OSError unless readers find the manifest and files of the right size. Content was checked by
+    `_read_back`."""
     try:
         found = open_checkpoint(checkpoints, manifest.step)
         problems = [] if found.manifest == manifest else ["it has another manifest"]

@@ -1,4 +1,4 @@
-"""What `distvsd verify` says: whether every checkpoint of a run is sound, and the digest of the newest one's state."""
+"""`distvsd verify`: whether every checkpoint of a run is sound, and the digest of the newest one's state."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ def verify_run(
 ) -> list[str]:
     """Checks every file of every checkpoint of a run and returns the lines to print. Reads only; one process.
 
-    problems_of: what is wrong with one; without it, what can be known without knowing what a run is made of.
+    problems_of: finds the problems of a checkpoint. The default checks what does not depend on the run's configuration.
 
-    Without `digest`, one line a checkpoint. With it, of the newest checkpoint, a component and the SHA-256 of its
-    tensors a line (`format.content_digest`), the whole last: equal for equal states, whatever the number of ranks, the
-    folder, the time or the configuration. Raises CheckpointError with every problem of every checkpoint.
+    Without `digest`: one line a checkpoint. With it: for the newest checkpoint one line a component with the SHA-256 of
+    its tensors (`format.content_digest`), and the digest of all last. Equal states have equal digests, whatever the
+    number of ranks, the folder, the time or the configuration. Raises CheckpointError with every problem of every
+    checkpoint.
     """
     checkpoints = run / "checkpoints"
     found = steps(checkpoints)

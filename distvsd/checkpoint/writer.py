@@ -1,4 +1,4 @@
-"""One rank's part of a save, in a thread of its own that touches nothing but files: no collective, no device."""
+"""Writes one rank's part of a save in a thread that uses only files: no collective, no device."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from distvsd.errors import CheckpointError
 
 
 class Writer:
-    """Runs a function once in a thread and keeps what comes of it.
+    """Runs a function once in a thread and keeps its result or error.
 
-    The thread does not keep a process alive: one that has lost the others must be able to end although its disk hangs.
+    The thread is a daemon: a process that has lost the other ranks must be able to exit although its disk hangs.
     """
 
     def __init__(self, work: Callable[[], dict[str, Any]]) -> None:
@@ -35,7 +35,7 @@ class Writer:
         return self._thread.is_alive()
 
     def result(self) -> dict[str, Any]:
-        """Waits for the function; returns or raises what it did."""
+        """Waits for the function; returns its result or raises its error."""
         self._thread.join()
         if self._error is not None:
             raise self._error
@@ -46,7 +46,7 @@ class Writer:
     def _run(self) -> None:
         try:
             self._result = self._work()
-        except Exception as error:  # raised again in `result`, where somebody hears it
+        except Exception as error:  # raised again in `result`
             self._error = error
 
 
@@ -56,7 +56,8 @@ def write_share(
     files: Mapping[str, Mapping[str, Tensor]],
     texts: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Writes the files a rank owns and reports them, with the content digest of all it holds. Raises OSError."""
+    """Writes the files that this rank owns. Returns their entries, and the content digests of all files that it holds.
+    Raises OSError."""
     entries: dict[str, Any] = {}
     content: dict[str, str] = {}
     for file, tensors in sorted(files.items()):

@@ -89,7 +89,7 @@ def save_png(image: Image, root: Path, name: str) -> Path:
     """Writes a PNG, making the folders of its name below `root`; returns the path. Raises RunError, see
     `runtime.inside`."""
     with inside.replacing(root, name) as stream:
-        image.save(stream, format="PNG", optimize=True)
+        image.save(stream, format="PNG")
     return root / name
 
 

@@ -1,11 +1,12 @@
-"""Collectives on tensors and on JSON values: every rank calls each, in the same order; alone they are the identity.
+"""Collectives on tensors and on JSON values. Every rank calls each of them in the same order; with one rank they are
+the identity.
 
-What differs between versions of torch.distributed is hidden here. Values travel as JSON bytes, never as code that a
-receiver runs. A collective that fails (a peer died, or was silent for longer than the timeout) raises `RankError`.
+Differences between versions of torch.distributed are handled here. Values travel as JSON bytes, never as pickles. A
+collective that fails (a peer died, or was silent for longer than the timeout) raises `RankError`.
 
-Before hosts wait for NCCL they meet on the host: nothing can be raised out of a wait for a device, and NCCL's own watch
-ends a process without a word. So the host's timeout is the one that strikes where a rank hangs or has died; NCCL's is
-longer, and is for a device that hangs while its host is well.
+Hosts run a collective on the CPU before they wait for NCCL. A wait for a device cannot raise an error, and NCCL's own
+watchdog ends the process without a message. So a rank that hangs or died is found by the host's timeout. NCCL's timeout
+is longer; it is for a device that hangs while its host is alive.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Problem(NamedTuple):
 
 
 class GatheredRows:
-    """Rows on their way from all ranks."""
+    """Rows that are being gathered from all ranks."""
 
     def __init__(self, world: World, gathered: Tensor, source: Tensor, work: Any | None) -> None:
         self._world, self._gathered, self._work = world, gathered, work
@@ -91,20 +92,20 @@ def max_flags(world: World, flags: int) -> int:
 
 
 def gather_objects(world: World, value: Any) -> list[Any]:
-    """Every rank's JSON-able value, by rank, on every rank; always as JSON gives it back (tuples are lists)."""
+    """The JSON values of all ranks, by rank, on every rank; as JSON returns them (tuples become lists)."""
     return [json.loads(data) for data in _gather_bytes(world, json.dumps(value).encode())]
 
 
 def attempt(world: World, work: Callable[[], Any]) -> tuple[list[Any], list[Problem | None], Exception | None]:
-    """Does this rank's `work` and hears how the others' went; communicates once, whatever comes of the work.
+    """Runs `work` on this rank and learns how it ended on the others. Communicates once, also after an error.
 
-    Returns what each rank's work returned, which must be JSON, and each rank's problem, by rank; then this rank's own
-    error. For wherever one rank may fail before a collective that the others would wait in.
+    Returns, by rank, what the work returned (JSON) and the problem it had; then this rank's own error. Use it where one
+    rank may fail before a collective in which the others would wait.
     """
     value, problem = "null", None
     try:
         value = json.dumps(work())
-    except Exception as error:  # whatever it is: the others wait in the next line, and must not wait for ever
+    except Exception as error:  # any error: the other ranks wait in the next line
         problem = error
     reports = gather_objects(world, [value, None if problem is None else Problem(type(problem).__name__, str(problem))])
     values = [json.loads(value) for value, _ in reports]
@@ -112,9 +113,9 @@ def attempt(world: World, work: Callable[[], Any]) -> tuple[list[Any], list[Prob
 
 
 def agreed(world: World, action: Callable[[], T]) -> T:
-    """What `action` returns on this rank, once it has worked on all; else all raise the first rank's error.
+    """What `action` returns on this rank, if it succeeds on all ranks; otherwise all raise the first rank's error.
 
-    With the same text on every rank, and of the same class if it is one of `distvsd.errors`. Communicates.
+    The text is the same on every rank, and so is the class if it is one of `distvsd.errors`. Collective.
     """
     results: list[T] = []
     _, problems, mine = attempt(world, lambda: results.append(action()))
@@ -128,14 +129,14 @@ def agreed(world: World, action: Callable[[], T]) -> T:
 
 
 def barrier(world: World) -> None:
-    """Returns when every rank has called it. A meeting of the hosts: work queued on devices is not waited for."""
+    """Returns when every rank has called it. Hosts only: does not wait for work queued on devices."""
     all_reduce_sum_(world, torch.zeros(1, device=_control_device(world)))
 
 
 def meet(world: World, device: torch.device, what: str) -> None:
-    """Returns when every host is about to wait for tensors on `device`, where that waits for no host by itself.
+    """Returns when every host is about to wait for tensors on `device`; does nothing if that wait has a timeout itself.
 
-    what: they wait for, for the error.
+    what: the name of the wait in errors.
     """
     if _waits_for_device(world, device):
         with talking(world, what):
@@ -144,10 +145,9 @@ def meet(world: World, device: torch.device, what: str) -> None:
 
 
 def set_timeout(world: World, timeout_s: float, meanwhile: Callable[[], None] | None = None) -> None:
-    """How long any later collective of this rank waits for the others before it fails. Does not communicate.
+    """Sets how long every later collective of this rank waits for the others before it fails. Does not communicate.
 
-    meanwhile: for a long timeout, called again and again while a collective waits on the host; what it raises ends the
-    waiting.
+    meanwhile: called repeatedly while a collective waits on the host; an error that it raises ends the wait.
     """
     global _meanwhile
     _meanwhile = meanwhile
@@ -160,8 +160,8 @@ def set_timeout(world: World, timeout_s: float, meanwhile: Callable[[], None] | 
 
 
 def device_timeout(timeout_s: float) -> float:
-    """NCCL's timeout beside the host's. Its clock starts when a gather does, before the host begins to wait for it, and
-    the rank that hangs must have been looked for and named before it ends."""
+    """NCCL's timeout in seconds for the host's. NCCL's clock starts with the gather, before the host waits, and the
+    host must have found and named the hung rank before it ends."""
     return 2 * timeout_s + 60
 
 
@@ -174,7 +174,8 @@ def _all_reduce_(world: World, tensor: Tensor, operation: Any, what: str) -> Ten
 
 
 def _finish(work: Any, device: torch.device) -> None:
-    """Waits for a collective on tensors of that device; on the host, calls meanwhile what `set_timeout` was given."""
+    """Waits for a collective on tensors of that device. On the host it calls `meanwhile` of `set_timeout`
+    repeatedly."""
     pause = _SHORTEST_PAUSE_S
     while _meanwhile is not None and device.type == "cpu" and not work.is_completed():
         _meanwhile()
@@ -184,7 +185,7 @@ def _finish(work: Any, device: torch.device) -> None:
 
 
 def _waits_for_device(world: World, device: torch.device) -> bool:
-    """Whether tensors there travel by NCCL, in a group whose hosts can talk beside it."""
+    """Whether tensors on `device` travel by NCCL in a group that also has a backend for the host."""
     return world.size > 1 and device.type == "cuda" and _control_device(world).type == "cpu"
 
 
@@ -201,13 +202,13 @@ def _to_tensor(data: bytes, length: int, device: torch.device) -> Tensor:
 
 
 def _control_device(world: World) -> torch.device:
-    """Where small messages live: the host, so that they wait for no kernel, unless the group is NCCL's alone."""
+    """Where small messages are put: the host, so that they wait for no kernel, unless the group has NCCL only."""
     return world.device if world.size > 1 and dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 @contextmanager
 def talking(world: World, what: str) -> Iterator[None]:
-    """Turns the transport's error into one that says what it means; torch raises RuntimeError for all of them."""
+    """Turns the transport's error, for torch always a RuntimeError, into a RankError that says what it means."""
     try:
         yield
     except RuntimeError as error:

@@ -1,8 +1,8 @@
-"""The gather of samples: every rank gives the rows of its own particles and gets everybody's, in one order.
+"""The gather of samples: every rank gives the rows of its own particles and gets the rows of all, in one order.
 
 A batch is any dataclass of tensors with one row a sample, `ids` among them. Its fields travel side by side in one
-buffer of 32-bit words `[max_rows, F]`. They are viewed as words and never converted, so a NaN keeps its payload and an
-int64 id its value. Every rank knows every rank's number of rows from the assignment, so no size is exchanged.
+buffer of 32-bit words `[max_rows, F]`. They are reinterpreted and never converted, so every bit survives: the payload
+of a NaN, the value of an int64 id. The assignment says how many rows each rank gives, so no size is exchanged.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ B = TypeVar("B", bound=Batch)
 class Exchange:
     """The exchange under one assignment.
 
-    rows: how many samples each rank gives every time, by rank; the same list on every rank.
+    rows: how many samples each rank gives in every call, by rank; the same list on every rank.
     """
 
     def __init__(self, world: World, rows: Sequence[int]) -> None:
@@ -51,10 +51,10 @@ class Exchange:
         self._rows = list(rows)
 
     def start(self, samples: B) -> Pending[B]:
-        """Starts to gather; asynchronous, one collective, called by every rank. What arrives has no graph.
+        """Starts the gather: asynchronous, one collective, called by every rank. The result has no graph.
 
-        A rank without particles gives zero rows of the right shape, latents `[0, C, h, w]`, and takes part. The shape
-        of one row must be the same on every rank, and may change from one call to the next.
+        A rank without particles takes part with zero rows of the right shape, latents `[0, C, h, w]`. The shape of one
+        row must be the same on every rank; it may change between calls.
         """
         fault("exchange")
         samples = replace(samples, **{name: column.detach() for name, column in _columns(samples).items()})
@@ -68,7 +68,7 @@ class Exchange:
 
 
 class Pending(Generic[B]):
-    """Samples on their way."""
+    """Samples that are being gathered."""
 
     def __init__(self, samples: B, gathered: GatheredRows, rows: list[int]) -> None:
         self._template = samples
@@ -77,9 +77,9 @@ class Pending(Generic[B]):
         self._union: B | None = None
 
     def wait(self) -> B:
-        """The samples of all ranks by particle id, those of one particle as their rank gave them.
+        """The samples of all ranks, sorted by particle id; the rows of one particle keep their order.
 
-        So they are the same for every world size. May be called again and returns the same object.
+        So the result is the same for every world size. Later calls return the same object.
         """
         if self._union is None:
             words = torch.cat([part[:count] for part, count in zip(self._gathered.wait(), self._rows, strict=True)])
@@ -102,7 +102,7 @@ def exclude(world: World, union: B, absent: list[int]) -> B:
 
 
 def slice_for(world: World, total: int) -> slice:
-    """This rank's share of `total` particles to train on: contiguous, balanced, empty where there are too few."""
+    """This rank's share of `total` particles to train on: contiguous, balanced, empty if there are too few."""
     own = share(total, world.size, world.rank)
     return slice(own.start, own.stop)
 
@@ -117,7 +117,8 @@ def _to_words(column: Tensor) -> Tensor:
 
 
 def _fresh(tensor: Tensor) -> Tensor:
-    """A copy with the plain strides and offset that a view of another width needs: `contiguous` skips single rows."""
+    """A copy with plain strides and offset 0, which a view as another dtype needs. `contiguous` does not copy single
+    rows."""
     return tensor.clone(memory_format=torch.contiguous_format)
 
 

@@ -1,6 +1,8 @@
-"""What a launcher leaves in the environment of a process. Imports no torch: the command line asks before it does.
+"""Which rank of which world this process is, as its launcher says in the environment.
 
-WORLD_SIZE says whether there is a launcher at all. RANK alone may be left over from anything.
+WORLD_SIZE decides whether there are several ranks; RANK alone may be left over from something else. Which process the
+launcher is, and whether it still lives, is in `runtime.launcher`. Imports no torch: the command line asks before it
+does.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from distvsd.errors import RankError
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launcher promised in the environment."""
+    """The world that the environment describes."""
 
     rank: int
     size: int
@@ -23,10 +25,10 @@ class Launch:
 
 
 def launched_rank(environment: Mapping[str, str]) -> int | None:
-    """The rank that a launcher gave this process among others; None for a process on its own.
+    """This process's rank among several; None for a process on its own.
 
-    A launcher of several processes sets WORLD_SIZE, RANK and the address where they meet. Less than that is no launcher
-    to anyone who only wants to know which process may speak; who opens the world refuses it, with `read_launch`.
+    A launcher of several processes sets WORLD_SIZE, RANK and MASTER_ADDR. This function treats an incomplete or invalid
+    set as "on its own": it only decides which process prints. `read_launch` refuses such a set.
     """
     try:
         size, rank = int(environment["WORLD_SIZE"]), int(environment["RANK"])
@@ -36,30 +38,29 @@ def launched_rank(environment: Mapping[str, str]) -> int | None:
 
 
 def read_launch(environment: Mapping[str, str], has_cuda: bool) -> Launch:
-    """What the launcher promised; raises `RankError` where it started something else than it was asked for."""
+    """The world of the environment. Raises `RankError` if the launcher did not start what it was asked for."""
     size = _integer(environment, "WORLD_SIZE", 1)
     asked_for_cpu = environment.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes", "on", "y", "t"}
     by_accelerate = "ACCELERATE_MIXED_PRECISION" in environment
     if size == 1:
-        # A CPU config (distributed_type: MULTI_CPU, or --cpu) with num_processes: 2 leaves an address to meet at and
-        # starts one process that nobody comes to meet.
+        # accelerate with a CPU configuration (distributed_type: MULTI_CPU, or --cpu) and num_processes: 2 sets
+        # MASTER_ADDR and then starts a single process.
         if by_accelerate and "WORLD_SIZE" not in environment and "MASTER_ADDR" in environment:
             raise RankError(
                 "accelerate launch was asked for several processes (it set MASTER_ADDR) but started this one alone, as "
-                f"it does for CPU configurations; {how_to_start_on_cpu(2)} (if one process is what you want, ask for "
-                "num_processes 1 and unset MASTER_ADDR)"
+                f"it does for CPU configurations; {how_to_start_on_cpu(2)} (for one process set num_processes to 1 and "
+                "unset MASTER_ADDR)"
             )
         return Launch(0, 1, _integer(environment, "LOCAL_RANK", 0), 1, asked_for_cpu or not has_cuda)
     if by_accelerate and not has_cuda and not asked_for_cpu:
         raise RankError(
-            f"accelerate launch started {size} processes for GPUs, but no CUDA device is found here, so that each of "
-            f"them would train alone; {how_to_start_on_cpu(size)}"
+            f"accelerate launch started {size} processes for GPUs, but there is no CUDA device here, so each of them "
+            f"would train alone; {how_to_start_on_cpu(size)}"
         )
     if environment.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
         raise RankError(
             "accelerate launch was configured for its own DeepSpeed (distributed_type: DEEPSPEED), which would open a "
-            "group of its own beside this program's; take launch/accelerate/deepspeed.yaml and set "
-            "parallel.strategy=deepspeed"
+            "second process group; use launch/accelerate/deepspeed.yaml and set parallel.strategy=deepspeed"
         )
     missing = [name for name in ("RANK", "LOCAL_RANK") if name not in environment]
     if missing:
@@ -79,7 +80,7 @@ def read_launch(environment: Mapping[str, str], has_cuda: bool) -> Launch:
 
 
 def how_to_start_on_cpu(size: int) -> str:
-    """The commands that start so many ranks without a GPU."""
+    """The commands that start `size` ranks without a GPU."""
     return (
         f"on CPUs start with `torchrun --standalone --nproc-per-node {size} ...` or "
         f"`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {size} ...`"

@@ -1,8 +1,8 @@
-"""How ranks that a launcher has just started find each other, also when it starts them for the second time.
+"""How ranks find each other after a start, and after a restart by the launcher.
 
-torchrun and accelerate keep one store over their restarts, and torch writes every rank's address into it under names
-that do not change (torch 2.13, `_create_c10d_store`). After a restart a rank would read the address of a process that
-is dead. So all ranks first agree on a name that nobody has used, and the group lives under that.
+torchrun and accelerate keep one store over all restarts, and torch writes every rank's address into it under fixed
+names (torch 2.13, `_create_c10d_store`). After a restart a rank would read the address of a dead process. So all ranks
+first agree on an unused name, and the group puts its keys under that name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _POLL_S = 0.1
 
 
 class Store(Protocol):
-    """What is used of torch's stores, which it exports without types."""
+    """The part of torch's stores that is used here; torch exports them without types."""
 
     def set(self, key: str, value: str) -> None: ...
     def get(self, key: str) -> bytes: ...
@@ -29,9 +29,9 @@ class Store(Protocol):
 
 
 def fresh_store(rank: int, size: int, timeout_s: float) -> Store:
-    """The store that the launcher's environment (MASTER_ADDR, MASTER_PORT) leads to, empty. Every rank calls it.
+    """An empty store at the launcher's address (MASTER_ADDR, MASTER_PORT). Every rank calls it.
 
-    Raises RankError when ranks do not come within `timeout_s`, RuntimeError when the store cannot be reached.
+    Raises RankError if a rank is missing after `timeout_s`, RuntimeError if the store cannot be reached.
     """
     timeout = timedelta(seconds=timeout_s)
     store, _, _ = next(iter(dist.rendezvous("env://", rank, size, timeout=timeout)))  # type: ignore[attr-defined]
@@ -40,10 +40,10 @@ def fresh_store(rank: int, size: int, timeout_s: float) -> Store:
 
 
 def agreed_name(store: Store, rank: int, size: int, timeout_s: float) -> str:
-    """A name that is the same on every rank and was never agreed on before in this store. Every rank calls it.
+    """A new name, the same on every rank. Every rank calls it.
 
-    Rank 0 makes it up and publishes it; the others answer with numbers of their own, and go on only when rank 0 has
-    repeated theirs. What an earlier start has left cannot do that. Raises RankError after `timeout_s`.
+    Rank 0 invents and publishes it. Every other rank answers with a random number, and goes on only once rank 0 has
+    repeated that number; keys left by an earlier start cannot do so. Raises RankError after `timeout_s`.
     """
     mine = uuid.uuid4().hex
     deadline = time.monotonic() + timeout_s

@@ -1,7 +1,7 @@
-"""The sum of score gradients over micro-batches and ranks: one flat all-reduce that also carries sums.
+"""The sum of score gradients over micro-batches and ranks: one flat all-reduce, which also carries the loss sums.
 
-"fast" adds in float32: its last bits depend on how the micro-batches lie on ranks. "exact" adds integers, which is
-associative, so that the bits are the same for every world size as long as the micro-batches are the same.
+"fast" adds in float32; its last bits depend on which rank has which micro-batch. "exact" adds integers, which is
+associative: for the same micro-batches the bits are the same for every world size.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Flag(enum.IntFlag):
     OVERFLOW = 2
 
 
-# Exact mode holds x as two int64 words: round(x 2^30) and, of what is left, round(rest 2^80). With |x| < 2^20 the first
-# stays below 2^50 and the second at most 2^49, so that 2^13 addends cannot wrap 63 bits, and x is kept to 2^-81: all of
-# a float32 that is larger than 2^-57. One word would have to choose between the range and a gradient's small elements.
+# Exact mode holds x as two int64 words: round(x 2^30), and round(r 2^80) of the remainder r. With |x| < 2^20 the first
+# is below 2^50 and the second at most 2^49, so 2^13 addends cannot overflow 63 bits. x is kept to 2^-81, which is every
+# bit of a float32 larger than 2^-57. A single word would lose either the range or the small elements of a gradient.
 COARSE_BITS = 30
 FINE_BITS = 80
 LIMIT = 2.0**20
@@ -37,10 +37,10 @@ MAX_ADDENDS = 2**13 - 1
 
 @dataclass(frozen=True)
 class Reduced:
-    """What all ranks agree on, the same bits on each.
+    """The result, the same bits on every rank.
 
-    gradient: `[G]` float32, on the vectors' device. flags: those that any rank has raised. sums: `[k]` float64 on the
-    CPU; in fast mode with float32's precision. Where `usable` is false, gradient and sums mean nothing.
+    gradient: `[G]` float32, on the vectors' device. flags: the union of all ranks' flags. sums: `[k]` float64 on the
+    CPU; in fast mode with float32's precision. If `usable` is false, gradient and sums are meaningless.
     """
 
     gradient: Tensor
@@ -62,11 +62,11 @@ def reduce_gradients(
 ) -> Reduced:
     """Sums gradient vectors over this rank's micro-batches and all ranks; one collective, called by every rank.
 
-    vectors: `[G]` float32 each, on the world's device; none where a rank has no micro-batch; each is asked for when the
-    one before has been added. length: G. extra_sums: `[k]` or `[m, k]`, rows are added in float64 (loss sums, counts),
-    and read after the last vector, so that computing one may fill them in; in exact mode give one row a micro-batch, so
-    that no addition happened before this one. Exact mode takes magnitudes below 2^20 and at most 8191
-    micro-batches over all ranks, and raises `Flag.OVERFLOW` on every rank beyond that.
+    vectors: `[G]` float32 each, on the world's device; empty on a rank without micro-batches. Each is taken after the
+    one before was added. length: G. extra_sums: `[k]` or `[m, k]` (loss sums, counts); rows are added in float64. They
+    are read after the last vector, so computing a vector may fill them in. In exact mode give one row per micro-batch,
+    so that nothing was added before. Exact mode takes magnitudes below 2^20 and at most 8191 micro-batches over all
+    ranks; beyond that every rank gets `Flag.OVERFLOW`.
     """
     fault("reduce")
     vectors = (poison("reduce", vector) for vector in vectors)
@@ -86,14 +86,14 @@ def _reduce_fast(world: World, vectors: Iterable[Tensor], length: int, extra_sum
     rows = _rows(extra_sums, world.device)
     packed = all_reduce_sum_(world, torch.cat((total, rows.sum(0).float())))
     gradient, sums = torch.split(packed, [length, rows.shape[1]])
-    # The reduced values have the same bits on every rank and a non-finite addend never sums to a finite number, so
-    # looking at the result alone gives every rank the same answer.
+    # The result has the same bits on every rank, and a sum with a non-finite addend is never finite. So every rank
+    # finds the same answer by looking at the result.
     sums, nonfinite = _to_host(sums, ~packed.isfinite().all()[None])
     return Reduced(gradient, Flag.NONFINITE if nonfinite else Flag(0), sums)
 
 
 def _reduce_exact(world: World, vectors: Iterable[Tensor], length: int, extra_sums: Tensor) -> Reduced:
-    """One int64 buffer: both words of gradient and sums, how much did not fit, the number of addends."""
+    """One int64 buffer: both words of gradient and sums, the counts of what did not fit, the number of addends."""
     gradient = _FixedPoint(length, world.device)
     for vector in vectors:
         gradient.add(_checked(vector, length))
@@ -114,7 +114,7 @@ def _reduce_exact(world: World, vectors: Iterable[Tensor], length: int, extra_su
 
 
 class _FixedPoint:
-    """A sum of vectors in fixed point; `words` `[2, n]` int64. What does not fit is left out and counted."""
+    """A sum of vectors in fixed point, `words` `[2, n]` int64. Elements that do not fit are left out and counted."""
 
     def __init__(self, length: int, device: torch.device) -> None:
         self.words = torch.zeros(2, length, dtype=torch.int64, device=device)

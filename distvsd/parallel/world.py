@@ -1,7 +1,7 @@
-"""The processes of a run: opening their group, and refusing one that is not what its launcher meant.
+"""The world of a run: opens the process group and refuses a group other than the launcher announced.
 
-`torchrun` and `accelerate launch` describe the world in the environment, and accelerate opens the group. A process on
-its own needs no group and does not import accelerate.
+`torchrun` and `accelerate launch` describe the world in the environment, and accelerate opens the group. A single
+process needs no group and does not import accelerate.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from distvsd.parallel.collectives import barrier, gather_objects, set_timeout
 from distvsd.parallel.launch import Launch, how_to_start_on_cpu, read_launch
 from distvsd.parallel.opening import fresh_store
 
-# Ranks reach the opening at very different times (imports from a shared disk); only a later silence is a failure.
+# Ranks arrive at very different times (imports from a shared disk), so the opening has a long timeout of its own.
 OPENING_TIMEOUT_S = 600.0
 LEAVING_S = 3.0
 
-# Read by torch when an NCCL group opens. 3: a collective that timed out ends the process, without waiting for kernels
-# that never end. The others keep the last collectives of every rank and write them down then, one file a rank, where
-# TORCH_NCCL_DEBUG_INFO_TEMP_FILE says.
+# Read by torch when an NCCL group opens. 3: a collective that timed out ends the process without waiting for kernels
+# that never end. The other two keep the last collectives of every rank and write them at that moment, one file a rank,
+# to TORCH_NCCL_DEBUG_INFO_TEMP_FILE.
 _NCCL = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
@@ -38,7 +38,7 @@ _NCCL = {
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers. local_*: among those of its machine. device: where its tensors live."""
+    """This process among all ranks. local_*: among the ranks of its machine. device: where its tensors are."""
 
     rank: int
     size: int
@@ -51,11 +51,11 @@ class World:
 def open_world(
     timeout_s: float, while_waiting: Callable[[], AbstractContextManager[None]] = nullcontext
 ) -> Iterator[World]:
-    """Opens the group of all ranks for the length of the block; every rank calls it, and it communicates.
+    """Opens the group of all ranks for the block. Collective: every rank calls it.
 
-    timeout_s: how long a collective waits for the others. while_waiting: what surrounds the wait for all ranks to come,
-    which is inside torch, where no handler of a signal is reached. Alone it opens nothing. A group that is open already
-    is used and left open, with its own timeout. Raises `RankError` for a world other than the environment promises, and
+    timeout_s: how long a collective waits for the others. while_waiting: a context for the wait for all ranks, which is
+    inside torch, where Python runs no signal handler. A single process opens nothing. A group that is already open is
+    used and left open, with its own timeout. Raises `RankError` for a world other than the environment describes, and
     for ranks that share a CUDA device.
     """
     launch = read_launch(os.environ, torch.cuda.is_available())
@@ -75,9 +75,9 @@ def open_world(
 
 @contextmanager
 def open_local_world(rank: int, size: int, rendezvous: str, timeout_s: float) -> Iterator[World]:
-    """Joins a gloo group of processes of this machine that no launcher started; on the CPU, whatever the machine has.
+    """Joins a gloo group of processes of this machine without a launcher; always on the CPU. Collective.
 
-    rendezvous: the path of a file that all ranks name and that did not exist before. Communicates.
+    rendezvous: the path of a file, the same on all ranks, that did not exist before.
     """
     world = World(rank, size, rank, size, torch.device("cpu"))
     if size == 1:
@@ -91,10 +91,10 @@ def open_local_world(rank: int, size: int, rendezvous: str, timeout_s: float) ->
 
 
 def refuse_other_world(promised: int, group: int, accelerate: int) -> None:
-    """Raises `RankError` unless the launcher's, torch's and accelerate's world sizes are one number."""
+    """Raises `RankError` unless launcher, torch and accelerate have the same world size."""
     if not promised == group == accelerate:
         raise RankError(
-            f"this is not one world: WORLD_SIZE is {promised}, torch.distributed counts {group} ranks and accelerate "
+            f"the world sizes differ: WORLD_SIZE is {promised}, torch.distributed counts {group} ranks and accelerate "
             f"{accelerate}; {how_to_start_on_cpu(promised)} (on GPUs: one process for each visible device)"
         )
 
@@ -114,7 +114,7 @@ def refuse_shared_devices(devices: Sequence[str | None]) -> None:
 
 
 def _audited(launch: Launch, device: torch.device, num_processes: int) -> World:
-    """The world of the open group, after every rank has looked at it."""
+    """The world of the open group, after all ranks have checked it. Collective."""
     group = dist.get_world_size() if dist.is_initialized() else 1
     refuse_other_world(launch.size, group, num_processes)
     world = World(dist.get_rank(), group, launch.local_rank, launch.local_size, device)
@@ -129,8 +129,8 @@ def _group_of_accelerate(
     """The device and the number of processes, as accelerate sees them, while its group is open."""
     from accelerate import PartialState
 
-    # With both backends, messages of the host wait for no kernel, and the audit needs no NCCL: that would die of a
-    # shared device before saying so.
+    # With both backends, messages of the host wait for no kernel, and the check of devices needs no NCCL, which would
+    # fail on a shared device without saying so.
     backend = "gloo" if launch.use_cpu else "cpu:gloo,cuda:nccl"
     if not launch.use_cpu:
         for name, value in _NCCL.items():
@@ -155,19 +155,19 @@ def _group_of_accelerate(
             # accelerate's CPU is "cpu:0", which torch does not count as equal to "cpu".
             yield torch.device("cpu") if launch.use_cpu else state.device, state.num_processes
     finally:
-        # It is a singleton that would believe in the closed group when a world is opened again.
+        # A singleton: it would still refer to the closed group when a world is opened again.
         PartialState._reset_state()
 
 
 @contextmanager
 def _closing_group() -> Iterator[None]:
-    """Closes the group after the block. After an error it waits at most `LEAVING_S` for what nobody may finish."""
+    """Closes the group after the block. After an error it waits at most `LEAVING_S` for pending collectives."""
     try:
         yield
     except BaseException:
         if dist.is_initialized():
-            # Dropping a gloo group joins the threads of its pending collectives, which last until their timeout if a
-            # peer never joins in (torch 2.13, measured); a daemon thread keeps that from holding up the exit.
+            # Dropping a gloo group joins the threads of its pending collectives, which run until their timeout if a
+            # peer never joins (torch 2.13, measured). In a daemon thread that does not delay the exit.
             abort = getattr(dist.distributed_c10d, "_abort_process_group", dist.destroy_process_group)
             leaving = threading.Thread(target=abort, name="leave-group", daemon=True)
             leaving.start()
@@ -179,8 +179,8 @@ def _closing_group() -> Iterator[None]:
 
 @contextmanager
 def _told_to_the_launcher() -> Iterator[None]:
-    """Leaves an error where torchrun looks for it, so that its summary shows the error of the rank that failed first
-    and not only an exit code. Under other launchers it does nothing."""
+    """Writes an error where torchrun looks for it, so that its summary shows the error and not only an exit code. Does
+    nothing under other launchers."""
     try:
         yield
     except Exception as error:
@@ -193,7 +193,7 @@ def _told_to_the_launcher() -> Iterator[None]:
 
 
 def _share_cores(local_size: int) -> None:
-    """Gives this process its part of the machine's cores, unless the user has said how many."""
+    """Gives this process its share of the machine's cores, unless OMP_NUM_THREADS is set."""
     if "OMP_NUM_THREADS" not in os.environ:
         threads = max(1, torch.get_num_threads() // local_size)
         torch.set_num_threads(threads)
@@ -209,7 +209,7 @@ def _device(launch: Launch) -> torch.device:
 
 
 def _identity(device: torch.device) -> str | None:
-    """A name no other device has; the index is not one where every process sees its own GPU as number 0."""
+    """A unique name of the device. The index is not unique: every process may see its own GPU as number 0."""
     if device.type == "cpu":
         return None
     properties = torch.cuda.get_device_properties(device)

@@ -1,6 +1,7 @@
-"""Signs of life: a small file that each rank rewrites every second, so that a report can name the rank that is silent.
+"""Heartbeats: a small file that each rank rewrites every second, so that an error can name the rank that is lost.
 
-A collective that fails tells only that somebody is gone. The files say who, where, and in which phase of which round.
+A failed collective says only that some rank is gone. The files say which one, on which host, and in which phase of
+which round.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ from distvsd.runtime.peers import Peers
 from distvsd.runtime.process import is_from_here, may_live, process_state, system_id
 
 _POLL_S: Final = 0.1
-# Every record has this length, so that one is written over the one before without a byte of it left; the longest, 500
-# characters of an error that JSON escapes, is well below.
+# Every record is padded to this length, so that it overwrites the one before completely. The longest record, with 500
+# characters of an error that JSON escapes, is far below.
 _RECORD_BYTES: Final = 8192
-# A record that is being written over may be read half old and half new.
+# While a record is overwritten, a reader may get half of the old one and half of the new one; it reads again.
 _READS: Final = 5
 _REREAD_S: Final = 0.02
 _FILE: Final = re.compile(r"rank-\d+\.json", re.ASCII)
-_MAX_HOSTS: Final = 16  # that one message names
+_MAX_HOSTS: Final = 16  # named in one message
 
 
 @dataclass(frozen=True)
 class Beat:
-    """One rank's file, as read."""
+    """The content of one rank's file."""
 
     rank: int
     host: str
@@ -55,7 +56,7 @@ class Beat:
         return not self.ended and self.process() in ("gone", "stopped")
 
     def process(self) -> str:
-        """What is known of the process: "gone", "stopped", "exists", or "" where it cannot be seen from here."""
+        """The state of the process: "gone", "stopped", "exists", or "" if it cannot be seen from here."""
         name = f"{self.host}:{self.pid}:{self.start}:{self.system}".rstrip(":")
         if not is_from_here(name):
             return ""
@@ -69,8 +70,8 @@ class Beat:
 
 
 def forget_ranks(folder: Path) -> None:
-    """Deletes what the ranks of an earlier start have left there; for the holder of the run's lock, before any rank of
-    this start beats."""
+    """Deletes the heartbeats of an earlier start. Only the holder of the run's lock may call it, before any rank of
+    this start writes one."""
     with contextlib.suppress(RunError):
         for name in inside.names(folder.parent, folder.name):
             if _FILE.fullmatch(name):
@@ -78,12 +79,11 @@ def forget_ranks(folder: Path) -> None:
 
 
 class Heartbeat:
-    """One rank's sign of life while entered, `RUN/heartbeats/rank-00003.json`; a daemon thread writes it.
+    """One rank's heartbeat while entered, `RUN/heartbeats/rank-00003.json`, written by a daemon thread.
 
     The file holds rank, host, pid, start (of the process, in ticks since boot), system (see `system_id`), round, phase,
-    beats (a count) and, once the block was left by an error, `ended`. Left without an error it is deleted. It is
-    written over in place, which takes no space: a rank beats on when the disk is full. A full disk must not end a run,
-    and raises nothing here.
+    beats (a count) and, after an error has left the block, `ended`. Without an error the file is deleted. It is
+    overwritten in place, which takes no space, so it works on a full disk. Errors of the disk are ignored.
     """
 
     def __init__(
@@ -118,53 +118,52 @@ class Heartbeat:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._leaving.set()
-        self._thread.join(self._interval_s)  # it may hang on a disk that does not answer; leave it to its daemon's end
+        self._thread.join(self._interval_s)  # it may hang on a disk that does not answer; as a daemon it delays no exit
         if value is None:
             with contextlib.suppress(OSError, RunError):
                 inside.delete(self._root, self._name(self._rank))
                 self._folder.rmdir()  # fails until the last rank leaves
             return
-        # A lost peer is the consequence of what another rank's file tells.
         self._ended = f"{type(value).__name__}: {value}"[:500]
         self._write()
 
     def at(self, round: int, phase: str, takes_s: float = 0.0) -> None:
-        """Where this rank is from now on. Cheap: nothing is written before the next beat.
+        """Sets the round and phase of this rank. Cheap: the next beat writes it.
 
-        takes_s: how long it may be there, if that is longer than the grace of `is_stuck`.
+        takes_s: how long the phase may take, if longer than the grace of `is_stuck`.
         """
         self._place = round, phase
         self._arrived, self._patience_s = time.monotonic(), max(self._grace_s, takes_s)
 
     def is_stuck(self, since: float) -> bool:
-        """Whether this rank has been in one place for longer than its grace, or than it has told `at`; counted from
+        """Whether this rank has been in one phase for longer than the grace or the `takes_s` of `at`, counted from
         `since` (`time.monotonic`) at the earliest. May be called from any thread."""
         return time.monotonic() - max(since, self._arrived) > self._patience_s
 
     def refuse_lost(self) -> None:
-        """For a rank that waits for the others for long: called again and again, it raises RankError once one of them
-        is lost (`Peers`), and `silent` says which one. Cheap: it looks after each beat of this rank."""
+        """Raises RankError once another rank is lost (see `Peers`); `silent` then says which one. Call it repeatedly
+        during a long wait for the others. Cheap: it reads files once a beat."""
         if self._looked != self._written:
             self._looked = self._written
             if self._peers.is_one_lost(self._read, self._written * self._interval_s):
                 raise RankError(
-                    f"rank {self._rank} of {self._size} gave up waiting: another rank has ended, or gives no sign of "
-                    "life any more"
+                    f"rank {self._rank} of {self._size} gave up waiting: another rank has ended, or its heartbeat has "
+                    "stopped"
                 )
 
     def silent(self, wait_s: float = 3.0) -> str:
-        """Which ranks do not beat any more, in one sentence; "" if all do and all are at the same place.
+        """Which ranks are lost, in one sentence; "" if all ranks beat in the same phase on one host. Never raises.
 
-        For after a failed collective, inside the block, on whichever ranks are left. Reads every rank's file, again
-        after `wait_s` seconds unless a process was already found dead or stopped, and compares counts, never the clocks
-        of two hosts. Where all ranks beat, those that are elsewhere than this one are named: one may be slower than
-        the timeout allows. Where they wait in one place on several hosts, those are named. Never raises.
+        Call it after a failed collective, inside the block, on any rank that is left. It reads every rank's file twice,
+        `wait_s` seconds apart (once if a process is found dead or stopped), and compares the counts of beats, never the
+        clocks of two hosts. If all ranks beat, it names those in another phase than this one, which may be slower than
+        the timeout allows. If all wait in one phase on several hosts, it names the hosts.
         """
-        self._write()  # so that the others see at once where this rank waits
+        self._write()  # the others see at once where this rank waits
         others = [rank for rank in range(self._size) if rank != self._rank]
         before = {rank: self._read(rank) for rank in others}
         if any(beat is not None and beat.is_lost() for beat in before.values()):
-            before = {}  # the others had no time to beat again, and are not judged by it
+            before = {}  # no second look: the counts of the others say nothing
         else:
             time.sleep(wait_s)
         after = {rank: self._read(rank) for rank in others}
@@ -214,7 +213,7 @@ class Heartbeat:
                 os.close(handle)
 
     def _read(self, rank: int) -> Beat | None:
-        """None where the file is missing or is not one of ours. Waits a moment for one that is being written."""
+        """None if the file is missing or is not a heartbeat. Waits a moment for one that is being written."""
         for _ in range(_READS):
             try:
                 content = inside.read(self._root, self._name(rank))
@@ -229,7 +228,7 @@ class Heartbeat:
 
 
 def _parsed(content: bytes) -> Beat | None:
-    """None for what is not a whole record."""
+    """None for an incomplete record."""
     try:
         beat = Beat(**json.loads(content))
     except (ValueError, TypeError, RecursionError):
@@ -240,7 +239,7 @@ def _parsed(content: bytes) -> Beat | None:
 
 
 def _apart(beats: dict[int, Beat | None]) -> list[str]:
-    """What is left where no rank is lost and all wait for each other."""
+    """The explanation if no rank is lost and all wait for each other: the network between hosts."""
     hosts = sorted({socket.gethostname(), *(beat.host for beat in beats.values() if beat is not None)})
     if len(hosts) == 1:
         return []
@@ -249,9 +248,9 @@ def _apart(beats: dict[int, Beat | None]) -> list[str]:
 
 
 def _describe(rank: int, before: Beat | None, after: Beat | None) -> str:
-    """Why a rank counts as lost, "" if it does not. Without `before` nothing is concluded from a count."""
+    """Why a rank counts as lost, "" if it does not. Without `before` the count of beats is ignored."""
     if after is None:
-        return f"rank {rank} left no sign of life (it has no heartbeat file: it ended, or never began)"
+        return f"rank {rank} has no heartbeat file: it ended, or never began"
     if after.ended:
         is_consequence = after.ended.startswith(RankError.__name__)
         return "" if is_consequence else f"{after} ended by itself: {after.ended}"

@@ -1,8 +1,8 @@
-"""Files below a run directory, reached without following a link.
+"""Reads and writes files below a run directory without following links.
 
-Who can put a link into a run directory must not choose what else a run overwrites, deletes or sends. The directory
-itself may be reached through links. Below it every folder on the way must be a real one, and only regular files are
-read or written. A link, a named pipe, a folder in the place of a file: each is refused by its path, and not waited for.
+A link in a run directory must not make a run overwrite, delete or send a file outside. The directory itself may be
+reached through links. Below it every folder on the way must be a real one, and only regular files are read or written.
+A link, a named pipe, or a folder in the place of a file is refused with its path; nothing waits for a pipe.
 
 `name` is a path below `root`, with slashes. Every failure is a RunError.
 """
@@ -28,12 +28,12 @@ _KINDS: Final[tuple[tuple[_Kind, str], ...]] = (
     (stat.S_ISFIFO, "a named pipe"),
     (stat.S_ISSOCK, "a socket"),
 )
-_TO_READ: Final = "mend its permissions, or restore it"
-_TO_WRITE: Final = "free space, or mend the permissions of its folder"
+_TO_READ: Final = "correct its permissions, or restore it"
+_TO_WRITE: Final = "free space, or correct the permissions of its folder"
 
 
 def read(root: Path, name: str) -> bytes | None:
-    """The content of a file; None where there is none."""
+    """The content of a file; None if there is no file."""
     path = root / name
     with _told(path, "read", _TO_READ):
         try:
@@ -46,17 +46,17 @@ def read(root: Path, name: str) -> bytes | None:
 
 
 def open_file(root: Path, name: str, flags: int = 0) -> int:
-    """A descriptor of a file for reading and writing; the file is made where it is missing. flags: more of `os.O_*`."""
+    """A descriptor of a file for reading and writing; makes the file if missing. flags: further `os.O_*` flags."""
     with _told(root / name, "opened for writing", _TO_WRITE), _parent(root, name) as (parent, last):
         return _open(parent, last, root / name, os.O_RDWR | os.O_CREAT | flags)
 
 
 @contextmanager
 def replacing(root: Path, name: str) -> Iterator[IO[bytes]]:
-    """A new file that takes the place of the old one in one step, when the block is left without an error.
+    """A new file that replaces the old one atomically when the block ends without an error.
 
-    A reader, or a power cut, finds the old content or the new. Folders below `root` are made. An OSError of the block
-    becomes a RunError too.
+    A reader, also after a power cut, finds either the old content or the new. Missing folders below `root` are made. An
+    OSError of the block becomes a RunError.
     """
     path = root / name
     with _told(path, "written", _TO_WRITE), _parent(root, name, make=True) as (parent, last):
@@ -75,13 +75,13 @@ def replacing(root: Path, name: str) -> Iterator[IO[bytes]]:
 
 
 def write(root: Path, name: str, text: str) -> None:
-    """Replaces a file in one step, see `replacing`."""
+    """Replaces a file atomically, see `replacing`."""
     with replacing(root, name) as stream:
         stream.write(text.encode("utf-8"))
 
 
 def delete(root: Path, name: str) -> None:
-    """Deletes a file, or a link in its place, where there is one."""
+    """Deletes a file, or a link in its place, if there is one."""
     with (
         _told(root / name, "deleted", _TO_WRITE),
         contextlib.suppress(FileNotFoundError),
@@ -91,13 +91,13 @@ def delete(root: Path, name: str) -> None:
 
 
 def make_folder(root: Path, name: str) -> None:
-    """Makes a folder, and those on the way to it, where they are missing."""
+    """Makes a folder and its parents below `root`, if they are missing."""
     with _told(root / name, "made", _TO_WRITE), _folder(root, name, make=True):
         pass
 
 
 def names(root: Path, name: str) -> list[str]:
-    """What a folder holds, sorted; nothing where there is no folder."""
+    """The names in a folder, sorted; none if there is no folder."""
     with (
         _told(root / name, "listed", _TO_READ),
         contextlib.suppress(FileNotFoundError),
@@ -109,8 +109,8 @@ def names(root: Path, name: str) -> list[str]:
 
 
 def files(root: Path, name: str, suffixes: tuple[str, ...]) -> list[str]:
-    """The files with these endings in a folder and in all below it, by their names below `root`, sorted. No other kind
-    of thing may be there."""
+    """The files with these endings in a folder and all below it, by their names below `root`, sorted. Raises RunError
+    for anything but files and folders."""
     found: list[str] = []
     waiting = [name]
     while waiting:
@@ -127,12 +127,12 @@ def files(root: Path, name: str, suffixes: tuple[str, ...]) -> list[str]:
 
 
 def expect_file(root: Path, name: str) -> None:
-    """Raises RunError where something else than a regular file has this name; nothing may have it."""
+    """Raises RunError if this name is taken by anything but a regular file."""
     _expect(root, name, stat.S_ISREG)
 
 
 def expect_folder(root: Path, name: str) -> None:
-    """Raises RunError where something else than a folder has this name; nothing may have it."""
+    """Raises RunError if this name is taken by anything but a folder."""
     _expect(root, name, stat.S_ISDIR)
 
 
@@ -146,7 +146,7 @@ def _told(path: Path, done: str, advice: str) -> Iterator[None]:
 
 @contextmanager
 def _folder(root: Path, name: str, make: bool = False) -> Iterator[int]:
-    """A descriptor of a folder. Raises OSError, and RunError where something on the way is no folder."""
+    """A descriptor of a folder. Raises OSError, and RunError if something on the way is not a folder."""
     handle = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     path = root
     try:
@@ -172,10 +172,10 @@ def _parent(root: Path, name: str, make: bool = False) -> Iterator[tuple[int, st
 
 
 def _open(parent: int, name: str, path: Path, flags: int) -> int:
-    """Opens a regular file, or with O_DIRECTORY a folder. Raises OSError, and RunError where it is something else."""
+    """Opens a regular file, or with O_DIRECTORY a folder. Raises OSError, and RunError if it is something else."""
     is_wanted = stat.S_ISDIR if flags & os.O_DIRECTORY else stat.S_ISREG
     try:
-        # Non-blocking, because opening a named pipe would wait for ever; to files it means nothing.
+        # Non-blocking: opening a named pipe would wait for ever. It has no effect on files.
         handle = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666, dir_fd=parent)
     except OSError:
         _refuse_others(path, _mode(parent, name), is_wanted)
@@ -198,7 +198,7 @@ def _expect(root: Path, name: str, is_wanted: _Kind) -> None:
 
 
 def _mode(parent: int, name: str) -> int | None:
-    """What lies at a name, itself and not what a link leads to; None where there is nothing."""
+    """The mode of what has this name, without following a link; None if there is nothing."""
     try:
         return os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode
     except FileNotFoundError:
@@ -206,12 +206,12 @@ def _mode(parent: int, name: str) -> int | None:
 
 
 def _refuse_others(path: Path, mode: int | None, is_wanted: _Kind) -> None:
-    """Raises RunError for what is there and is not of the wanted kind."""
+    """Raises RunError if something is there and is not of the wanted kind."""
     if mode is None or is_wanted(mode):
         return
     found = next((text for is_kind, text in _KINDS if is_kind(mode)), "a special file")
     wanted = dict(_KINDS)[is_wanted]
     raise RunError(
-        f"{path} is {found} and not {wanted}, and below a run directory no link is followed; move it away, or put "
+        f"{path} is {found} and not {wanted}, and links below a run directory are not followed; move it away, or put "
         f"{wanted} there"
     )

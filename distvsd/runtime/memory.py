@@ -1,4 +1,4 @@
-"""How much memory the processes of this machine may have."""
+"""How much memory the processes of this machine may use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def host_memory() -> int:
-    """Bytes of the machine, or fewer where a container or the shell (`ulimit -v`) allows fewer."""
+    """Bytes of the machine, or the limit of the container or shell (`ulimit -v`) if that is lower."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     with contextlib.suppress(OSError, ValueError):  # no such file outside Linux; "max" where there is no limit
         limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))

@@ -22,15 +22,16 @@ _log = logging.getLogger("distvsd")
 class JsonLines:
     """An append-only file of JSON objects. Each line reaches the system in one write: a killed run leaves whole lines.
 
-    A line that cannot be written (a full disk) is dropped and counted in `dropped`, with one warning: telemetry does
-    not end a run. `bytes` is the length of the file, for the manifest of a checkpoint.
+    A line that cannot be written (a full disk) is dropped and counted in `dropped`, with one warning; it does not end
+    the run. `bytes` is the length of the file, for the manifest of a checkpoint.
     """
 
     def __init__(self, path: Path, keep_bytes: int | None = None) -> None:
-        """Opens the file, made if missing. keep_bytes: what a resumed checkpoint counted; the rest was written after it
-        by the run that died, will be written again, and is cut off. None keeps every whole line. Raises RunError."""
+        """Opens the file, or makes it. keep_bytes: the length that the resumed checkpoint recorded. What lies beyond
+        was written after that checkpoint and will be written again, so it is cut off. None keeps every whole line.
+        Raises RunError."""
         self._path, self.dropped = path, 0
-        # Not opened for appending: after a cut the position has to be the cut.
+        # Not opened for appending: lines go to `bytes`, also after a cut.
         self._handle = inside.open_file(path.parent, path.name)
         try:
             self.bytes = self._cut(keep_bytes)
@@ -57,12 +58,12 @@ class JsonLines:
             self.dropped += 1
 
     def close(self) -> None:
-        """Forces what was written to the disk; the object is of no use afterwards. May be called again."""
+        """Forces the lines to the disk and closes the file. May be called again."""
         handle, self._handle = self._handle, -1
         for act in (os.fsync, os.close) if handle >= 0 else ():
             try:
                 act(handle)
-            except OSError as error:  # a network file system may tell of a full disk only here
+            except OSError as error:  # a network file system may report a full disk only here
                 _log.warning("%s may have lost its last lines: %s", self._path, error)
 
     def __enter__(self) -> JsonLines:
@@ -79,7 +80,7 @@ class JsonLines:
         if keep_bytes is not None and size < keep_bytes:
             _log.warning("%s has %d bytes and the checkpoint counted %d: lines were lost", self._path, size, keep_bytes)
         end = 0
-        while keep and not end:  # what a write left of a line when the power went, however long
+        while keep and not end:  # drops the part of a line that a power cut may have left, however long
             start = max(0, keep - _PART)
             end = os.pread(self._handle, keep - start, start).rfind(b"\n") + 1
             keep = start + end

@@ -1,4 +1,4 @@
-"""The run directory: its names, who may use it, and its lock. Rank 0 only; nothing here communicates."""
+"""The run directory: its names, its configuration, its lock. Rank 0 only; nothing here communicates."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from distvsd.runtime.process import is_from_here, may_live, process_name
 Resume = Literal["auto", "must", "never"]
 
 _ATTEMPTS = 20
-# Ranks beat every second; a network file system may show it some seconds later.
+# Ranks write their heartbeats every second; a network file system may show them some seconds later.
 SILENCE_S = 15.0
 
 
 @dataclass(frozen=True)
 class RunPaths:
-    """The fixed names inside a run directory; `root` is `run.dir` itself. Making one touches no disk."""
+    """The fixed names inside a run directory; `root` is `run.dir` itself. Constructing it touches no disk."""
 
     root: Path
 
@@ -64,14 +64,6 @@ class RunPaths:
         return self.root / "renders"
 
     @property
-    def exports(self) -> Path:
-        return self.root / "exports"
-
-    @property
-    def gallery(self) -> Path:
-        return self.root / "gallery"
-
-    @property
     def evaluation(self) -> Path:
         return self.root / "evaluation.json"
 
@@ -80,8 +72,8 @@ class RunPaths:
         return self.root / "wandb"
 
     def create(self) -> None:
-        """Makes the directory where it is missing, proves that it can be written to, and looks at what has the names of
-        a run. Raises RunError."""
+        """Makes the directory if it is missing, and checks that it can be written to and that its names are of the
+        right kind (file or folder). Raises RunError."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
@@ -91,13 +83,13 @@ class RunPaths:
         self.prove_writable()
         for file in (self.status, self.config, self.metrics, self.health, self.lock, self.evaluation):
             inside.expect_file(self.root, file.name)
-        for folder in (self.heartbeats, self.checkpoints, self.renders, self.exports, self.gallery, self.wandb):
+        for folder in (self.heartbeats, self.checkpoints, self.renders, self.wandb):
             inside.expect_folder(self.root, folder.name)
         for name in inside.names(self.root, self.heartbeats.name):
             inside.expect_file(self.root, f"{self.heartbeats.name}/{name}")
 
     def prove_writable(self) -> None:
-        """Raises RunError where no file can be made in the directory."""
+        """Raises RunError if no file can be made in the directory."""
         probe = self.root / f".probe-{uuid.uuid4().hex}"
         try:
             probe.touch(exist_ok=False)
@@ -106,7 +98,7 @@ class RunPaths:
             raise RunError(f"run.dir {self.root} cannot be written to ({error}); choose another run.dir") from error
 
     def previous_config(self) -> str | None:
-        """The configuration the directory was used with before, None for a fresh one. Raises RunError."""
+        """The text of config.yaml, None in a fresh directory. Raises RunError."""
         data = inside.read(self.root, self.config.name)
         try:
             return None if data is None else data.decode("utf-8")
@@ -114,18 +106,18 @@ class RunPaths:
             raise RunError(f"{self.config} is not UTF-8 ({error}); restore it, or choose another run.dir") from error
 
     def known_config(self) -> Path:
-        """config.yaml, after a look at it. Raises RunError where there is none: the directory is no run."""
+        """The path of config.yaml. Raises RunError if there is none: then the directory is not a run."""
         if self.previous_config() is None:
             raise RunError(f"{self.root} is not a run: it has no config.yaml; give the run.dir of a training")
         return self.config
 
     def claim(self, config: str, resume: Resume, differences: Sequence[str] | None = None) -> None:
-        """Makes sure that the directory belongs to this run, and writes config.yaml into a fresh one; a changed one is
-        written by `adopt`, once the run could be resumed with it. Call it with the lock held.
+        """Checks that the directory belongs to this run, and writes config.yaml into a fresh one. `adopt` writes a
+        changed one, after the run could be resumed with it. Call it with the lock held.
 
-        resume: 'auto' continues a run of the same configuration, 'must' also one whose configuration was changed, and
-        demands one; 'never' demands that there is none. differences: what changed against `previous_config`, in words;
-        without it the texts are compared line by line. Raises RunError.
+        resume: 'auto' continues a run with the same configuration; 'must' requires a run and accepts a changed
+        configuration; 'never' requires that there is none. differences: what changed against `previous_config`, in
+        words; without it the texts are compared line by line. Raises RunError.
         """
         before = self.previous_config()
         if before is None and resume == "must":
@@ -143,7 +135,7 @@ class RunPaths:
             inside.write(self.root, self.config.name, config)
 
     def adopt(self, config: str) -> None:
-        """Writes config.yaml if it says something else. Raises RunError."""
+        """Writes config.yaml if it differs. Raises RunError."""
         if self.previous_config() != config:
             inside.write(self.root, self.config.name, config)
 
@@ -151,14 +143,14 @@ class RunPaths:
 class RunLock:
     """Keeps a second job out of a run directory, as a context manager or with `acquire` and `release`.
 
-    The lock file names its holder as `process_name` does. A holder that can be seen from here and is dead, or whose
-    pid belongs to a younger process by now, is replaced. One on another host or in another container, whatever its host
-    is called, or from before a restart of the machine, is replaced if no rank of its run writes its heartbeat for
-    `SILENCE_S`; without heartbeats to look at nothing can be known of it, and it is left in place.
+    The lock file holds the `process_name` of its holder. The lock of a holder that can be seen from here is taken over
+    if that process is dead, or if a younger process has its pid. A holder on another host, in another container or from
+    before a reboot cannot be seen; its lock is taken over if no rank of its run has written a heartbeat for
+    `SILENCE_S`. Without any heartbeat files it is left in place.
     """
 
     def __init__(self, path: Path, heartbeats: Path | None = None, silence_s: float = SILENCE_S) -> None:
-        """heartbeats: the folder into which every rank of a run writes a file again and again."""
+        """heartbeats: the folder of the run's heartbeats."""
         self._path, self._heartbeats, self._silence_s = path, heartbeats, silence_s
 
     def __enter__(self) -> RunLock:
@@ -171,7 +163,7 @@ class RunLock:
         self.release()
 
     def acquire(self) -> None:
-        """Takes the lock or raises RunError with the name of its holder."""
+        """Takes the lock, or raises RunError with the name of its holder."""
         inside.expect_file(self._path.parent, self._path.name)
         try:
             for attempt in range(_ATTEMPTS):
@@ -180,7 +172,7 @@ class RunLock:
                 time.sleep(0.05)
         except OSError as error:
             raise RunError(f"{self._path} cannot be taken ({error}); choose another run.dir") from error
-        raise RunError(f"{self._path} keeps changing hands: several jobs were started on this run directory; start one")
+        raise RunError(f"{self._path} keeps changing: several jobs were started on this run directory; start only one")
 
     def release(self) -> None:
         """Gives the lock back if this process still holds it."""
@@ -189,7 +181,7 @@ class RunLock:
                 self._path.unlink()
 
     def _try(self, empty_is_free: bool) -> bool:
-        """Takes the lock, or returns False if its file is just being made or deleted, or raises RunError."""
+        """Takes the lock; returns False if its file is just being made or deleted. Raises RunError."""
         is_new = True
         try:
             handle = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
@@ -200,7 +192,7 @@ class RunLock:
             except FileNotFoundError:
                 return False
         try:
-            # Serialises jobs that find the same dead holder. Lustre may lack flock; then only that is lost.
+            # Serialises jobs that find the same dead holder; without flock (some Lustre) they are not serialised.
             with contextlib.suppress(OSError):
                 fcntl.flock(handle, fcntl.LOCK_EX)
             holder = os.pread(handle, 4096, 0).decode("utf-8", "replace").strip("\0\n ")
@@ -211,7 +203,7 @@ class RunLock:
                 )
             if not (holder or is_new or empty_is_free) or not _is_at(handle, self._path):
                 return False
-            # A dead holder's name is replaced in the file, which is not deleted: nobody can slip in between.
+            # The dead holder's name is overwritten. If the file were deleted, another job could come in between.
             os.ftruncate(handle, 0)
             os.pwrite(handle, process_name().encode(), 0)
             os.fsync(handle)
@@ -220,8 +212,8 @@ class RunLock:
             os.close(handle)
 
     def _is_silent(self, holder: str) -> bool:
-        """Whether the run of a holder that cannot be seen from here has left heartbeats and has stopped writing them.
-        Waits."""
+        """Whether the run of a holder that cannot be seen from here has heartbeats and has stopped writing them. Waits
+        up to `SILENCE_S`."""
         if is_from_here(holder) or self._heartbeats is None:
             return False
         before = _contents(self._heartbeats)
@@ -249,7 +241,7 @@ def _contents(folder: Path) -> dict[str, bytes]:
 
 
 def _is_at(handle: int, path: Path) -> bool:
-    """Whether an open file still is the one at this path."""
+    """Whether an open file is still the one at this path."""
     try:
         return os.path.samestat(os.fstat(handle), path.lstat())
     except FileNotFoundError:

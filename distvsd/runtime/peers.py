@@ -1,6 +1,6 @@
-"""Whether another rank is lost, for a rank that waits for it so long that its own timeout is no answer.
+"""Decides from heartbeats whether another rank is lost, during waits that are much longer than a timeout.
 
-Ranks load for very different times, so that silence in a collective proves nothing. Their heartbeats go on meanwhile.
+Loading takes ranks very different times, so silence in a collective proves nothing then. Heartbeats continue meanwhile.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from typing import Final, Protocol
 
 from distvsd.errors import RankError
 
-# A rank that has ended tells the others why in the collective that they are in; only if that does not come it is lost.
+# A rank that ends tells the others why in their next collective. It counts as lost only if that message does not come.
 _ENDED_S: Final = 5.0
 _GAVE_UP_S: Final = 1.0
-# Heartbeats of a healthy rank may fail to arrive for a while: a slow disk, its cache on this machine, or one long call
-# into a library that holds the interpreter's lock.
+# The heartbeat of a healthy rank may stop for a while: a slow disk, a stale cache on this machine, or a long library
+# call that holds the interpreter's lock.
 _SILENT_S: Final = 60.0
 
 
 class Sign(Protocol):
-    """What is read of another rank; see `runtime.heartbeat.Beat`."""
+    """What is known of another rank; see `runtime.heartbeat.Beat`."""
 
     @property
     def beats(self) -> int: ...
@@ -29,12 +29,12 @@ class Sign(Protocol):
 
 
 class Peers:
-    """Looks at the ranks 1, 2, 4, ... places after this one, so that many ranks do not read all files of each other. A
-    rank that gives up is seen by those before it, and so all end after a few looks.
+    """Watches the ranks 1, 2, 4, ... places after this one, so that many ranks need not read the files of all others. A
+    rank that gives up is seen by the ranks that watch it, so all ranks end after a few looks.
 
-    A rank is lost that has ended, `_ENDED_S` later (`_GAVE_UP_S` where it had lost others itself); that was stopped
-    (SIGSTOP) for `timeout_s`, as far as this machine can see; and that does not beat for `timeout_s`, and for a minute
-    at least. One without a file has not begun, or is done, and is not judged.
+    A rank counts as lost if it ended `_ENDED_S` ago (`_GAVE_UP_S` if it had lost another rank itself), if this machine
+    sees it stopped (SIGSTOP) for `timeout_s`, or if it has not beaten for `timeout_s` and at least a minute. A rank
+    without a file has not begun, or is done, and is not judged.
     """
 
     def __init__(self, rank: int, size: int, timeout_s: float) -> None:
@@ -48,8 +48,8 @@ class Peers:
         self._since: dict[int, tuple[str, int, float]] = {}  # kind, count of beats, when first seen so
 
     def is_one_lost(self, read: Callable[[int], Sign | None], now: float) -> bool:
-        """read: another rank's newest sign. now: seconds in which this rank itself could write its heartbeat; a disk
-        that stands still for all accuses nobody."""
+        """read: returns another rank's newest record. now: seconds for which this rank could write its own heartbeat,
+        so that a disk that hangs for all ranks makes none of them lost."""
         return any(self._is_lost(rank, read(rank), now) for rank in self._others)
 
     def _is_lost(self, rank: int, sign: Sign | None, now: float) -> bool:

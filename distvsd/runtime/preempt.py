@@ -1,7 +1,7 @@
-"""Signals as requests: a scheduler or a person asks a run to end, and it ends after the round with its work saved.
+"""Signals as requests: a scheduler or a person asks a run to end, and it saves and ends after the round.
 
-A handler only notes the request. Whether any rank was asked is agreed by all of them after each round, so that it is
-enough for the signal to reach a single rank. Before there is anything to save a signal ends the process at once.
+A handler only records the request. All ranks agree after each round whether any of them was asked, so the signal may
+reach any one rank. Before there is anything to save, a signal ends the process at once.
 """
 
 from __future__ import annotations
@@ -20,18 +20,17 @@ from distvsd.runtime.launcher import say
 
 SIGNALS: Final = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
-# A terminal and Slurm signal the launcher and its workers, and the launcher then forwards what it got: two arrivals of
-# one request, a moment apart. Only a later one is somebody who does not want to wait.
+# A terminal and Slurm signal the launcher and its workers, and the launcher then forwards the signal: one request
+# arrives twice within a moment. Only a later signal is a second request.
 ECHO_S: Final = 2.0
 
 
 class NothingBegun:
-    """While entered, SIGTERM, SIGUSR1 and SIGINT end the process at once, with a line that says so and exit code 3:
-    there is nothing to save, and the same command line starts again.
+    """While entered, SIGTERM, SIGUSR1 and SIGINT end the process at once with a message and exit code 3: there is
+    nothing to save yet, and the same command starts the run again.
 
-    A thread is told of them by the interpreter itself (`signal.set_wakeup_fd`), because the main thread may be deep in
-    an import, or wait for other ranks inside torch, where it gets to no handler. Entered on another thread than the
-    main one it touches nothing.
+    A thread gets the signals through `signal.set_wakeup_fd`, because the main thread may be deep in an import, or wait
+    for other ranks inside torch, where no Python handler runs. Does nothing when entered outside the main thread.
     """
 
     def __init__(self) -> None:
@@ -48,10 +47,10 @@ class NothingBegun:
         return self
 
     def __exit__(self, *_: object) -> None:
-        _put_back(self._before)
-        self.deafen()
+        _restore(self._before)
+        self.ignore_signals()
 
-    def deafen(self) -> None:
+    def ignore_signals(self) -> None:
         """From now on the signals do nothing."""
         if self._writer >= 0:
             signal.set_wakeup_fd(self._wakeup)
@@ -63,27 +62,27 @@ _start: NothingBegun | None = None
 
 
 def obey_from_the_start() -> None:
-    """For a program that is one training and nothing else: signals end it at once (`NothingBegun`) until a Preemption
-    is entered, and do nothing once that is left: the process is leaving, with a code of its own."""
+    """For a process that only trains: signals end it at once (`NothingBegun`) until a Preemption is entered. After that
+    one is left, signals do nothing: the process is about to exit with its own code."""
     global _start
     _start = NothingBegun().__enter__()
 
 
 def leave_by_signal() -> None:
-    """The end of such a program: where it never began, a signal has its usual effect from now on."""
+    """At the end of such a process: if it never began to train, signals have their default effect from now on."""
     if _start is not None:
-        _start.deafen()
+        _start.ignore_signals()
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
 
 
 class Preemption:
-    """While entered, SIGTERM, SIGUSR1 and SIGINT are noted in `requested` instead of ending the process.
+    """While entered, SIGTERM, SIGUSR1 and SIGINT are recorded in `requested` instead of ending the process.
 
-    A second signal of a kind, more than `ECHO_S` after the first, ends the process at once: KeyboardInterrupt for
-    SIGINT, exit code 128 + number without any tidying up for the others. Python runs handlers on the main thread
-    only, between two of its own steps: during one long call into a library a signal is noted when that returns. Entered
-    on another thread it touches no signals, and `request` is the only way in. Leaving puts back what was there before.
+    A second signal of the same kind, more than `ECHO_S` after the first, ends the process at once: KeyboardInterrupt
+    for SIGINT, exit code 128 + number without cleanup for the others. Python runs handlers on the main thread between
+    two bytecodes, so a signal during a long library call is recorded when that call returns. Entered outside the main
+    thread it touches no signals; only `request` works. Leaving restores the handlers.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -99,7 +98,7 @@ class Preemption:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
             if _start is not None:
-                _start.deafen()
+                _start.ignore_signals()
                 _start = None
             self._wakeup = signal.set_wakeup_fd(-1)
         return self
@@ -109,20 +108,20 @@ class Preemption:
     ) -> None:
         if self._before:
             signal.set_wakeup_fd(self._wakeup)
-        _put_back(self._before)
+        _restore(self._before)
         self._before = {}
 
     @contextlib.contextmanager
     def nothing_begun(self) -> Iterator[None]:
-        """For the block inside this one a signal ends the process at once, as `NothingBegun` says; so does one that was
-        noted before."""
+        """Inside this block a signal ends the process at once (see `NothingBegun`), also one that was recorded
+        before."""
         with NothingBegun():
             if self.requested is not None:
                 _leave(self.requested)
             yield
 
     def request(self, why: str) -> None:
-        """Asks this run to end; the first reason is kept. May be called from any thread."""
+        """Asks the run to end; the first reason is kept. May be called from any thread."""
         if self.requested is None:
             self.requested = why
 
@@ -136,7 +135,7 @@ class Preemption:
 
 
 def _obey(reader: int) -> None:
-    """Ends the process by the first of `SIGNALS` that comes through the pipe, one byte each."""
+    """Ends the process at the first of `SIGNALS` in the pipe, which has one byte a signal."""
     while number := os.read(reader, 1):
         if number[0] in SIGNALS:
             _leave(signal.Signals(number[0]).name)
@@ -149,10 +148,10 @@ def _leave(why: str) -> None:
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:
-    """A handler, so that the interpreter hears of the signal; it does nothing itself."""
+    """Does nothing. Without a handler the interpreter would not write the signal to the wakeup descriptor."""
 
 
-def _put_back(handlers: dict[signal.Signals, Any]) -> None:
+def _restore(handlers: dict[signal.Signals, Any]) -> None:
     for number, handler in handlers.items():
-        # None: it was installed by something that is not Python, which cannot be put back from here.
+        # None: a handler that Python did not install, and cannot restore.
         signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -1,4 +1,4 @@
-"""Processes by a name that other processes, containers and machines can judge: does that one still run?"""
+"""Names of processes by which other processes, containers and machines can tell whether one still runs."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def process_name() -> str:
 
 
 def system_id() -> str:
-    """The boot and the PID namespace in which pids mean what they mean here; empty where the system does not tell.
+    """The boot id and the PID namespace: pids are comparable only within both. Empty if the system does not say.
 
-    Containers of one image, and machines made from one, often share a host name; a pid of one says nothing in another.
+    Containers and machines made from one image often share a host name, and a pid of one means nothing in another.
     """
     parts = []
     with contextlib.suppress(OSError):
@@ -31,7 +31,7 @@ def system_id() -> str:
 
 
 def is_from_here(name: str) -> bool:
-    """Whether that process, if it runs, can be seen from here: the same host, boot and PID namespace as far as told."""
+    """Whether that process could be seen from here: the same host, boot and PID namespace, as far as they are known."""
     match = _NAME.fullmatch(name)
     if match is None or match[1] != socket.gethostname():
         return False
@@ -40,8 +40,7 @@ def is_from_here(name: str) -> bool:
 
 
 def may_live(name: str) -> bool:
-    """Whether a process of that name (host:pid, and what else `process_name` adds) may still run; whoever cannot be
-    judged may."""
+    """Whether the process of that name (see `process_name`) may still run; True if that cannot be known."""
     match = _NAME.fullmatch(name)
     if match is None or not is_from_here(name):
         return True
@@ -57,7 +56,7 @@ def may_live(name: str) -> bool:
 
 
 def process_state(pid: int) -> tuple[str, str]:
-    """State letter of a process and its start in clock ticks since boot; empty where the system does not tell."""
+    """State letter of a process and its start in clock ticks since boot; "?" and "" if the system does not say."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:

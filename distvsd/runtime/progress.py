@@ -1,4 +1,4 @@
-"""What a person sees of a run: one live line on a terminal, plain lines elsewhere, and nothing from ranks but 0."""
+"""The progress line of rank 0: one live line on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import TextIO
 
 
 class Progress:
-    """The progress line of one process. Call `update` after rounds, as often as is liked: it draws ten times a second
-    at most on a terminal, and prints one line every `every` rounds and after the last one elsewhere.
+    """The progress line of one process. Call `update` after each round. On a terminal it draws at most ten times a
+    second; elsewhere it prints a line every `every` rounds and after the last one.
 
-    A stream that breaks (`| head`) silences it and does not disturb the run.
+    A broken stream (`| head`) silences it and does not disturb the run.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Progress:
     def update(self, round: int, updates_per_s: float, score_loss: float, healthy: int) -> None:
         """round: rounds completed. updates_per_s: particle updates a second. The counts are of all ranks."""
         now = self._clock()
-        if self._begun is None:  # the first round pays for warming up, and a resumed run did not do those before it
+        if self._begun is None:  # speed is measured from here: without the slow first round, and those before a resume
             self._begun = (round, now)
         line = (
             f"round {round}/{self._rounds}  {updates_per_s:.3g} updates/s  ETA {self._eta(round, now)}  "

@@ -1,4 +1,4 @@
-"""STATUS.json: what a scheduler, a script or a person reads to know how a run stands. Rank 0 writes it."""
+"""STATUS.json: the state of a run for schedulers, scripts and people. Rank 0 writes it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def write_status(path: Path, state: State, round: int, rounds: int, message: str
     round: rounds completed, of `rounds`. message: one line for people, the error of a failed run. `time` is Unix time.
     """
     if state not in get_args(State):
-        raise RunError(f"{state!r} is no state of a run; known are {', '.join(get_args(State))}")
+        raise RunError(f"{state!r} is not a state of a run; use one of {', '.join(get_args(State))}")
     record = {"state": state, "round": round, "rounds": rounds, "time": time.time(), "message": message}
     inside.write(path.parent, path.name, json.dumps(record, indent=1) + "\n")
 

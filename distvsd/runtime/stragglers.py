@@ -1,4 +1,4 @@
-"""Ranks that are slower than the others, and the pauses of Python's own that make one rank slow in every round."""
+"""Finds ranks that are slower than the others, and aligns the garbage collector's pauses over ranks."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ ROUNDS_BETWEEN_COLLECTIONS: Final = 1000
 class Stragglers:
     """Names a rank that needs more than `THRESHOLD` times as long as the others in `WINDOWS` windows in a row.
 
-    Pure: the same numbers give the same answers on every rank. particles: how many each rank owns. Its seconds are
-    taken for one particle then, because a rank that owns twice as many is not to blame, and ranks that own none are not
-    compared. Without it every rank is expected to take as long as the others.
+    The same numbers give the same answers on every rank. particles: how many each rank owns; then seconds a particle
+    are compared, among ranks that own any. Without it the seconds of all ranks are compared.
     """
 
     def __init__(self, particles: Sequence[int] | None = None) -> None:
@@ -28,17 +27,17 @@ class Stragglers:
 
     @property
     def ratio(self) -> float:
-        """The slowest rank of the last window against the median one; 1 is perfect balance."""
+        """Time of the slowest rank in the last window over that of the median rank; 1 is perfect balance."""
         return self._ratio
 
     def observe(self, seconds_by_rank: Sequence[float], hosts: Sequence[str] | None = None) -> str | None:
-        """One window; returns a warning when a rank has just been slow for `WINDOWS` of them, once a streak.
+        """Takes one window; returns a warning when a rank has been slow for `WINDOWS` in a row, once a streak.
 
-        seconds_by_rank: of each rank's own work only. Time in collectives must not be in it: there every rank waits for
-        the slowest, and all look alike. hosts: by rank, to be named.
+        seconds_by_rank: of each rank's own work, without time in collectives, where every rank waits for the slowest.
+        hosts: by rank, for the warning.
         """
         compared = self._for_one_particle(seconds_by_rank)
-        # The lower median: of two ranks the faster one, not a mean that the slow one is part of.
+        # The lower median: of two ranks it is the faster one.
         median = statistics.median_low(compared.values()) if compared else 0.0
         slowest = max(compared, key=lambda rank: compared[rank], default=None)
         self._ratio = compared[slowest] / median if slowest is not None and median > 0 else 1.0
@@ -65,10 +64,10 @@ class Stragglers:
 
 
 def tame_garbage_collector() -> Callable[[int], None]:
-    """Turns Python's own collections off; returns a function of the round that collects in every 1000th one.
+    """Turns automatic garbage collection off; returns a function of the round that collects in every 1000th round.
 
-    Left alone, every rank pauses at a moment of its own and all others wait for it; this way they pause in the same
-    round. What lives now is never looked at again. `gc.unfreeze` and `gc.enable` undo it.
+    Otherwise each rank would pause at another moment while all others wait; so they pause in the same round. Objects
+    that exist now are never visited again. `gc.unfreeze` and `gc.enable` undo it.
     """
     gc.collect()
     gc.freeze()

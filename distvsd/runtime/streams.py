@@ -1,8 +1,8 @@
-"""Standard output and error of a process: a stream that cannot be written never disturbs what the process does.
+"""Standard output and error of a process that stay usable when they cannot be written.
 
-A pipe whose reader has left, a full disk, a stream that was closed before the start: print statements are everywhere,
-also in libraries, and none of them may end a training or lose the result of an evaluation. What was lost is known at
-the end, when the process says so by its exit code.
+The reader of a pipe may leave, a disk may be full, a stream may be closed from the start. Prints are everywhere, also
+in libraries, and none may end a training or lose the result of an evaluation. The exit code says at the end that output
+was lost.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import signal
 import sys
 from typing import Any, TextIO
 
-READER_LEFT = 128 + signal.SIGPIPE  # what a shell reports of a program that a closed pipe has ended
+READER_LEFT = 128 + signal.SIGPIPE  # what a shell reports of a program ended by a closed pipe
 
 
 class Outlet(io.RawIOBase):
-    """A descriptor that takes what is written to it. After the first failure, kept in `failure`, it drops the rest."""
+    """A stream to a descriptor. After the first failure, kept in `failure`, it drops everything."""
 
     def __init__(self, descriptor: int) -> None:
         self.failure: OSError | None = None
@@ -44,16 +44,16 @@ class Outlet(io.RawIOBase):
 
 
 def guard() -> Outlet:
-    """Puts outlets behind `sys.stdout` and `sys.stderr`, for the rest of the process; returns that of standard output.
+    """Puts an Outlet behind `sys.stdout` and `sys.stderr` for the rest of the process; returns that of standard output.
 
-    A standard stream that is closed becomes the null device: otherwise the next file that is opened would get its
-    number, and with it whatever is printed.
+    A closed standard stream is opened as the null device: otherwise the next file to be opened would get its number,
+    and everything that is printed.
     """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest free number: this one
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number, which is this one
     if sys.stdin is None:
         sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 - as long as the process
     output = Outlet(1)
@@ -63,7 +63,7 @@ def guard() -> Outlet:
 
 
 def exit_code(code: int, output: Outlet) -> int:
-    """The code a process ends with that wanted to end with `code`: another one if its output was lost. Call it last."""
+    """The exit code of the process: `code`, or another one if output was lost. Call it last."""
     sys.stdout.flush()
     if code == 0 and isinstance(output.failure, BrokenPipeError):
         code = READER_LEFT
@@ -76,7 +76,7 @@ def exit_code(code: int, output: Outlet) -> int:
 
 
 def _text(outlet: Outlet, before: TextIO | None, is_by_line: bool) -> TextIO:
-    """A text stream like the one before, None where it was closed; letters that it cannot write become escapes."""
+    """A text stream like `before` (None if that was closed); characters that it cannot encode become escapes."""
     encoding = "utf-8"
     if isinstance(before, io.TextIOWrapper):
         is_by_line = before.line_buffering or before.write_through

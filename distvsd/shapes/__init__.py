@@ -1,1 +1,1 @@
-"""The embedded `shapes` prior: its world, its captions, how it is trained, and the classifier that reads its labels."""
+"""The embedded `shapes` prior: its world, captions and training, and the classifier that recognises its labels."""

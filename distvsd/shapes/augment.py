@@ -1,6 +1,6 @@
-"""Degrades drawings of the world the way radiance fields and diffusion samples differ from them.
+"""Degrades drawings of the world so that they resemble renders of radiance fields and diffusion samples.
 
-Only the training of the classifier uses it: what it reads are renders and samples, never clean drawings.
+Only the training of the classifier uses it: in use the classifier sees renders and samples, never clean drawings.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ BLUR_TAPS = 7
 
 
 def augment(pool: Tensor, room: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Images `[N, 3, H, W]` in [0, 1], and where the ink of faces is `[N, 1, H, W]`, from layers uint8 `[N, 5, H, W]`.
+    """Degraded images `[N, 3, H, W]` in [0, 1] and the ink of faces `[N, 1, H, W]`, from layers uint8 `[N, 5, H, W]`.
 
-    Layers: colour times opacity, opacity, ink. room: `[N]` bool, drawings that fill the picture. Each degradation
-    touches a random part of the images: shift and zoom, blur, a coarser raster, blotches, translucency, tinted
+    Layers: colour times opacity, opacity, ink. room: `[N]` bool, drawings that fill the image. Each degradation is
+    applied to a random part of the images: shift and zoom, blur, a coarser raster, blotches, translucency, tinted
     backgrounds, brightness and contrast, pixel noise.
     """
     count = len(pool)
 
     def uniform(low: float, high: float, share: float = 1.0, neutral: float = 0.0) -> Tensor:
-        """`[N, 1, 1, 1]`, uniform in low..high in a share of the images and neutral in the others."""
+        """`[N, 1, 1, 1]`: uniform in low..high for a share of the images, neutral for the others."""
         values, gate = torch.rand(2, count, 1, 1, 1, generator=draw)
         return torch.where(gate < share, low + (high - low) * values, torch.full_like(values, neutral))
 
@@ -33,7 +33,7 @@ def augment(pool: Tensor, room: Tensor, draw: torch.Generator) -> tuple[Tensor, 
     coarse = functional.interpolate(layers, scale_factor=0.5, mode="area")
     coarse = functional.interpolate(coarse, scale_factor=2.0, mode="bilinear", align_corners=False)
     layers = torch.where(uniform(0, 1) < 0.2, coarse, layers)
-    # Blotches are mostly of brightness: of hue they would turn orange into red and yellow.
+    # Blotches change mostly the brightness; of the hue they would turn orange into red and yellow.
     blotches = _smooth_noise(count, 1, pool.shape[-1], 8, draw) + 0.3 * _smooth_noise(count, 3, pool.shape[-1], 8, draw)
     color = layers[:, :3] * (1 + uniform(0.0, 0.2, 0.5) * blotches)
     opacity = uniform(0.75, 1.0, 0.3, neutral=1.0).where(~room[:, None, None, None], torch.ones(()))
@@ -46,7 +46,7 @@ def augment(pool: Tensor, room: Tensor, draw: torch.Generator) -> tuple[Tensor, 
 
 
 def blank_images(count: int, draw: torch.Generator, resolution: int = 64) -> Tensor:
-    """Images `[count, 3, resolution, resolution]` in which nothing is to be recognised.
+    """Images `[count, 3, resolution, resolution]` without an object.
 
     Plain greys, plain colours, gradients, smooth colour clouds and block noise, with more or less pixel noise.
     """
@@ -68,11 +68,11 @@ def blank_images(count: int, draw: torch.Generator, resolution: int = 64) -> Ten
 
 
 def _moved(layers: Tensor, room: Tensor, draw: torch.Generator) -> Tensor:
-    """Mirrored images in one half, shifted and zoomed ones in the other; rooms are only ever enlarged."""
+    """Shifts and zooms one half of the images and mirrors half of all; rooms are only enlarged."""
     count = len(layers)
     move = torch.rand(count, generator=draw) < 0.5
     spread = torch.rand(count, 3, generator=draw) * 2 - 1
-    window = 1.0 + 0.15 * spread[:, 0]  # what part of the picture is looked at: below 1 enlarges
+    window = 1.0 + 0.15 * spread[:, 0]  # the visible part of the image: below 1 enlarges
     window = torch.where(room, window.clamp_max(1.0), window).where(move, torch.ones(()))
     shift = (0.12 * spread[:, 1:] * (~room & move)[:, None]).unbind(1)
     mirror = (torch.rand(count, generator=draw) < 0.5).float() * 2 - 1

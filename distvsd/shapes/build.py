@@ -1,7 +1,7 @@
-"""Trains the embedded prior from nothing: images of the world, a text encoder, a UNet, and the classifier beside them.
+"""Trains the embedded prior from scratch: draws the images, trains the text encoder and the UNet, then the classifier.
 
-One command (`distvsd prior build`), resumable, deterministic by seed on one machine with one number of threads. The
-result is an ordinary diffusers pipeline.
+One command (`distvsd prior build`), resumable; deterministic by seed for one machine and number of threads. The result
+is a diffusers pipeline.
 """
 
 from __future__ import annotations
@@ -39,29 +39,30 @@ from distvsd.vsd.rng import Purpose, generator, seeded
 
 PATCH = 4
 LATENT_SCALE = 1.3  # brings the world's latents to about unit variance
-# What varies inside a patch has 0.04 of the variance of its mean: unless amplified, edges and faces are not learnt.
+# The detail inside a patch has 0.04 of the variance of the patch's mean; without amplification edges and faces are not
+# learnt.
 DETAIL_GAIN = 4.0
-NOISE_SHIFT = 3.0  # sigma/alpha is that many times the cosine schedule's: images are smooth, so noise must be stronger
+NOISE_SHIFT = 3.0  # factor on sigma/alpha of the cosine schedule: smooth images need stronger noise
 NUM_TIMESTEPS = 1000
-# The UNet predicts x_0: a patch of 48 numbers is on a low-dimensional manifold, while v or eps would have to carry all
-# 48 through the last layers, and samples keep what does not fit as noise. Its error is weighted as that of v,
+# The UNet predicts x_0, because a patch of 48 numbers lies on a low-dimensional manifold. v or eps would need all 48 in
+# the last layers, and the part that does not fit would stay in samples as noise. The error is weighted like that of v,
 # 1 / sigma^2, up to this.
 MAX_WEIGHT = 5.0
-# What an image shows is decided from high noise down: colour and shape, then edges and faces, which noise has drowned
-# at sigma/alpha of DETAIL_GAIN, 0.6 of the range. So most of a batch is drawn from the upper end of the range: from
-# where, and the share that is drawn from there on.
+# Colour and shape are decided at high noise, edges and faces below; noise hides these at sigma/alpha = DETAIL_GAIN, 0.6
+# of the range. So most of a batch is drawn from the upper part. Pairs: start of an interval that ends at 1, share of
+# the batch.
 TIMESTEP_SHARES = ((0.0, 0.25), (0.3, 0.55), (0.85, 0.2))
-# A cube is the one shape that every turn of the camera changes, so it takes more images than the others to learn. It is
-# drawn that many times as often as another shape where the caption names the shape; there alone, so that what a caption
-# stands for stays the same, and "an object" is any shape.
+# Every turn of the camera changes the view of a cube, so cubes take more images to learn. They are drawn this many
+# times as often as another shape if the caption names the shape. Other captions keep their meaning: "an object" is any
+# shape.
 CUBE_WEIGHT = 4.0
 
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """What a build depends on. num_images: size of the drawn data set. steps, batch_size, learning_rate: of the
-    training. start: folder of a pipeline of the same architecture to take the first weights from, "shapes" for the
-    embedded one's; "" for random ones.
+    """The settings of a build. num_images: size of the drawn data set. steps, batch_size, learning_rate: of the
+    training. start: folder of a pipeline of the same architecture with the first weights, "shapes" for the embedded
+    one, "" for random weights.
     """
 
     seed: int = 0
@@ -89,11 +90,11 @@ def build(folder: Path, config: BuildConfig, device: str, report: Callable[[str]
 def build_pipeline(
     folder: Path, config: BuildConfig, device: str, report: Callable[[str], None], save_every: int = 500
 ) -> None:
-    """Trains and writes the pipeline to `folder`; `folder/build-state` holds what resuming needs and can be deleted
-    after.
+    """Trains and writes the pipeline to `folder`. `folder/build-state` is needed to resume and can be deleted
+    afterwards.
 
-    Raises UsageError if the folder holds another configuration's state, or `config.start` another architecture, and
-    PriorError if that is no pipeline's folder.
+    Raises UsageError if the folder was begun with another configuration or `config.start` has another architecture, and
+    PriorError if `config.start` is not the folder of a pipeline.
     """
     start = open_folder(config.start) if config.start else None
     folder.mkdir(parents=True, exist_ok=True)
@@ -184,7 +185,7 @@ def train(
 
 
 def draw_images(labels: world.Labels, levels: Tensor, draw: torch.Generator) -> Tensor:
-    """The number of an image for each caption level `[N]`: any, or by CUBE_WEIGHT where the caption names the shape."""
+    """An image's index for each caption level `[N]`: uniform, or by CUBE_WEIGHT if the caption names the shape."""
     weights = torch.where(labels.shape == world.SHAPES.index("cube"), CUBE_WEIGHT, 1.0)
     names_shape = torch.isin(levels, torch.tensor([LEVELS.index("full"), LEVELS.index("shape")]))
     weighted = torch.multinomial(weights, len(levels), replacement=True, generator=draw)
@@ -192,7 +193,7 @@ def draw_images(labels: world.Labels, levels: Tensor, draw: torch.Generator) -> 
 
 
 def _draw_timesteps(count: int, draw: torch.Generator) -> Tensor:
-    """By TIMESTEP_SHARES; stratified, which lowers the loss's variance."""
+    """Timesteps by TIMESTEP_SHARES, stratified to lower the variance of the loss."""
     ends = torch.tensor([share for _, share in TIMESTEP_SHARES]).cumsum(0).mul(count).round().long().tolist()
     parts = [
         first + (1 - first) * _stratified(end - begin, draw)
@@ -202,7 +203,7 @@ def _draw_timesteps(count: int, draw: torch.Generator) -> Tensor:
 
 
 def _stratified(count: int, draw: torch.Generator) -> Tensor:
-    """One uniform number in each of `count` equal parts of [0, 1)."""
+    """A uniform number in each of `count` equal parts of [0, 1)."""
     return (torch.arange(count) + torch.rand(count, generator=draw)) / count
 
 
@@ -241,8 +242,8 @@ def _models(config: BuildConfig, tokenizer_folder: Path) -> torch.nn.ModuleDict:
 
 
 def _begin_with(modules: torch.nn.ModuleDict, start: PipelineFolder, tokenizer_folder: Path) -> None:
-    """The weights of the pipeline `start`; the embedding of a word moves to its number in this build's tokenizer, and a
-    word that was not there keeps its random one."""
+    """Loads the weights of the pipeline `start`. Word embeddings move to the word's id in this build's tokenizer; new
+    words keep their random embedding."""
     from transformers import AutoTokenizer
 
     old = load_tokenizer(start).get_vocab()

@@ -1,4 +1,4 @@
-"""Captions of the shapes world, at several levels of detail, and the tokenizer that knows their words."""
+"""Captions of the shapes world at several levels of detail, and the tokenizer of their words."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def article(noun: str) -> str:
 
 
 def caption(shape: int, color: int, face: int, wall: int, floor: int, level: str) -> str:
-    """One caption; label meanings as in `Labels`, level one of LEVELS. Rooms know only full, object ("a room") and
+    """One caption. Labels as in `world.Labels`; level: one of LEVELS. Rooms have only full, object ("a room") and
     empty."""
     if level == "empty":
         return ""
@@ -46,7 +46,7 @@ def draw_levels(count: int, generator: torch.Generator) -> Tensor:
 
 
 def draw_captions(labels: Labels, cameras: Cameras, levels: Tensor, generator: torch.Generator) -> list[str]:
-    """A caption for each image, of its level `[N]`; the view is named in a share of those that show an object."""
+    """A caption for each image at its level `[N]`; SUFFIX_SHARE of the captions of objects name the view."""
     suffixed = (torch.rand(len(levels), generator=generator) < SUFFIX_SHARE).tolist()
     rows = torch.stack((labels.shape, labels.color, labels.face, labels.wall, labels.floor), dim=1).tolist()
     views = [
@@ -61,7 +61,7 @@ def draw_captions(labels: Labels, cameras: Cameras, levels: Tensor, generator: t
 
 
 def every_caption() -> list[str]:
-    """All captions the world can have; the tokenizer knows their words."""
+    """All captions of the world; the tokenizer's words come from them."""
     texts = set()
     for level in LEVELS:
         for color in range(len(COLORS)):
@@ -74,10 +74,10 @@ def every_caption() -> list[str]:
 
 
 def save_tokenizer(folder: Path) -> None:
-    """Writes a tokenizer in the transformers format: lower-cased words of the captions, letters for any other word,
+    """Writes a tokenizer in the transformers format: lower-cased words of the captions, single letters for other words,
     begin and end marks, 16 tokens.
 
-    Nothing is trained, as a trainer of byte pairs numbers equally frequent letters differently in every process.
+    It is not trained: a trainer of byte pairs numbers equally frequent letters differently in every process.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -104,7 +104,7 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def tokenize(tokenizer: object, texts: list[str]) -> Tensor:
-    """Token ids `[B, MAX_TOKENS]`, padded as a pipeline pads them."""
+    """Token ids `[B, MAX_TOKENS]`, padded as in a diffusers pipeline."""
     batch = tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")  # type: ignore[operator]
     ids: Tensor = batch.input_ids
     return ids

@@ -1,6 +1,6 @@
-"""Reads the labels of the shapes world back from images: renders of particles, samples of the prior, drawings.
+"""Recognises the labels of the shapes world in images: renders of particles, samples of the prior, drawings.
 
-A small convolutional network with one head a label. It is used for evaluation only, never by the training of particles.
+A small convolutional network with one head a label. Only evaluation uses it, never the training of particles.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CHANNELS = (24, 48, 72, 96, 96)
 
 @dataclass(frozen=True)
 class Predictions:
-    """The likeliest class of every head, `[N]` int64 each, on the CPU; a head is meaningful only in its own scene.
+    """The likeliest class of every head, `[N]` int64 each, on the CPU. A head is meaningful only in its own scene.
 
     scene: index into SCENES. shape, color, wall, floor: indices into the world's SHAPES and COLORS. face: 0 or 1.
     probabilities: head -> `[N, classes]` float32.
@@ -66,13 +66,13 @@ class Classifier(nn.Module):
             layers += [nn.Conv2d(width, channel, size, stride, size // 2), nn.GroupNorm(8, channel), nn.SiLU()]
             width = channel
         self.trunk = nn.Sequential(*layers)
-        self.ink = nn.Conv2d(width, 1, 1)  # in which cells of the last map eyes and mouths are
+        self.ink = nn.Conv2d(width, 1, 1)  # the cells of the last map that hold eyes and mouths
         self.heads = nn.Linear(2 * width + 2, sum(HEADS.values()))
         self.center: Tensor
         self.register_buffer("center", torch.zeros(2 * width))  # mean features of the world's objects
 
     def features(self, images: Tensor) -> Tensor:
-        """What the heads read: mean and maximum over the last map, `[N, 192]`; images of any size, differentiable."""
+        """Features `[N, 192]`: mean and maximum over the last map. Images of any size; differentiable."""
         return _pooled(self.maps(images))
 
     def maps(self, images: Tensor) -> Tensor:
@@ -82,9 +82,9 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def embed(self, images: Tensor, batch: int = 256) -> Tensor:
-        """Features `[N, 192]` less their mean over the world's objects, on the CPU: what diversity is measured on.
+        """Features `[N, 192]` minus their mean over the world's objects, on the CPU; diversity is measured on them.
 
-        Without the centring all cosines would be close to 1, because the features are mostly positive.
+        Without that all cosines would be close to 1, because the features are mostly positive.
         """
         device = self.heads.weight.device
         return torch.cat([(self.features(part.to(device)) - self.center).cpu() for part in images.split(batch)])
@@ -109,7 +109,7 @@ class Classifier(nn.Module):
 
 
 def load_classifier(folder: Path = SHIPPED, device: str | torch.device = "cpu") -> Classifier:
-    """The classifier in `folder`, the shipped one unless told: float32, frozen. Raises PriorError if there is none."""
+    """The classifier in `folder`, by default the shipped one: float32, frozen. Raises PriorError if there is none."""
     if not (folder / "model.safetensors").exists() or not (folder / "config.json").exists():
         raise PriorError(
             f"no classifier in {folder}: config.json and model.safetensors are expected there; "

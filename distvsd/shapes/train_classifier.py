@@ -24,8 +24,8 @@ HELD_OUT_IMAGES = 1_000
 CENTER_IMAGES = 1_000
 BATCH = 64
 LEARNING_RATE = 2.5e-3
-BLANK_SHARE = 0.12  # of every training batch shows nothing
-VISIBLE_PIXELS = 12  # faces and floors count as seen when they change more pixels than this, faces as absent at none
+BLANK_SHARE = 0.12  # of every training batch is without an object
+VISIBLE_PIXELS = 12  # faces and floors count as visible if they change more pixels than this, faces as absent at none
 VISIBLE_CHANGE = 0.1
 FACE_OVERSAMPLING = 3.0
 INK_SHARE = 0.05  # of a cell of the last map from which it counts as inked
@@ -161,10 +161,10 @@ def _batch(pool: Tensor, targets: dict[str, Tensor], draw: torch.Generator) -> t
 
 
 def _loss(model: Classifier, images: Tensor, targets: dict[str, Tensor], ink: Tensor) -> Tensor:
-    """Cross-entropy summed over the heads, each a mean over the images that have its label, and that of the ink.
+    """Sum of the heads' cross-entropies, each averaged over the images with that label, plus that of the ink.
 
-    Faces are a few pixels large. From one label an image the trunk does not find them in hundreds of steps; told in
-    which cells of its last map there is ink, it does so at once.
+    Faces have few pixels. From one label an image the trunk does not learn them in hundreds of steps; with the cells of
+    its last map that hold ink as targets it does at once.
     """
     maps = model.maps(images)
     losses = []

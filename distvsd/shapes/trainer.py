@@ -1,4 +1,4 @@
-"""The UNet and the text encoder in training: their weights, the moving average, the optimiser, and what is written."""
+"""Training of the UNet and the text encoder: weights, moving average, optimiser, and the files they are written to."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WARMUP = 300
 
 
 class PriorTrainer:
-    """The models, their moving average and the optimiser, as one resumable thing."""
+    """The models, their moving average and the optimiser, saved and loaded together."""
 
     def __init__(self, modules: torch.nn.ModuleDict, learning_rate: float, steps: int) -> None:
         self.modules = modules
@@ -40,7 +40,7 @@ class PriorTrainer:
         torch.nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
-        # The average follows faster at first, so that it forgets the random start.
+        # The average follows faster at first, to forget the random start.
         towards = 1 - min(EMA, (self.step + 1) / (self.step + 10))
         with torch.no_grad():
             torch._foreach_lerp_(list(self.average.values()), list(self.modules.parameters()), towards)
@@ -93,7 +93,7 @@ class PriorTrainer:
 
 
 def save_atomically(tensors: dict[str, Tensor], path: Path) -> None:
-    """Writes a file that is whole or not there."""
+    """Writes a file atomically: a reader finds the whole file or none."""
     staged = path.with_suffix(".staged")
     save_file(tensors, staged)
     staged.replace(path)

@@ -1,8 +1,8 @@
-"""The procedural world that the embedded prior knows: solid objects and rooms, drawn by ray casting.
+"""The procedural world of the embedded prior: solid objects and rooms, drawn by ray casting.
 
-Everything has a label, so what a particle became can be counted: shape, colour, face, wall and floor colours.
-Sizes are in world units; objects fit in a ball of radius 0.5 around the origin. Ray casting is vectorised over
-images and pixels; all maths in float32.
+Everything has a label, so that particles can be counted by shape, colour, face, wall and floor colour. Sizes are in
+world units; objects fit into a ball of radius 0.5 around the origin. Ray casting is vectorised over images and pixels,
+in float32.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SPHERE_RADIUS, CUBE_HALF = 0.36, 0.27
 CYLINDER_RADIUS, CYLINDER_HALF = 0.25, 0.34
 CONE_RADIUS, CONE_TOP, CONE_BOTTOM = 0.36, 0.42, -0.32
 TORUS_RADIUS, TORUS_TUBE = 0.27, 0.14
-# A face is as large as the slimmest shapes, cone and torus, can carry: 130 to 300 of the 4,096 pixels from the front.
+# Faces are as large as the slimmest shapes, cone and torus, allow: 130 to 300 of the 4,096 pixels from the front.
 EYE_SIDE, EYE_HEIGHT, EYE_RADIUS = 0.1, 0.05, 0.065
 MOUTH_HEIGHT, MOUTH_HALF_WIDTH, MOUTH_HALF_HEIGHT = -0.09, 0.14, 0.035
 ROOM_HALF, ROOM_BOTTOM, ROOM_TOP = 1.0, -0.6, 0.8
@@ -96,7 +96,7 @@ def sample_cameras(labels: Labels, generator: torch.Generator) -> Cameras:
     outside = look_at_origin(
         uniform(*map(math.radians, ELEVATION_DEG)), azimuth, uniform(*DISTANCE), uniform(*map(math.radians, FOVY_DEG))
     )
-    # Inside, the camera stands close to the centre and looks past it at the far wall.
+    # Inside a room the camera is close to the centre and looks past it at the far wall.
     inside = look_at_origin(
         uniform(*map(math.radians, ROOM_ELEVATION_DEG)),
         azimuth,
@@ -147,7 +147,7 @@ def _draw_objects(shape: int, labels: Labels, origins: Tensor, directions: Tenso
 def _face_mask(points: Tensor, normals: Tensor) -> Tensor:
     """Two eyes and a mouth on the side that looks along +x."""
     x, y, z = points.unbind(-1)
-    # Within 60 degrees of the front, so that nothing of a face on a slim cone is seen from behind.
+    # Within 60 degrees of the front, so that a face on a slim cone is not visible from behind.
     front = (x > 0.05) & (normals[..., 0] > 0.5)
     eyes = ((y.abs() - EYE_SIDE) ** 2 + (z - EYE_HEIGHT) ** 2) < EYE_RADIUS**2
     mouth = (y.abs() < MOUTH_HALF_WIDTH) & ((z - MOUTH_HEIGHT).abs() < MOUTH_HALF_HEIGHT)
@@ -226,7 +226,7 @@ def _cone(o: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _torus(o: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-    # Sphere tracing: the torus has an exact distance function, so the steps never overshoot.
+    # Sphere tracing: with an exact distance function the steps never overshoot.
     t = torch.zeros_like(o[..., 0])
     for _ in range(40):
         t = t + _torus_distance(o + d * t[..., None])
@@ -251,7 +251,7 @@ def _draw_rooms(labels: Labels, origins: Tensor, directions: Tensor) -> Tensor:
     down = (axis == 2) & (safe[..., 2] < 0)
     wall = RGB[labels.wall][:, None, None].expand_as(origins)
     floor = RGB[labels.floor][:, None, None].expand_as(origins)
-    # The two pairs of walls are shaded apart, so corners show.
+    # The two pairs of walls have different shades, so corners are visible.
     shade = torch.where(axis == 0, 0.95, 0.75)[..., None]
     color = torch.where(down[..., None], floor * 0.9, wall * shade)
     return torch.where(up[..., None], torch.full_like(color, 0.9), color)

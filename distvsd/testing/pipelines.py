@@ -28,19 +28,24 @@ _PREDICTION: dict[Layout, PredictionType] = {"sd15": "epsilon", "sd21": "v_predi
 
 
 def tiny_pipeline(
-    folder: Path, layout: Layout = "shapes", prediction_type: PredictionType | None = None, seed: int = 0
+    folder: Path,
+    layout: Layout = "shapes",
+    prediction_type: PredictionType | None = None,
+    seed: int = 0,
+    levels: Literal[1, 2] = 2,
 ) -> Path:
     """Writes a random pipeline of a few 100,000 parameters to `folder` and returns `folder`; deterministic by `seed`.
 
     layout: what the files look like. "sd15" and "sd21" are Stable Diffusion 1.5 and 2.1 (64 x 64 images, 4 x 8 x 8
     latents, an AutoencoderKL, 77 tokens), "shapes" the embedded prior (32 x 32 images, 48 x 8 x 8 latents, PatchCodec,
-    16 tokens, a schedule that ends in pure noise). prediction_type: the layout's own where None.
+    16 tokens, a schedule that ends in pure noise). prediction_type: the layout's own where None. levels: of the UNet;
+    one level without a middle block takes less time, for tests that are about something else.
     """
     folder = Path(folder)
     prediction = prediction_type or _PREDICTION[layout]
     vocabulary = _write_tokenizer(folder / "tokenizer", layout)
     with quiet(), seeded(seed, Purpose.BUILD):
-        _unet(layout).save_pretrained(folder / "unet", safe_serialization=True)
+        _unet(layout, levels).save_pretrained(folder / "unet", safe_serialization=True)
         _write_text_encoder(folder / "text_encoder", layout, vocabulary)
         if layout == "shapes":
             PatchCodec(4, 1.6).save_pretrained(folder / "vae")
@@ -64,7 +69,7 @@ def tiny_pipeline(
     return folder
 
 
-def _unet(layout: Layout) -> Any:
+def _unet(layout: Layout, levels: int) -> Any:
     from diffusers import UNet2DConditionModel
 
     channels = 48 if layout == "shapes" else 4
@@ -74,9 +79,10 @@ def _unet(layout: Layout) -> Any:
         sample_size=8,
         in_channels=channels,
         out_channels=channels,
-        block_out_channels=(16, 32),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(16, 32)[:levels],
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D")[:levels],
+        mid_block_type="UNetMidBlock2DCrossAttn" if levels > 1 else None,
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D")[-levels:],
         layers_per_block=1,
         norm_num_groups=8,
         cross_attention_dim=_TEXT_WIDTH[layout],

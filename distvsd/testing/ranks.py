@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copyreg
 import faulthandler
+import gc
 import io
 import multiprocessing
 import os
@@ -141,6 +142,7 @@ def _child(
 ) -> None:
     # First: OpenMP's worker threads did not survive the fork, and a parallel region would wait for them forever.
     torch.set_num_threads(1)
+    gc.freeze()  # a collection would visit, and so copy, every object that the parent has
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     os.environ.update(dict(zip(names, map(str, (rank, size, rank, size)), strict=True)))
     with _stack_file(folder, rank).open("w") as stack:

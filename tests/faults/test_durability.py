@@ -222,7 +222,7 @@ def test_saves_that_go_on_failing_end_the_run_with_the_old_checkpoints_intact(tm
     results = run_ranks(run, 2)
     assert results[0] == results[1] and results[0][0] == [1, 2]
     assert "3 saves in a row failed (checkpoint.max_failures is 3)" in results[0][1]
-    assert "rank 1: [Errno 28]" in results[0][1] and "are as they were" in results[0][1]
+    assert "rank 1: [Errno 28]" in results[0][1]
     assert reader.steps(folder) == [2, 1] and leftovers(folder) == []
 
 
@@ -300,7 +300,7 @@ def test_what_is_saved_is_the_state_at_that_moment_however_the_run_goes_on(tmp_p
     assert found is not None and marks(found) == {(7, 0)}
     assert [found.read(particle_file(n))["param/grid"][0].item() for n in range(NUM_PARTICLES)] == [0, 1, 2, 3, 4]
     assert [entry.health for entry in found.manifest.particles] == [{"bad": 1}, {"bad": 1}, {}, {}, {}]
-    assert found.manifest.config == {"rates": [1]} and found.read_text("score/adapter_config.json") == "{}"
+    assert found.manifest.config == {"rates": [1]} and (found.folder / "score/adapter_config.json").read_text() == "{}"
     figure(f"the run stood still for {max(stall for _, stall in results) * 1000:.0f} ms of a save of over 500 ms")
 
 

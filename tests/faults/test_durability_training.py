@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.kill_campaign import last_reported, small_training, warm_up
+from benchmarks.kill_campaign import last_reported, small_training
 from distvsd.checkpoint import particle_file, reader, verify_run
 from distvsd.faults import injected
 from distvsd.parallel.world import World
@@ -16,21 +16,12 @@ from distvsd.particles import ensemble, good
 from distvsd.run.build import build_run
 from distvsd.run.resume import largest_part
 from distvsd.run.train import train
-from distvsd.testing.pipelines import tiny_pipeline
 from distvsd.testing.ranks import run_ranks
 from tests.small_run import small_config, told
 
 
 def leftovers(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if reader.step_of(path.name) is None)
-
-
-@pytest.fixture(scope="module")
-def prior(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("prior")
-    tiny_pipeline(folder, "shapes", "v_prediction", 0)
-    warm_up(small_training(folder, folder / "warm", True))
-    return folder
 
 
 @pytest.fixture(scope="module")

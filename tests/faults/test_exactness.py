@@ -25,8 +25,9 @@ from tests.small_run import refusals
 
 Figure = Callable[[str], None]
 SMOKE = Path(__file__).parents[2] / "configs" / "smoke.yaml"
-PARTICLES = 7
-# Six rounds, saved after 2 and 4, killed at the start of the sixth; resolution, rates and replay change on the way.
+PARTICLES = 5
+# Six rounds, saved after 2 and 4, killed at the start of the sixth; resolution, rates and replay change on the way. Two
+# lines of metrics: that of round 5 is written before the kill, and again after the resume from round 4.
 SMALL = {
     "run.seed": 41,
     "prompt": "a red cube",
@@ -40,7 +41,7 @@ SMALL = {
     "checkpoint.every": 2,
     "score.rank": 2,
     "score.replay_share": 0.25,
-    "log.every": 1,
+    "log.every": 5,
 }
 DEATH = "kill@round:step=5"
 # What of a line of metrics.jsonl is mathematics; the rest is time.
@@ -92,7 +93,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory, prior: Path) -> State:
     config = training(run, prior)
     run_ranks(lambda world: train(config), 1)
     found = state_of(run)
-    assert len([name for name in found[0] if name.startswith("particle/")]) == PARTICLES and len(found[1]) == 6
+    assert len([name for name in found[0] if name.startswith("particle/")]) == PARTICLES and len(found[1]) == 2
     return found
 
 
@@ -158,7 +159,7 @@ def test_a_run_goes_on_with_the_same_bits_on_another_number_of_ranks(
 def test_exact_numerics_refuse_a_renderer_that_adds_in_no_fixed_order(tmp_path: Path, prior: Path) -> None:
     """Exact numerics with a renderer whose sums change from run to run are refused before anything is loaded, with the
     renderers that may be used instead."""
-    with pytest.raises(ConfigError, match=r"render\.backend is nerfacc.*numerics is exact; allowed: auto, torch"):
+    with pytest.raises(ConfigError, match=r"render\.backend is nerfacc.*exact.*auto, torch"):
         training(tmp_path / "run", prior, render__backend="nerfacc")
     assert not (tmp_path / "run").exists()
 

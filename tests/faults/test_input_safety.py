@@ -153,7 +153,7 @@ def test_a_manifest_signed_by_a_stranger_cannot_name_a_file_outside(tmp_path: Pa
     assert signed(manifest) == (folder / "manifest.json").read_bytes(), "this test signs otherwise than the program"
     manifest["files"][name] = manifest["files"].pop("score/camera.safetensors")
     (folder / "manifest.json").write_bytes(signed(manifest))
-    with pytest.raises(CheckpointError, match="which no checkpoint holds"):
+    with pytest.raises(CheckpointError, match=r"manifest\.json"):
         open_checkpoint(tmp_path / "run" / "checkpoints", 2)
     with pytest.raises(CheckpointError):
         newest(tmp_path / "run" / "checkpoints")
@@ -188,7 +188,7 @@ def test_code_in_the_files_of_a_checkpoint_never_runs(tmp_path: Path, finished: 
         (folder / "manifest.json").write_bytes(signed(manifest))
         checkpoint = open_checkpoint(tmp_path / "run" / "checkpoints", 2)
         for file in (file for file in manifest["files"] if file.endswith(".safetensors")):
-            with pytest.raises(CheckpointError, match="is not a safetensors file"):
+            with pytest.raises(CheckpointError, match="safetensors"):
                 checkpoint.read(file)
             tried += 1
         shutil.rmtree(tmp_path / "run")

@@ -8,20 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.kill_campaign import campaign, small_training, warm_up
+from benchmarks.kill_campaign import campaign, small_training
 from distvsd.config import Config
-from distvsd.testing.pipelines import tiny_pipeline
 
 # In the foreground a round is saved before the next begins; in the background, its save ends after the next report.
 MOST_LOST = {False: 1, True: 2}
-
-
-@pytest.fixture(scope="module")
-def prior(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("prior")
-    tiny_pipeline(folder, "shapes", "v_prediction", 0)
-    warm_up(small_training(folder, folder / "warm", True))
-    return folder
 
 
 @pytest.mark.guarantee("G1", "G9")
@@ -33,7 +24,7 @@ def test_a_kill_at_any_instant_loses_no_more_than_the_save_under_way_and_changes
     nobody hangs, and the resumed training ends with the bits of one that was never disturbed."""
 
     def config_in(run: Path) -> Config:
-        return small_training(prior, run, asynchronous, rounds=8)
+        return small_training(prior, run, asynchronous, rounds=6, **{"particles.count": 2})
 
     tally = campaign(tmp_path, config_in, kills=8, draw=random.Random(1), ranks=2)
     assert tally.kills >= 8 and len(tally.lost) == tally.kills, str(tally)

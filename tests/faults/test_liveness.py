@@ -31,7 +31,8 @@ Figure = Callable[[str], None]
 
 
 def config(run: Path, prior: Path, **changes: Any) -> Config:
-    return small_config(run, prior, **{"checkpoint.every": 1, "log.every": 1, "parallel.timeout_s": 60} | changes)
+    own = {"parallel.numerics": "fast", "parallel.timeout_s": 60, "checkpoint.every": 1, "log.every": 1}
+    return small_config(run, prior, **own | changes)
 
 
 def train_with(world: World, run: Config, faults: str, folder: Path) -> None:
@@ -111,13 +112,13 @@ def test_a_hung_rank_is_found_by_the_timeout_and_named(tmp_path: Path, prior: Pa
 @pytest.mark.parametrize("lost", ["kill", "stop"])
 @pytest.mark.parametrize("strategy", [{"strategy": "fsdp2"}, {"strategy": "deepspeed", "zero_stage": 2}])
 def test_a_rank_lost_inside_another_librarys_collectives_is_named_too(
-    tmp_path: Path, prior: Path, figure: Figure, strategy: dict[str, Any], lost: str
+    tmp_path: Path, prior: Path, figure: Figure, request: pytest.FixtureRequest, strategy: dict[str, Any], lost: str
 ) -> None:
     """Where torch's FSDP2 or DeepSpeed waits for a rank that died or hangs, the run ends as it does under `flat`."""
     if strategy["strategy"] == "deepspeed":
-        pytest.importorskip("deepspeed")
+        request.getfixturevalue("deepspeed")
     changes = {f"parallel.{name}": value for name, value in strategy.items()}
-    run = config(tmp_path / "run", prior, **{"parallel.timeout_s": 8, "parallel.numerics": "fast"} | changes)
+    run = config(tmp_path / "run", prior, **{"parallel.timeout_s": 8} | changes)
     # The sleep is for a heartbeat, as above.
     faults = f"sleep@reduce:rank=1:step=1:nth=1:ms=2500; {lost}@reduce:rank=1:step=1:nth=1"
     found = reports(tmp_path / "said", run, faults, 3)

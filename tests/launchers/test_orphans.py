@@ -38,6 +38,7 @@ started = [
 for rank in started:
     rank.wait()
 """
+ENDLESS = {"parallel.numerics": "fast", "schedule.rounds": 100_000, "checkpoint.every": 20, "log.every": 1}
 # Where there is nothing to save a quiet machine takes below a second; in training, the rest of a round and a save.
 BOUND_S = 15.0
 
@@ -54,7 +55,7 @@ def parent(size: int, present: int) -> list[str]:
 
 
 def settings(run: Path, prior: Path) -> list[str]:
-    return overrides(run, prior, **{"schedule.rounds": 100_000, "checkpoint.every": 20, "log.every": 1})
+    return overrides(run, prior, **ENDLESS)
 
 
 def started(size: int) -> Callable[[Family, Path], bool]:
@@ -102,7 +103,7 @@ def test_no_rank_outlives_its_launcher_whenever_that_is_killed(
     if moment is training:
         assert reached["state"] == "preempted"
         verify_run(run)
-    again = overrides(run, prior, **{"schedule.rounds": reached["round"] + 1, "checkpoint.every": 20, "log.every": 1})
+    again = overrides(run, prior, **ENDLESS | {"schedule.rounds": reached["round"] + 1})
     assert train(load_config(SMOKE, again), resume="must" if (run / "config.yaml").exists() else "auto") == 0
     figure(f"0 orphans {seconds:.1f} s after the launcher was killed")
 

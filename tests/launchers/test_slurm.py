@@ -304,7 +304,8 @@ def test_slurm_reads_what_the_jobs_ask_for(job: Path) -> None:
 
 def training(run: Path, prior: Path, rounds: int) -> list[str]:
     """The arguments of a small run."""
-    return ["configs/smoke.yaml", *overrides(run, prior, **{"schedule.rounds": rounds, "checkpoint.every": 1})]
+    changes = {"parallel.numerics": "fast", "schedule.rounds": rounds, "checkpoint.every": 1, "log.every": 1}
+    return ["configs/smoke.yaml", *overrides(run, prior, **changes)]
 
 
 def status(run: Path) -> dict[str, Any]:
@@ -348,7 +349,7 @@ def test_a_job_whose_time_is_over_saves_is_queued_again_and_finishes(
 ) -> None:
     """SIGUSR1 to train.sbatch on two nodes, as Slurm sends it before the time limit: the ranks save, scontrol requeue
     is called exactly once, and the job that is started again goes on and finishes."""
-    line = ("train", *training(run, prior, 14))
+    line = ("train", *training(run, prior, 8))
     job = two_nodes.start(*line)
     wait_for(lambda: len(rounds(run)) >= 2, job, two_nodes)
     began = time.monotonic()
@@ -356,15 +357,15 @@ def test_a_job_whose_time_is_over_saves_is_queued_again_and_finishes(
     assert job.wait(PATIENCE_S) == 0, two_nodes.output
     figure(f"{time.monotonic() - began:.1f} s from SIGUSR1 to the requeue, of a run of 2 nodes")
     stopped = status(run)
-    assert stopped["state"] == "preempted" and 2 <= stopped["round"] < 14, two_nodes.output
+    assert stopped["state"] == "preempted" and 2 <= stopped["round"] < 8, two_nodes.output
     assert two_nodes.requeued == [two_nodes.id]
     assert not any(map(psutil.pid_exists, two_nodes.tasks()))
     verify_run(run)
 
     assert two_nodes.run(*line, DISTVSD_FAULTS="", SLURM_RESTART_COUNT="1") == 0, two_nodes.output
-    assert status(run)["state"] == "done" and rounds(run) == list(range(1, 15))
+    assert status(run)["state"] == "done" and rounds(run) == list(range(1, 9))
     assert len(two_nodes.requeued) == 1 and "restart 1" in two_nodes.output
-    manifest = json.loads((run / "checkpoints/step-00000014/manifest.json").read_text())
+    manifest = json.loads((run / "checkpoints/step-00000008/manifest.json").read_text())
     assert manifest["world_size"] == 2
 
 

@@ -138,14 +138,13 @@ def start_trial(path: Path, seed: int, base: Path, home: Path, monkeypatch: pyte
 
 @pytest.mark.guarantee("G28")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the worlds of these tests are of two CPU ranks")
-@pytest.mark.parametrize(("name", "launcher"), [("bayes.yaml", "torchrun"), ("grid.yaml", "accelerate")])
 def test_a_trial_trains_on_two_ranks_and_is_one_run_in_wandb(
-    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, name: str, launcher: str
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The command that wandb's agent makes of a sweep's file trains on 2 ranks with the drawn values, as the one run
     that the agent chose, and ends with its evaluation in that run."""
-    path = ROOT / "launch/sweep" / name
-    process = start_trial(path, 7, base, tmp_path, monkeypatch, DISTVSD_LAUNCHER=launcher)
+    path = ROOT / "launch/sweep/bayes.yaml"
+    process = start_trial(path, 7, base, tmp_path, monkeypatch, DISTVSD_LAUNCHER="torchrun")
     assert process.wait(timeout=300) == 0
     run = tmp_path / "sweep/sweep9/trial7"
     assert json.loads((run / "STATUS.json").read_text())["state"] == "done"
@@ -167,10 +166,11 @@ def test_a_trial_trains_on_two_ranks_and_is_one_run_in_wandb(
 def test_a_trial_that_is_stopped_ends_as_preempted_and_goes_on_when_queued_again(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The agent's SIGTERM to a trial reaches the ranks, which save; the same trial then goes on where it was."""
+    """The agent's SIGTERM to a trial reaches the ranks, which save; the same trial then goes on where it was, as the
+    same run in wandb."""
     path = ROOT / "launch/sweep/grid.yaml"
     slow = {"DISTVSD_FAULTS": "sleep@round:ms=500"}
-    process = start_trial(path, 3, base, tmp_path, monkeypatch, WANDB_MODE="disabled", **slow)
+    process = start_trial(path, 3, base, tmp_path, monkeypatch, DISTVSD_LAUNCHER="accelerate", **slow)
     run = tmp_path / "sweep/sweep9/trial3"
     deadline = time.monotonic() + 120
     while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
@@ -181,11 +181,14 @@ def test_a_trial_that_is_stopped_ends_as_preempted_and_goes_on_when_queued_again
     status = json.loads((run / "STATUS.json").read_text())
     assert status["state"] == "preempted" and 0 < status["round"] < 4
     monkeypatch.delenv("DISTVSD_FAULTS")
-    again = start_trial(path, 3, base, tmp_path, monkeypatch, WANDB_MODE="disabled")
+    again = start_trial(path, 3, base, tmp_path, monkeypatch, DISTVSD_LAUNCHER="accelerate")
     assert again.wait(timeout=300) == 0
     assert json.loads((run / "STATUS.json").read_text())["state"] == "done"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["round"] for line in lines] == [1, 2, 3, 4]
+    # Twice trained, once evaluated.
+    offline = sorted(run.glob("wandb/offline-run-*/run-*.wandb"))
+    assert len(offline) == 3 and {file.name for file in offline} == {"run-trial3.wandb"}
 
 
 @pytest.mark.parametrize(("is_told", "code"), [(True, 3), (False, 1)])

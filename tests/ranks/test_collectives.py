@@ -119,7 +119,7 @@ def test_hosts_meet_before_they_wait_for_devices_and_the_silent_one_is_found_the
         if world.rank == 1:
             time.sleep(2)
             return "late"
-        with pytest.raises(RankError, match="rank 0 of 2 lost the others in the sum over ranks"):
+        with pytest.raises(RankError, match=r"rank 0 of 2 .*sum over ranks"):
             collectives.meet(world, torch.device("cuda"), "the sum over ranks")
         raise TimeoutError("found")
 
@@ -150,7 +150,7 @@ def test_a_silent_rank_fails_a_collective_after_the_timeout() -> None:
             time.sleep(2)
             return "late"
         start = time.monotonic()
-        with pytest.raises(RankError, match="rank 0 of 2 lost the others in the sum over ranks"):
+        with pytest.raises(RankError, match=r"rank 0 of 2 .*sum over ranks"):
             collectives.barrier(world)
         raise TimeoutError(f"after {time.monotonic() - start:.0f} s")
 

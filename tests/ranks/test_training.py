@@ -14,7 +14,6 @@ from distvsd.parallel.world import World
 from distvsd.run.build import build_run
 from distvsd.run.contents import verify as verify_run
 from distvsd.run.train import train
-from distvsd.testing.pipelines import tiny_pipeline
 from distvsd.testing.ranks import run_ranks
 from distvsd.vsd.samples import Samples
 
@@ -22,18 +21,11 @@ SMOKE = Path(__file__).parents[2] / "configs" / "smoke.yaml"
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 
 
-@pytest.fixture(scope="session")
-def prior_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("prior")
-    tiny_pipeline(folder, "shapes", "v_prediction", 0)
-    return folder
-
-
-def config(run, prior_folder, **overrides):
+def config(run, prior, **overrides):
     settings = {
         "run.dir": run,
         "run.seed": 41,
-        "prior.path": prior_folder,
+        "prior.path": prior,
         "prompt": "a red cube",
         "particles.count": 7,
         "particles.nerf.samples_per_ray": 6,
@@ -53,11 +45,11 @@ def digests(run_dir):
 
 
 @pytest.mark.guarantee("G10")
-def test_exact_numerics_give_the_same_bits_on_one_to_four_ranks(tmp_path, prior_folder):
+def test_exact_numerics_give_the_same_bits_on_one_to_four_ranks(tmp_path, prior):
     """7 particles on 1, 2, 3 and 4 ranks: every particle, the adapter, the camera, both optimisers, bit for bit."""
     found = []
     for size in (1, 2, 3, 4):
-        run = config(tmp_path / f"w{size}", prior_folder, **{"parallel.numerics": "exact"})
+        run = config(tmp_path / f"w{size}", prior, **{"parallel.numerics": "exact"})
         run_ranks(lambda world, run=run: train(run), size)
         found.append(digests(run.run.dir))
     assert len(found[0]) >= 7 + 4
@@ -65,13 +57,13 @@ def test_exact_numerics_give_the_same_bits_on_one_to_four_ranks(tmp_path, prior_
 
 
 @pytest.mark.guarantee("G10")
-def test_exact_numerics_hold_with_several_views_and_steps_a_round(tmp_path, prior_folder):
+def test_exact_numerics_hold_with_several_views_and_steps_a_round(tmp_path, prior):
     """Exact numerics: also with several views of a particle and several score steps a round."""
     found = []
     for size in (1, 3):
         run = config(
             tmp_path / f"w{size}",
-            prior_folder,
+            prior,
             **{
                 "parallel.numerics": "exact",
                 "particles.views": 2,
@@ -85,11 +77,11 @@ def test_exact_numerics_hold_with_several_views_and_steps_a_round(tmp_path, prio
     assert found[0] == found[1]
 
 
-def test_fast_numerics_agree_between_worlds_up_to_rounding(tmp_path, prior_folder):
+def test_fast_numerics_agree_between_worlds_up_to_rounding(tmp_path, prior):
     """Few rounds, because rounding grows; Adam's first steps are signs, so a parameter may still differ by a step."""
     states = []
     for size in (1, 3):
-        run = config(tmp_path / f"w{size}", prior_folder, **{"schedule.rounds": 1})
+        run = config(tmp_path / f"w{size}", prior, **{"schedule.rounds": 1})
         run_ranks(lambda world, run=run: train(run), size)
         restored = load_particles(Path(run.run.dir))
         states.append(torch.cat([v.flatten() for i in range(7) for v in restored.ensemble.parameters_of(i).values()]))
@@ -97,19 +89,19 @@ def test_fast_numerics_agree_between_worlds_up_to_rounding(tmp_path, prior_folde
     assert different.float().mean() < 0.01
 
 
-def test_more_ranks_than_particles_is_legal(tmp_path, prior_folder):
-    few = config(tmp_path / "few", prior_folder, **{"particles.count": 2})
+def test_more_ranks_than_particles_is_legal(tmp_path, prior):
+    few = config(tmp_path / "few", prior, **{"particles.count": 2})
     run_ranks(lambda world: train(few), 3)
     assert len([name for name in digests(few.run.dir) if name.startswith("particle")]) == 2
 
 
 @pytest.mark.guarantee("G10")
-def test_a_rank_without_particles_follows_a_change_of_resolution(tmp_path, prior_folder):
+def test_a_rank_without_particles_follows_a_change_of_resolution(tmp_path, prior):
     """It gives no rows, but of the width that the others' rows have by then."""
     found = []
     for size in (1, 3):
         changing = {"particles.count": 2, "render.resolution": "{0: 16, 2: 24}", "parallel.numerics": "exact"}
-        run = config(tmp_path / f"w{size}", prior_folder, **changing)
+        run = config(tmp_path / f"w{size}", prior, **changing)
         run_ranks(lambda world, run=run: train(run), size)
         found.append(digests(run.run.dir))
     assert found[0] == found[1]
@@ -118,11 +110,11 @@ def test_a_rank_without_particles_follows_a_change_of_resolution(tmp_path, prior
 
 
 @pytest.mark.guarantee("G9", "G11")
-def test_a_resumed_run_equals_one_that_was_not_interrupted(tmp_path, prior_folder):
+def test_a_resumed_run_equals_one_that_was_not_interrupted(tmp_path, prior):
     """Two rounds on two ranks and two more on three are four rounds on two, bit for bit."""
-    whole = config(tmp_path / "whole", prior_folder, **{"parallel.numerics": "exact"})
+    whole = config(tmp_path / "whole", prior, **{"parallel.numerics": "exact"})
     run_ranks(lambda world: train(whole), 2)
-    parts = config(tmp_path / "parts", prior_folder, **{"parallel.numerics": "exact"})
+    parts = config(tmp_path / "parts", prior, **{"parallel.numerics": "exact"})
     half = dataclasses.replace(parts, schedule=dataclasses.replace(parts.schedule, rounds=2))
     run_ranks(lambda world: train(half), 2)
     run_ranks(lambda world: train(parts, resume="must"), 3)
@@ -149,9 +141,9 @@ def score_gradient(world, run, samples, counts):
 @pytest.mark.guarantee("G13")
 @pytest.mark.parametrize("counts", [(3, 1), (0, 4), (1, 0, 3)])
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_score_gradient_of_all_ranks_is_that_of_one_rank_on_the_union(tmp_path, prior_folder, counts, masked):
+def test_the_score_gradient_of_all_ranks_is_that_of_one_rank_on_the_union(tmp_path, prior, counts, masked):
     """The score's gradient is that of one rank on all samples, with unequal and empty shares, and with a masked NaN."""
-    run = config(tmp_path / "r", prior_folder, **{"particles.count": 4, "score.replay_share": 0})
+    run = config(tmp_path / "r", prior, **{"particles.count": 4, "score.replay_share": 0})
     generator = torch.Generator().manual_seed(0)
     samples = Samples(
         torch.randn(4, *build_run(run, ALONE, lambda done: False).prior.latent_shape(16), generator=generator),

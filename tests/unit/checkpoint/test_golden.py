@@ -49,7 +49,7 @@ def test_a_checkpoint_of_format_1_from_an_earlier_program_is_read_bit_for_bit() 
     assert torch.equal(state["param/grid0"], values) and torch.equal(state["adam_v/grid0"], values.square())
     assert state["adam_step"].item() == 12 and state["occupancy"].tolist() == [True, False]
     assert checkpoint.read("score/camera.safetensors")["0.weight"].dtype == torch.bfloat16
-    assert checkpoint.read_text("score/adapter_config.json") == '{"r": 2, "lora_alpha": 2}'
+    assert (checkpoint.folder / "score/adapter_config.json").read_text() == '{"r": 2, "lora_alpha": 2}'
 
 
 def test_a_run_goes_on_from_the_golden_checkpoint_and_leaves_it_as_it_is(tmp_path: Path, world: World) -> None:

@@ -54,7 +54,7 @@ def test_a_flag_word_that_cannot_travel_is_refused() -> None:
 
 def test_a_gradient_of_another_length_or_dtype_is_refused() -> None:
     for numerics in ("fast", "exact"):
-        with pytest.raises(ValueError, match=r"a gradient is \[3\] torch.float32; it must be \[2\]"):
+        with pytest.raises(ValueError, match=r"\[3\] torch.float32.*\[2\]"):
             reduce_gradients(ALONE, [torch.zeros(3)], 2, numerics, torch.zeros(1))  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=r"torch\.float64"):
             reduce_gradients(ALONE, [torch.zeros(2).double()], 2, numerics, torch.zeros(1))  # type: ignore[arg-type]

@@ -55,7 +55,7 @@ def test_accelerate_with_gpu_processes_and_no_gpu_is_refused_with_the_right_comm
 def test_deepspeed_of_accelerate_is_refused_for_our_own() -> None:
     """accelerate's own DeepSpeed, whose group would be another, is refused with the way to the program's."""
     configured = TORCHRUN | ACCELERATE | {"ACCELERATE_USE_DEEPSPEED": "true"}
-    with pytest.raises(RankError, match=r"launch/accelerate/deepspeed\.yaml and set parallel\.strategy=deepspeed"):
+    with pytest.raises(RankError, match=r"launch/accelerate/deepspeed\.yaml.*parallel\.strategy=deepspeed"):
         read_launch(configured, has_cuda=True)
 
 
@@ -63,7 +63,7 @@ def test_deepspeed_of_accelerate_is_refused_for_our_own() -> None:
 def test_the_one_process_of_a_multi_cpu_config_is_refused() -> None:
     """The one process that accelerate starts for a MULTI_CPU configuration is refused."""
     environment = ACCELERATE | {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    with pytest.raises(RankError, match=r"asked for several processes .* but started this one alone"):
+    with pytest.raises(RankError, match=r"MASTER_ADDR.*alone.*num_processes"):
         read_launch(environment, has_cuda=False)
 
 
@@ -72,7 +72,7 @@ def test_one_process_of_accelerate_is_fine() -> None:
 
 
 def test_half_an_environment_is_refused_by_name() -> None:
-    with pytest.raises(RankError, match="WORLD_SIZE is 4 but RANK and LOCAL_RANK are not set"):
+    with pytest.raises(RankError, match=r"WORLD_SIZE is 4 .*RANK and LOCAL_RANK"):
         read_launch({"WORLD_SIZE": "4"}, has_cuda=False)
     with pytest.raises(RankError, match="RANK is 4 in a world of 4"):
         read_launch(TORCHRUN | {"RANK": "4"}, has_cuda=False)
@@ -85,7 +85,7 @@ def test_three_counts_of_the_world_must_agree() -> None:
     """The launcher's, torch's and accelerate's number of ranks must be one number."""
     refuse_other_world(4, 4, 4)
     for counts in ((4, 1, 1), (4, 4, 1), (2, 4, 4)):
-        with pytest.raises(RankError, match=r"not one world: WORLD_SIZE is \d, torch\.distributed counts \d ranks"):
+        with pytest.raises(RankError, match=r"WORLD_SIZE is \d, torch\.distributed counts \d"):
             refuse_other_world(*counts)
 
 
@@ -94,5 +94,5 @@ def test_ranks_on_one_device_are_named() -> None:
     """Ranks that share a GPU are refused by name."""
     refuse_shared_devices([None, None])
     refuse_shared_devices(["GPU-a of h", "GPU-a of i"])
-    with pytest.raises(RankError, match=r"ranks 0, 2 share GPU-a of h; start at most one process for each GPU"):
+    with pytest.raises(RankError, match="ranks 0, 2 share GPU-a of h"):
         refuse_shared_devices(["GPU-a of h", "GPU-b of h", "GPU-a of h"])

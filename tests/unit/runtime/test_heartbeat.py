@@ -109,7 +109,7 @@ def test_a_disk_that_takes_nothing_does_not_disturb(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with heartbeat(tmp_path / "file" / "heartbeats") as beating:
         beating.at(1, "render")
-        assert beating.silent(wait_s=0.05).startswith("rank 1 left no sign of life")
+        assert beating.silent(wait_s=0.05).startswith("rank 1 has no heartbeat file")
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_a_disk_that_takes_nothing_does_not_disturb(tmp_path: Path) -> None:
 def test_a_file_with_other_types_than_a_rank_writes_is_no_sign_of_life(tmp_path: Path, changes: dict[str, Any]) -> None:
     with heartbeat(tmp_path) as beating:
         put(tmp_path, 1, **changes)
-        assert beating.silent(wait_s=0.01).startswith("rank 1 left no sign of life")
+        assert beating.silent(wait_s=0.01).startswith("rank 1 has no heartbeat file")
 
 
 def test_a_link_or_a_pipe_in_its_place_is_neither_followed_nor_waited_for(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_a_link_or_a_pipe_in_its_place_is_neither_followed_nor_waited_for(tmp_pa
     (tmp_path / "run/rank-00000.json").symlink_to(outside / "rank-00009.json")
     os.mkfifo(tmp_path / "run/rank-00001.json")
     with heartbeat(tmp_path / "run") as beating:
-        assert beating.silent(wait_s=0.01).startswith("rank 1 left no sign of life")
+        assert beating.silent(wait_s=0.01).startswith("rank 1 has no heartbeat file")
     assert [(path.name, path.read_text()) for path in outside.iterdir()] == [("rank-00009.json", "mine")]
 
 
@@ -219,7 +219,7 @@ def test_nonsense_in_place_of_a_heartbeat_is_no_sign_of_life(tmp_path: Path) -> 
     with heartbeat(tmp_path, size=4) as beating:
         for rank, text in ((1, "{"), (2, "[1]"), (3, '{"rank": 3}')):
             (tmp_path / f"rank-{rank:05d}.json").write_text(text)
-        assert beating.silent(wait_s=0.01).count("left no sign of life") == 3
+        assert beating.silent(wait_s=0.01).count("has no heartbeat file") == 3
 
 
 def test_a_record_that_is_being_written_is_read_again(tmp_path: Path) -> None:

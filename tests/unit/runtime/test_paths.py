@@ -21,7 +21,7 @@ from distvsd.runtime.paths import RunLock, RunPaths
 def test_the_names_in_a_run_directory_are_the_documented_ones(tmp_path: Path) -> None:
     paths = RunPaths(tmp_path)
     named = [paths.status, paths.config, paths.metrics, paths.health, paths.lock, paths.checkpoints, paths.renders]
-    named += [paths.exports, paths.gallery, paths.evaluation]
+    named += [paths.evaluation]
     assert [str(path.relative_to(tmp_path)) for path in named] == [
         "STATUS.json",
         "config.yaml",
@@ -30,8 +30,6 @@ def test_the_names_in_a_run_directory_are_the_documented_ones(tmp_path: Path) ->
         "run.lock",
         "checkpoints",
         "renders",
-        "exports",
-        "gallery",
         "evaluation.json",
     ]
     assert list(tmp_path.iterdir()) == []
@@ -57,14 +55,14 @@ def test_what_cannot_be_a_run_directory_is_refused_with_the_reason(tmp_path: Pat
 
 def test_claiming_a_directory(tmp_path: Path) -> None:
     paths = RunPaths(tmp_path)
-    with pytest.raises(RunError, match="no run to resume"):
+    with pytest.raises(RunError, match="--resume must"):
         paths.claim("seed: 1\n", "must")
     paths.claim("seed: 1\n", "auto")
     assert paths.previous_config() == "seed: 1\n"
     paths.claim("seed: 1\n", "auto")
-    with pytest.raises(RunError, match=r"another configuration \(was seed: 1; is seed: 2\).*--resume must"):
+    with pytest.raises(RunError, match=r"seed: 1.*seed: 2.*--resume must"):
         paths.claim("seed: 2\n", "auto")
-    with pytest.raises(RunError, match="holds a run already"):
+    with pytest.raises(RunError, match="--resume auto"):
         paths.claim("seed: 1\n", "never")
     assert paths.previous_config() == "seed: 1\n"
     paths.claim("seed: 2\n", "must")
@@ -102,7 +100,7 @@ def test_a_living_holder_is_refused_by_name(tmp_path: Path, form: str) -> None:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         if form == "host:pid":
             path.write_text(f"{socket.gethostname()}:{holder.pid}")
-        with pytest.raises(RunError, match=f":{holder.pid}.*another job"):
+        with pytest.raises(RunError, match=f":{holder.pid}\\b"):
             RunLock(path).acquire()
         RunLock(path).release()
         assert path.exists(), "only the holder gives a lock back"
@@ -150,7 +148,7 @@ def test_an_empty_lock_file_holds_nothing(tmp_path: Path, text: str) -> None:
 def test_a_holder_that_cannot_be_judged_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "run.lock"
     path.write_text(text)
-    with pytest.raises(RunError, match="delete the file only if"):
+    with pytest.raises(RunError, match="delete the file"):
         RunLock(path).acquire()
     assert path.read_text() == text
 
@@ -253,7 +251,7 @@ def test_a_holder_on_another_host_or_in_another_container_keeps_the_lock_while_i
     thread = threading.Thread(target=beat)
     thread.start()
     try:
-        with pytest.raises(RunError, match=re.escape(f"held by '{holder}'")):
+        with pytest.raises(RunError, match=re.escape(holder)):
             RunLock(lock, beats, silence_s=0.3).acquire()
     finally:
         stop.set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 
 import pytest
@@ -83,17 +84,18 @@ def test_other_ranks_show_nothing() -> None:
     assert stream.getvalue() == ""
 
 
-def test_a_broken_stream_does_not_disturb_the_run() -> None:
+@pytest.mark.parametrize("failure", [BrokenPipeError, OSError(errno.ENOSPC, "full"), ValueError("closed file")])
+def test_a_stream_that_failed_is_not_written_to_again_and_raises_nothing(failure: Exception) -> None:
     class Broken(io.StringIO):
-        def write(self, text: str) -> int:
-            raise BrokenPipeError
+        writes = 0
 
-    clock = Clock()
-    run(Progress(3, particles=8, every=1, stream=Broken(), clock=clock), clock, 3)
-    closed = io.StringIO()
-    progress = Progress(3, particles=8, every=1, stream=closed, clock=clock)
-    closed.close()
-    run(progress, clock, 3)
+        def write(self, text: str) -> int:
+            self.writes += 1
+            raise failure
+
+    stream, clock = Broken(), Clock()
+    run(Progress(3, particles=8, every=1, stream=stream, clock=clock), clock, 3)
+    assert stream.writes == 1
 
 
 def test_a_resumed_run_estimates_from_the_rounds_it_did_itself() -> None:

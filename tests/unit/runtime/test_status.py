@@ -40,5 +40,5 @@ def test_a_file_that_is_no_status_is_refused(tmp_path: Path, text: str) -> None:
 
 def test_an_unknown_state_is_refused(tmp_path: Path) -> None:
     state: Any = "asleep"
-    with pytest.raises(RunError, match="known are running, done, preempted, failed"):
+    with pytest.raises(RunError, match="running, done, preempted, failed"):
         write_status(tmp_path / "STATUS.json", state, 0, 1)

@@ -64,7 +64,7 @@ def test_a_build_that_is_stopped_and_called_again_ends_with_the_bits_of_one_that
 
 
 def test_a_build_of_another_configuration_is_not_continued(whole: Path) -> None:
-    with pytest.raises(UsageError, match="begun with another configuration"):
+    with pytest.raises(UsageError, match="another configuration"):
         built(whole, replace(TINY, seed=1))
 
 
