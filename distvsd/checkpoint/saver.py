@@ -26,6 +26,10 @@ _log = logging.getLogger("distvsd")
 _MARGIN_BYTES: Final = 2**20
 
 
+# Tensors by name by file name, at once or one file after the other.
+Files = Mapping[str, Mapping[str, Tensor]] | Iterable[tuple[str, Mapping[str, Tensor]]]
+
+
 @dataclass(frozen=True)
 class _Part:
     """This rank's part of a checkpoint, copied, so later changes by the caller do not reach it."""
@@ -104,7 +108,7 @@ class Saver:
     def begin(
         self,
         step: int,
-        files: Mapping[str, Mapping[str, Tensor]],
+        files: Files,
         texts: Mapping[str, str],
         metadata: Mapping[str, Any],
         health: Mapping[int, Mapping[str, Any]] | None = None,
@@ -112,7 +116,8 @@ class Saver:
         """Starts to save the state after `step` rounds, as it is at this moment.
 
         First finishes the save before, if it is in progress; also finishes this one unless `asynchronous`. files,
-        texts: what this rank holds, by the file names of docs/checkpoint-format.md. Each particle comes from one rank.
+        texts: what this rank holds, by the file names of docs/checkpoint-format.md. Files may come as a stream: each is
+        copied before the next is asked for. Each particle comes from one rank.
         A `score/` file may come from several: the lowest rank writes it, and different content on another rank is an
         error, which finds drifted replicas. health: JSON by particle id, for the particles in `files`. metadata: rank
         0's is used; config, config_digest, prior_identity, metrics_bytes, and any further JSON. Raises CheckpointError
@@ -123,8 +128,9 @@ class Saver:
         parts: list[_Part] = []
 
         def announce() -> dict[str, Any]:
-            parts.append(self._copy(step, files, texts, metadata, health or {}))
-            return {"step": step, "files": sorted((*files, *texts)), "staging": self._stage(step)}
+            part = self._copy(step, files, texts, metadata, health or {})
+            parts.append(part)
+            return {"step": step, "files": sorted((*part.files, *texts)), "staging": self._stage(step)}
 
         try:
             opened = self._together(action, announce)
@@ -204,21 +210,22 @@ class Saver:
     def _copy(
         self,
         step: int,
-        files: Mapping[str, Mapping[str, Tensor]],
+        files: Files,
         texts: Mapping[str, str],
         metadata: Mapping[str, Any],
         health: Mapping[int, Mapping[str, Any]],
     ) -> _Part:
         """The part of this rank, checked. Overwrites the copies of the save before, which must be finished."""
-        for name in (*files, *texts):
+        copies = self._copies.take(files.items() if isinstance(files, Mapping) else files)
+        for name in (*copies, *texts):
             if not is_file_name(name) or name.endswith(".json") != (name in texts):
                 raise CheckpointError(
                     f"{name!r:.120} is not the name of a file in a checkpoint; see checkpoint-format.md"
                 )
-        held = [particle for file in files if (particle := particle_of(file)) is not None]
+        held = [particle for file in copies if (particle := particle_of(file)) is not None]
         records = plain({str(particle): health.get(particle, {}) for particle in held}, "the health of particles")
         frozen = frozen_metadata(metadata) if self._world.rank == 0 else {}
-        return _Part(step, self._copies.take(files), dict(texts), records, frozen)
+        return _Part(step, copies, dict(texts), records, frozen)
 
     def _stage(self, step: int) -> str | None:
         """Makes the folder of a new checkpoint, on rank 0, and returns its name."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -17,21 +17,21 @@ class HostCopies:
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, str], Tensor] = {}
 
-    def take(self, files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-        """Copies of the tensors, contiguous on the CPU; waits for their devices.
+    def take(self, files: Iterable[tuple[str, Mapping[str, Tensor]]]) -> dict[str, dict[str, Tensor]]:
+        """Copies of each file's tensors, contiguous on the CPU; waits for their devices.
 
         Overwrites the copies of the call before, so nobody may still read them. Frees memory of tensors that are gone.
         """
-        buffers = {
-            (file, name): self._copy((file, name), tensor)
-            for file, tensors in files.items()
-            for name, tensor in tensors.items()
-        }
-        for device in {tensor.device for tensors in files.values() for tensor in tensors.values()}:
+        copies: dict[str, dict[str, Tensor]] = {}
+        devices = set()
+        for file, tensors in files:
+            copies[file] = {name: self._copy((file, name), tensor) for name, tensor in tensors.items()}
+            devices |= {tensor.device for tensor in tensors.values()}
+        for device in devices:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-        self._buffers = buffers
-        return {file: {name: buffers[file, name] for name in tensors} for file, tensors in files.items()}
+        self._buffers = {(file, name): copy for file, tensors in copies.items() for name, copy in tensors.items()}
+        return copies
 
     def _copy(self, key: tuple[str, str], tensor: Tensor) -> Tensor:
         source = tensor.detach()

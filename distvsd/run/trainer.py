@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import gc
+import itertools
 import logging
 import time
 from pathlib import Path
@@ -168,7 +169,7 @@ class Trainer:
         self.journal.settle()  # before the length of its file is noted
         began = time.perf_counter()
         ensemble = self.parts.ensemble
-        files = {particle_file(particle_id): state for particle_id, state in ensemble.stream()}
+        particles = ((particle_file(particle_id), state) for particle_id, state in ensemble.stream())
         metadata = {
             "config": to_dict(self.config),
             "config_digest": digest(self.config),
@@ -176,8 +177,8 @@ class Trainer:
         } | self.journal.lengths()
         training = self.parts.training
         texts = training.score.texts() if training else {}
-        files |= training.state() if training else {}
-        self.saver.begin(completed, files, texts, metadata, ensemble.health())
+        score = training.state().items() if training else ()
+        self.saver.begin(completed, itertools.chain(particles, score), texts, metadata, ensemble.health())
         self.saved = completed
         self.journal.stalled(time.perf_counter() - began)
         if self.saver.pending is None:
