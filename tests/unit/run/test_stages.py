@@ -42,7 +42,7 @@ def configured(tmp_path: Path, prior: Path) -> Callable[..., Config]:
 
 
 def staged(run: Path, prior: Path, *more: str, **changes: Any) -> Config:
-    settings = {"stages": STAGES, "schedule.rounds": 3, "checkpoint.every": 1, "particles.count": 2}
+    settings = {"stages": STAGES, "schedule.rounds": 3, "checkpoint.every": 1, "particles.count": 2, "log.every": 1}
     settings |= {key.replace("__", "."): value for key, value in changes.items()}
     return load_config(SMOKE, [*overrides(run, prior, **settings), *more])
 
