@@ -2,27 +2,53 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Callable, Sequence
 
+import torch
+
 from distvsd.checkpoint.format import particle_file
 from distvsd.checkpoint.reader import Checkpoint
 from distvsd.checkpoint.saver import Saver
-from distvsd.errors import CheckpointError
+from distvsd.config import Config
+from distvsd.errors import CheckpointError, ConfigError
+from distvsd.networks.folder import open_folder
 from distvsd.parallel.collectives import agreed
 from distvsd.parallel.world import World
-from distvsd.particles.base import Handed
+from distvsd.particles.base import Handed, Particle
 from distvsd.particles.good import most_copies
-from distvsd.run.build import Custom, Latents, Run, make_particle
+from distvsd.run.build import Custom, Latents, Run, are_latents, blank_particle, make_particle
 from distvsd.run.contents import Contents, refuse_other_particles
 from distvsd.score.stored import CAMERA_FILE
 from distvsd.score.training import kept_rows
-from distvsd.stages import Stage, hand_over
+from distvsd.stages import Stage, hand_over, stages_of
 
 _log = logging.getLogger("distvsd")
 
 Source = Callable[[Latents, Sequence[int]], Handed]
+
+
+def refuse_impossible_hand_overs(config: Config, custom: Custom) -> None:
+    """Raises ConfigError where a stage cannot begin with the particles of the one before: before hours are spent on
+    those. Makes no particle; opens the prior's folder where particles are its latents. A custom particle is the same in
+    all stages."""
+    if custom.particle is not None:
+        return
+    nobody = torch.zeros(0, dtype=torch.int64)
+    for before, after in itertools.pairwise(stages_of(config)):
+        given, taker = (_blank(stage.config) for stage in (before, after))
+        try:
+            taker.init(config.run.seed, nobody, Handed(given, given.init(config.run.seed, nobody)))
+        except ConfigError as error:
+            raise ConfigError(f"{after.folder} cannot begin from {before.folder}: {error}") from error
+
+
+def _blank(config: Config) -> Particle:
+    if not are_latents(config):
+        return blank_particle(config, None)
+    return blank_particle(config, open_folder(config.prior.path).latent_shape(config.final_resolution))
 
 
 def source_of(stage: Stage, world: World, custom: Custom) -> Source | None:

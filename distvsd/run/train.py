@@ -16,6 +16,7 @@ from distvsd.errors import PREEMPTED, ConfigError, RankError, RunError
 from distvsd.parallel.collectives import agreed, gather_objects, max_flags
 from distvsd.parallel.world import World, open_world
 from distvsd.run.build import Custom
+from distvsd.run.resume import refuse_impossible_hand_overs
 from distvsd.run.trainer import Trainer
 from distvsd.runtime.heartbeat import Heartbeat, forget_ranks
 from distvsd.runtime.launcher import Watch, watched
@@ -39,6 +40,7 @@ def train(config: Config, resume: Resume = "auto", custom: Custom = Custom()) ->
     run, timeout_s = RunPaths(Path(config.run.dir)), config.parallel.timeout_s
     with watched() as watch, Preemption() as preemption, open_world(timeout_s, preemption.nothing_begun) as world:
         _refuse_other_configurations(world, config)
+        agreed(world, lambda: refuse_impossible_hand_overs(config, custom))
         with (
             _claimed(world, run, config, resume),
             Heartbeat(run.heartbeats, world.rank, world.size, timeout_s) as heartbeat,

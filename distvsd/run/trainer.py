@@ -97,6 +97,9 @@ class Trainer:
         """All rounds that are left, the last checkpoint, the contact sheet. False if the run was told to stop before
         its end; then its state is saved, and the same command line continues it."""
         rounds = self.config.schedule.rounds
+        if self.stage.folder:
+            name = self.stage.paths.root.name
+            self.journal.progress.note(f"stage {self.stage.number} of {self.stage.count}, {name}: {rounds} rounds")
         self._status("running", self.first)
         outcome: Outcome = "failed"
         try:

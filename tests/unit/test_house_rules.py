@@ -66,6 +66,14 @@ def test_no_class_is_made_with_more_than_six_positional_arguments() -> None:
     refuse(wrong)
 
 
+def test_the_kind_of_particle_is_asked_for_where_particles_are_made_and_nowhere_else() -> None:
+    """Everywhere else a particle's own members answer."""
+    wrong = [
+        place for place, node in nodes(ast.Attribute, "run/build.py") if ast.unparse(node).endswith("particles.kind")
+    ]
+    refuse([place for place in wrong if not place.startswith("distvsd/config/")])
+
+
 def test_no_file_is_a_drawer_for_everything() -> None:
     refuse([str(path) for path in SOURCES if re.fullmatch(r"(.*_)?(utils?|helpers?|common|misc)", path.stem)])
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import tracemalloc
 from dataclasses import fields, replace
 from functools import cache
@@ -44,6 +46,7 @@ UNET = {
 }
 
 
+ROOT = Path(__file__).parents[3]
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 
 
@@ -423,3 +426,13 @@ class HalfFrozen:
 
     def cost(self, resolution: int) -> Cost:
         return Cost(trained=10, frozen=20, points=0)
+
+
+def test_planning_loads_no_library_of_networks() -> None:
+    """Which would take longer than the plan."""
+    program = (
+        "import sys; from distvsd.cli import main; main(['plan', 'configs/smoke.yaml']);"
+        "sys.exit(str(sorted({'diffusers', 'transformers', 'peft', 'accelerate'} & set(sys.modules))))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.stderr.strip() == "[]" and "particles 0-3 (4)" in done.stdout

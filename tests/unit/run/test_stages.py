@@ -42,7 +42,7 @@ def configured(tmp_path: Path, prior: Path) -> Callable[..., Config]:
 
 
 def staged(run: Path, prior: Path, *more: str, **changes: Any) -> Config:
-    settings = {"stages": STAGES, "schedule.rounds": 3, "checkpoint.every": 1, "particles.count": 2}
+    settings = {"stages": STAGES, "schedule.rounds": 3, "checkpoint.every": 1, "particles.count": 2, "log.every": 1}
     settings |= {key.replace("__", "."): value for key, value in changes.items()}
     return load_config(SMOKE, [*overrides(run, prior, **settings), *more])
 
@@ -206,14 +206,16 @@ def test_a_directory_with_checkpoints_of_other_stages_is_refused(
         train(configured("plain"), resume="must")
 
 
-def test_particles_that_the_next_stage_cannot_begin_from_are_refused_with_both_kinds(
-    configured: Callable[..., Config],
+@pytest.mark.parametrize(
+    "change", ["particles.nerf.levels=1", "particles.kind=image", "particles={kind: image, image: {space: latent}}"]
+)
+def test_particles_that_the_next_stage_cannot_begin_from_are_refused_before_anything_is_trained(
+    configured: Callable[..., Config], change: str
 ) -> None:
-    config = configured("run", "stages.2.particles.nerf.levels=1")
-    with pytest.raises(ConfigError, match="NerfParticle"):
+    config = configured("run", f"stages.2.{change}")
+    with pytest.raises(ConfigError, match=r"2-fine cannot begin from .*1-coarse.* NerfParticle"):
         train(config)
-    assert status_of(root_of(config))[0] == "failed"
-    assert saved(root_of(config) / FOLDERS[0]) == ["step-00000001", "step-00000002"]
+    assert not root_of(config).exists()
 
 
 def test_a_link_in_the_place_of_a_stage_is_not_followed(configured: Callable[..., Config], tmp_path: Path) -> None:
