@@ -1,7 +1,8 @@
-"""The launcher of this process: which process it is, whether it lives, and the end of a rank that has lost it.
+"""Finds the launcher process of this rank, watches whether it lives, and ends the rank after the launcher's death.
 
-A launcher that is killed cannot end its ranks, and nobody else does. Standard library only: this runs before all other
-imports, because a launcher may die while its ranks are still importing.
+A launcher that is killed cannot end its ranks, and no other process does. Standard library only: this runs before all
+other imports, because a launcher may die while its ranks import. Which rank of which world this is says
+`parallel.launch`.
 """
 
 from __future__ import annotations
@@ -23,25 +24,26 @@ from typing import Final
 _POLL_S: Final = 0.2
 _PR_SET_PDEATHSIG: Final = 1
 
-# What launchers give to the processes that they start and do not have themselves; the most telling first.
+# Environment variables that launchers set for the processes that they start and do not have themselves; the most
+# specific first.
 _ELASTIC: Final = "TORCHELASTIC_RUN_ID"  # torchrun, and accelerate launch for several processes
-_GENERIC: Final = "RANK"  # whoever sets RANK and WORLD_SIZE
+_GENERIC: Final = "RANK"  # any launcher that sets RANK and WORLD_SIZE
 _MARKS: Final = (_ELASTIC, "OMPI_COMM_WORLD_RANK", "ACCELERATE_MIXED_PRECISION", _GENERIC)
 
 
 @dataclass(frozen=True)
 class Launcher:
-    """ancestors: pids from this process's parent up to the launcher; those between them are wrappers such as a shell.
+    """ancestors: pids from this process's parent up to the launcher; processes in between are wrappers such as a shell.
 
-    was_dead: the launcher had died before this process looked for it.
+    was_dead: the launcher died before this process looked for it.
     """
 
     ancestors: tuple[int, ...]
     was_dead: bool = False
 
     def has_died(self) -> bool:
-        """Whether the launcher or a wrapper is gone. The kernel gives the children of a dead process to another one, so
-        that a link of the chain tells it even where pids are used again."""
+        """Whether the launcher or a wrapper is gone. The kernel gives the children of a dead process another parent, so
+        the parents show it even if pids are reused."""
         if self.was_dead or os.getppid() != self.ancestors[0]:
             return True
         links = itertools.pairwise(self.ancestors)
@@ -49,13 +51,12 @@ class Launcher:
 
 
 def find_launcher(environment: Mapping[str, str] = os.environ) -> Launcher | None:
-    """The launcher that started this process; None for one that a person or a platform started, which outlives its
-    shell.
+    """The launcher that started this process; None if a person or a platform started it: then it outlives its shell.
 
-    Started by a launcher is what has a mark in its environment that an ancestor lacks: that ancestor is the launcher.
-    Where all of them have it (the pod of a cluster sets RANK for everything in it) there is none. RANK counts with
-    WORLD_SIZE only, and not under nohup. A task of srun is known by its parent, the step daemon; its variables are in
-    every shell of a job too.
+    The launcher is the nearest ancestor without a variable that this process has (see `_MARKS`). If all ancestors have
+    it (a cluster may set RANK for everything in a pod) there is no launcher. RANK counts only together with WORLD_SIZE
+    and not under nohup. A task of srun is recognised by its parent, the step daemon, because every shell of a job has
+    its variables.
     """
     mark = next((name for name in _MARKS if name in environment), None)
     if mark == _GENERIC and ("WORLD_SIZE" not in environment or _under_nohup()):
@@ -74,12 +75,13 @@ def find_launcher(environment: Mapping[str, str] = os.environ) -> Launcher | Non
 
 
 class Watch:
-    """Ends this process when its launcher has died: at once with code 1, or as `spare` says. Its thread looks every
+    """Ends this process when its launcher has died: at once with code 1, or as `spare` says. A thread checks every
     `_POLL_S`.
 
-    Where kernel_too is True the kernel ends it as well, which helps where this thread is held up (one long call into a
-    library during an import). It can do so on Linux, for a process that the main thread of its parent has started: the
-    kernel's signal comes at the end of the *thread* that started it, and a launcher may live on without that one.
+    With kernel_too the kernel ends the process as well, which helps while the thread is blocked (a long library call
+    during an import). This works on Linux for a process that the main thread of its parent has started: the kernel
+    sends the signal at the end of the *thread* that started the process, and a launcher may continue after the end of
+    another one.
     """
 
     def __init__(self, launcher: Launcher, kernel_too: bool = False) -> None:
@@ -95,11 +97,11 @@ class Watch:
         threading.Thread(target=self._run, name="launcher-watch", daemon=True).start()
 
     def spare(self, request: Callable[[], None], is_stuck: Callable[[float], bool]) -> None:
-        """From now on the launcher's death is a request to end: `request` is called, once, on the watch's thread. The
-        process is ended when is_stuck(time of the death by `time.monotonic`) says that it gets nowhere."""
+        """From now on the launcher's death calls `request` once, on the watch's thread. The process is ended only if
+        is_stuck(time of the death by `time.monotonic`) is true."""
         self._spared = request, is_stuck
         if self._kernel_too:
-            # It wakes a rank that was stopped (SIGSTOP), which otherwise would stay for ever, and changes no other.
+            # SIGCONT wakes a stopped rank (SIGSTOP), which otherwise would stay for ever; others ignore it.
             _at_parents_end(signal.SIGCONT)
 
     def end(self) -> None:
@@ -121,7 +123,7 @@ class Watch:
                     request()
                     told = True
                 elif is_stuck(died):
-                    _end(f"its launcher died {time.monotonic() - died:.0f} s ago, and it gets nowhere")
+                    _end(f"its launcher died {time.monotonic() - died:.0f} s ago, and it makes no progress")
             self._done.wait(_POLL_S)
 
 
@@ -129,7 +131,7 @@ _of_program: Watch | None = None
 
 
 def watch_from_the_start() -> None:
-    """For a program that is one training and nothing else: finds and watches its launcher, if there is one."""
+    """For a process that only trains: finds and watches its launcher, if there is one."""
     global _of_program
     launcher = find_launcher()
     if launcher is not None:
@@ -139,8 +141,8 @@ def watch_from_the_start() -> None:
 
 @contextmanager
 def watched() -> Iterator[Watch | None]:
-    """The watch of this process for the block, None without a launcher: the program's own, or, where training is called
-    from somebody else's program, one for this block."""
+    """The watch of this process, None without a launcher: that of `watch_from_the_start`, or one for this block if
+    another program calls the training."""
     launcher = None if _of_program else find_launcher()
     watch = _of_program
     if launcher is not None:
@@ -154,7 +156,7 @@ def watched() -> Iterator[Watch | None]:
 
 
 def say(text: str) -> None:
-    """A line on standard error, from any thread, shortly before the end; it is left out where it would have to wait."""
+    """Writes a line to standard error from any thread, shortly before the end; skips it if it would block."""
     rank = f" on rank {os.environ['RANK']}" if os.environ.get("RANK", "0") != "0" else ""
     with contextlib.suppress(OSError, ValueError):
         if select.select([], [2], [], 0)[1]:
@@ -175,7 +177,7 @@ def _at_parents_end(number: int) -> None:
 
 
 def _is_child_of_main_thread(parent: int) -> bool:
-    """False where the system does not tell."""
+    """False if the system does not say."""
     try:
         children = Path(f"/proc/{parent}/task/{parent}/children").read_text(encoding="ascii")
     except OSError:
@@ -184,10 +186,11 @@ def _is_child_of_main_thread(parent: int) -> bool:
 
 
 def _is_adopted(child: int, parent: int, mark: str) -> bool:
-    """Whether `parent` has not started `child` but got it when another process died, as far as can be told.
+    """Whether `parent` adopted `child` after the death of the process that started it, as far as can be known.
 
-    A child is born into the session of its parent, and leaves it only to lead one of its own. torchrun's workers lead
-    one; torchrun and accelerate launch are programs in Python, and what adopts orphans is not.
+    A child starts in the session of its parent and leaves it only to lead its own. torchrun's workers lead their own;
+    so for them the program is checked: torchrun and accelerate launch are Python, the processes that adopt orphans are
+    not.
     """
     try:
         if os.getsid(child) != child:
@@ -199,7 +202,7 @@ def _is_adopted(child: int, parent: int, mark: str) -> bool:
 
 
 def _under_nohup() -> bool:
-    """Whether the end of a terminal ends the parent but not this process: somebody meant this one to stay."""
+    """Whether the end of the terminal ends the parent but not this process, as with nohup."""
     return signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and not _ignores(os.getppid(), signal.SIGHUP)
 
 
@@ -209,7 +212,7 @@ def _ignores(pid: int, number: int) -> bool:
 
 
 def _parent(pid: int) -> int | None:
-    """None where the system does not tell."""
+    """None if the system does not say."""
     found = _field(pid, "PPid")
     return None if found is None else int(found)
 
@@ -219,7 +222,7 @@ def _name(pid: int) -> str | None:
 
 
 def _field(pid: int, name: str) -> str | None:
-    """Of /proc/PID/status."""
+    """A field of /proc/PID/status."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace").splitlines():
             key, _, value = line.partition(":")
@@ -229,7 +232,7 @@ def _field(pid: int, name: str) -> str | None:
 
 
 def _variable(pid: int, name: str) -> str | None:
-    """Of the environment in which a process was started; None where it is not set, or cannot be seen."""
+    """A variable of a process's initial environment; None if it is not set or cannot be seen."""
     with contextlib.suppress(OSError):
         for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
             key, _, value = entry.partition(b"=")

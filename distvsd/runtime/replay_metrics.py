@@ -1,4 +1,4 @@
-"""A run on the disk, sent to Weights and Biases afterwards: its metrics, its pictures, its evaluation."""
+"""Sends a finished run from the disk to Weights and Biases: its metrics, pictures and evaluation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distvsd.runtime import inside
 from distvsd.runtime.paths import RunPaths
 from distvsd.runtime.tracker import Limits, Mode, Tracker, open_tracker
 
-# Shares by head (colour, shape, ...): a sweep needs one number, so their mean has the name itself.
+# Shares by head (colour, shape, ...). A sweep optimises one number, so their mean is sent under the name itself.
 SHARES = ("label_accuracy", "view_accuracy")
 DEEPEST = 16  # levels of lists and objects in what is read; what a run writes has four
 
@@ -29,13 +29,13 @@ def replay(
     results_only: bool = False,
     timeout_s: float = 600.0,
 ) -> int:
-    """Sends what is in a run directory and returns the number of notes wandb took. No rank but one; may wait long.
+    """Sends the content of a run directory and returns the number of notes that wandb took. One process; may take long.
 
-    Round by round: metrics.jsonl and the pictures of that round. Then, one step later: the last pictures, a table of
-    the particles with their health and labels, and the numbers of evaluation.json as `evaluation/...` in the summary.
-    results_only: the latter alone, for a run that was tracked while it trained. It is the same run in wandb: its id is
-    in RUN/wandb.json, and lines it has already are skipped there. Raises RunError for a folder that is no run, for
-    files that are damaged, before anything is sent, or where wandb took nothing.
+    First, round by round: metrics.jsonl and the pictures of that round. Then, one step later: the last pictures, a
+    table of the particles with their health and labels, and the numbers of evaluation.json as `evaluation/...` in the
+    summary. results_only: only the second part, for a run that was tracked during training. It is the same run in
+    wandb: its id is in RUN/wandb.json, and wandb skips lines that it has. Raises RunError if the folder is not a run,
+    if files are damaged (before anything is sent), or if wandb took nothing.
     """
     paths = RunPaths(run_dir)
     lines = list(_lines(paths.metrics, "round"))
@@ -44,7 +44,7 @@ def replay(
     events = list(_lines(paths.health, "round", "particle"))
     evaluation = _evaluation(paths.evaluation)
     pictures = _pictures(paths)
-    room = Limits(queue=len(lines) + len(pictures) + 8)  # for everything: nothing is dropped for being quick
+    room = Limits(queue=len(lines) + len(pictures) + 8)  # for all notes, so that none is dropped
     tracker = open_tracker(mode, run_dir, project, name, group, config, note, room)
     sent = 0 if results_only else _send_rounds(tracker, lines, pictures)
     rows = particle_rows(evaluation.get("particles_detail", []), events)
@@ -56,7 +56,7 @@ def replay(
 
 
 def _send_rounds(tracker: Tracker, lines: list[dict[str, Any]], pictures: dict[int | None, list[Path]]) -> int:
-    """Every round with a line or a picture, in order, because wandb takes no step back."""
+    """Sends every round with a line or a picture in order, because wandb's steps must increase."""
     records = {line["round"]: line for line in lines}
     sent = 0
     for round in sorted(records.keys() | {round for round in pictures if round is not None}):
@@ -88,7 +88,7 @@ def _send_results(
 def particle_rows(details: list[dict[str, Any]], events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row a particle: its health, its prompt, and each of its labels beside the one that the prompt asks for.
 
-    details: as in evaluation.json. events: lines of health.jsonl; the last one of a particle says how it stands.
+    details: as in evaluation.json. events: lines of health.jsonl; the last one of a particle is its present state.
     """
     rows: dict[int, dict[str, Any]] = {}
     for detail in details:
@@ -136,9 +136,9 @@ def _pictures(paths: RunPaths) -> dict[int | None, list[Path]]:
 
 
 def _lines(path: Path, *counts: str) -> Iterator[dict[str, Any]]:
-    """The lines of a file, none if there is no file; half a line at the end, as a killed run leaves it, is left out.
+    """The lines of a file, none if there is no file. An incomplete last line, as a killed run leaves it, is skipped.
 
-    counts: keys that every line must have, with a whole number. Raises RunError with the number of a damaged line.
+    counts: keys that every line must have, with an integer. Raises RunError with the number of a damaged line.
     """
     *whole, _ = (inside.read(path.parent, path.name) or b"").split(b"\n")
     for number, line in enumerate(whole, 1):
@@ -149,7 +149,7 @@ def _lines(path: Path, *counts: str) -> Iterator[dict[str, Any]]:
 
 
 def _evaluation(path: Path) -> dict[str, Any]:
-    """evaluation.json, empty where there is none. Raises RunError where the particles in it are none."""
+    """evaluation.json, empty if there is none. Raises RunError if its `particles_detail` is not a list of particles."""
     data = inside.read(path.parent, path.name)
     if data is None:
         return {}
@@ -166,20 +166,20 @@ def _evaluation(path: Path) -> dict[str, Any]:
 def _expect_count(record: dict[str, Any], key: str, where: str) -> None:
     value = record.get(key)
     if type(value) is not int or not 0 <= value < 2**63:
-        raise RunError(f"{where} has no whole number as {key!r} ({value!r:.40}); mend it, or delete the damaged part")
+        raise RunError(f"{where} has no integer {key!r} ({value!r:.40}); correct it, or delete the damaged part")
 
 
 def _json(data: bytes, where: str) -> dict[str, Any]:
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise RunError(f"{where} is not JSON ({str(error)[:200]}); mend it, or delete the damaged part") from error
+        raise RunError(f"{where} is not JSON ({str(error)[:200]}); correct it, or delete the damaged part") from error
     if not isinstance(value, dict):
-        raise RunError(f"{where} is {value!r:.80} and not a JSON object; mend it, or delete the damaged part")
+        raise RunError(f"{where} is {value!r:.80} and not a JSON object; correct it, or delete the damaged part")
     level: list[Any] = [value]
     for _ in range(DEEPEST):
         lists = [entry.values() if isinstance(entry, dict) else entry for entry in level]
         level = [inner for entries in lists for inner in entries if isinstance(inner, dict | list)]
     if level:
-        raise RunError(f"{where} is nested more than {DEEPEST} deep; mend it, or delete the damaged part")
+        raise RunError(f"{where} is nested more than {DEEPEST} deep; correct it, or delete the damaged part")
     return value

@@ -1,7 +1,7 @@
-"""Weights and Biases as a listener that a run never waits for. Rank 0 opens one; `metrics.jsonl` stays the truth.
+"""Weights and Biases, without ever blocking a run. Rank 0 opens a tracker; `metrics.jsonl` is the complete record.
 
-Calls put a note into a bounded queue. A daemon thread hands the notes, one at a time, to a process that holds wandb
-(`runtime/wandb_process.py`, reached through `runtime/wandb_child.py`) and kills it if it does not answer in time.
+Calls put a note into a bounded queue. A daemon thread sends the notes, one at a time, to a process that runs wandb
+(`runtime/wandb_process.py`, through `runtime/wandb_child.py`), and kills it if it does not answer in time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RUN_ID = "wandb.json"
 
 @dataclass(frozen=True)
 class Limits:
-    """How much is kept for a slow wandb, and how long it may take. The step path waits for none of it.
+    """Limits on a slow wandb. The training loop waits for none of them.
 
     queue: notes. probe_s: for the server to answer before wandb is opened. ready_s: for wandb to import and open a run.
     answer_s: for any other answer.
@@ -44,7 +44,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Opening:
-    """What wandb is opened with. Empty project, name or group: wandb's own, or what its environment variables say."""
+    """The arguments of wandb. Empty project, name or group: wandb's default or environment variable."""
 
     mode: Mode
     run_dir: Path
@@ -67,10 +67,10 @@ def open_tracker(
 ) -> Tracker:
     """The tracker of a run; call it on one rank only. Never raises, and returns before wandb is imported.
 
-    mode: `online` becomes offline where the server does not answer or refuses. The run's id is kept in
-    RUN/wandb.json, so that a resumed run goes on as the same one; what a sweep agent sets (WANDB_RUN_ID, WANDB_PROJECT,
-    WANDB_RUN_GROUP, WANDB_NAME, WANDB_MODE) comes before the arguments. note: is told each trouble once, and only
-    inside calls of the tracker, in the caller's thread.
+    mode: `online` becomes offline if the server does not answer or refuses. The run's id is kept in RUN/wandb.json, so
+    a resumed run continues the same wandb run. The variables of a sweep agent (WANDB_RUN_ID, WANDB_PROJECT,
+    WANDB_RUN_GROUP, WANDB_NAME, WANDB_MODE) override the arguments. note: called with each problem once, during calls
+    of the tracker, in the caller's thread.
     """
     mode = _lowered(mode)
     if mode == "off":
@@ -89,20 +89,20 @@ def open_tracker(
 
 
 class Tracker:
-    """Takes what a run reports. No call blocks for more than microseconds or raises, except `close`, which waits.
+    """Takes the reports of a run. No call raises or blocks for more than microseconds, except `close`, which waits.
 
-    dropped: notes that did not reach wandb, because it was slow, broken or away. run_id: None where it is off.
+    dropped: notes that did not reach wandb because it was slow, broken or unreachable. run_id: None if the mode is off.
     """
 
     def __init__(self, opening: Opening | None, note: Callable[[str], None], limits: Limits) -> None:
         self.run_id = opening.run_id if opening else None
         self._opening, self._note, self._limits = opening, note, limits
-        self._refused = self._lost = 0  # one for each thread: += is not atomic
+        self._refused = self._lost = 0  # one counter a thread: += is not atomic
         self._said: deque[str] = deque()
         self._child: Child | None = None
         self._abandoned = False
         self._is_open = opening is not None
-        # One place more than is filled: the end always fits.
+        # One more than notes may use: the request to finish always fits.
         self._queue: queue.Queue[dict[str, Any]] = queue.Queue(limits.queue + 1)
         self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
         if self._is_open:
@@ -113,7 +113,7 @@ class Tracker:
         return self._refused + self._lost
 
     def log(self, record: Mapping[str, Any], round: int) -> None:
-        """A line of metrics; None entries are left out, mappings are grouped by wandb. Do not change it afterwards."""
+        """A line of metrics without its None entries; wandb groups mappings. Do not change the record afterwards."""
         self._put({"do": "log", "record": dict(record), "round": round})
 
     def images(self, files: Sequence[Path], round: int) -> None:
@@ -131,7 +131,7 @@ class Tracker:
         self._put({"do": "summary", "record": dict(record)})
 
     def close(self, timeout_s: float = 20.0, outcome: Outcome = "done") -> None:
-        """Waits until all was handed over, at most this long, then ends wandb by force. May be called again."""
+        """Waits at most this long until all notes were sent, then kills wandb. May be called again."""
         if not self._is_open:
             return
         self._is_open = False
@@ -144,7 +144,7 @@ class Tracker:
             if self._child is not None:
                 self._child.kill()
             self._thread.join(1.0)
-        self._refused += self._left()  # what came while the thread was ending
+        self._refused += self._left()  # notes that came while the thread was ending
         if self.dropped and self._opening is not None:
             self._say(
                 f"wandb: {self.dropped} notes were dropped; metrics.jsonl has every line, "
@@ -153,7 +153,7 @@ class Tracker:
         self._tell()
 
     def _put(self, request: dict[str, Any]) -> None:
-        """The caller's side: into the queue, or counted."""
+        """Queues a note, or counts it as dropped. Runs in the caller's thread."""
         if self.run_id is None:
             return
         self._tell()
@@ -177,7 +177,7 @@ class Tracker:
             self._note(self._said.popleft())
 
     def _work(self) -> None:
-        """The thread: opens wandb, hands over, and counts what was left when wandb went away."""
+        """The thread: opens wandb, sends the notes, and counts those that were left when wandb ended."""
         in_hand = 0
         try:
             if not self._open():
@@ -198,14 +198,14 @@ class Tracker:
                 self._child.end()
 
     def _left(self) -> int:
-        """Empties the queue; how many notes were in it."""
+        """Empties the queue; returns the number of notes in it."""
         count = 0
         while not self._queue.empty():
             count += self._queue.get_nowait()["do"] != "finish"
         return count
 
     def _open(self) -> bool:
-        """Starts wandb, offline where online fails; False where it cannot be had at all. Raises Gone."""
+        """Starts wandb, offline if online fails; False if neither works. Raises Gone."""
         assert self._opening is not None, "a tracker that is off has no thread"
         modes: list[Mode] = ["online", "offline"] if self._opening.mode == "online" else ["offline"]
         for mode in modes:
@@ -225,9 +225,10 @@ class Tracker:
         return False
 
     def _start(self, opening: Opening) -> str | None:
-        """A fresh process for each attempt: a failed one leaves wandb in a state in which it may not start again."""
+        """Opens wandb in a new process for each attempt: after a failed init it may not start again in the same one.
+        Returns the problem, None after success."""
         try:
-            # wandb opens what it finds in its folder; the rest of it lies in new folders.
+            # wandb opens existing files of its folder; everything else is in new folders.
             inside.make_folder(opening.run_dir, "wandb")
             inside.expect_file(opening.run_dir, "wandb/console.log")
         except RunError as error:
@@ -270,7 +271,7 @@ class Tracker:
 
 
 def _lowered(mode: Mode) -> Mode:
-    """WANDB_MODE can take away, not add."""
+    """The mode after WANDB_MODE, which can only reduce it."""
     match os.environ.get("WANDB_MODE", ""):
         case "disabled":
             return "off"
@@ -280,7 +281,7 @@ def _lowered(mode: Mode) -> Mode:
 
 
 def _run_id(run_dir: Path, note: Callable[[str], None]) -> str:
-    """The id of the sweep's trial, else the one this run directory had before, else a new one; kept on the disk."""
+    """The id of the sweep's trial, else the run directory's, else a new one; written to the run directory."""
     kept = None
     with contextlib.suppress(RunError, ValueError, RecursionError):
         content = json.loads(inside.read(run_dir, RUN_ID) or b"{}")

@@ -1,4 +1,4 @@
-"""The line to the process that holds wandb: one request, one answer, and an end to the waiting."""
+"""Requests to the process that runs wandb: one answer each, within a time limit."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Gone(Exception):
 
 
 class Child:
-    """The process that holds wandb, in a session of its own: what wandb starts is in its group."""
+    """The process that runs wandb, in its own session, so that processes that wandb starts are in its group."""
 
     def __init__(self, folder: Path) -> None:
         with _console(folder) as console:
             try:
                 self._process = subprocess.Popen(
-                    # -P: a folder `wandb` where the run was started, or a module beside the script, is not the package.
+                    # -P: no folder `wandb` in the working directory and no module beside the script hides the package.
                     [sys.executable, "-P", str(PROCESS), str(os.getpid())],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
@@ -63,12 +63,12 @@ class Child:
         raise Gone(f"did not answer for {limit_s:g} s and was ended" if self._is_late else "died")
 
     def kill(self) -> None:
-        """Ends it at once, with all it started."""
+        """Kills the process and all that it started."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
     def end(self) -> None:
-        """Lets it leave after its last answer, for a moment."""
+        """Lets the process exit for a moment after its last answer, then kills it."""
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 with contextlib.suppress(OSError):
@@ -85,7 +85,7 @@ class Child:
 
 @contextlib.contextmanager
 def _console(folder: Path) -> Iterator[int]:
-    """Where wandb's own messages go: RUN/wandb/console.log, or nowhere if that cannot be written."""
+    """A descriptor for wandb's own messages: RUN/wandb/console.log, or the null device if that cannot be written."""
     try:
         handle = inside.open_file(folder.parent, f"{folder.name}/console.log", os.O_APPEND)
     except RunError:

@@ -1,8 +1,8 @@
-"""The process that holds wandb, started by `runtime/tracker.py` as a script; it imports nothing of this package.
+"""The process that runs wandb, started by `runtime/tracker.py` as a script; it imports nothing of this package.
 
-wandb in the process of a rank would share its interpreter lock, its signal handlers and its exit; here it may hang,
-crash or be killed, and the rank does not notice. Requests come as JSON lines on standard input, one answer each on
-standard output: `{"ok": ...}` or `{"error": text}`. When the input ends without `finish`, the rank died: the run is
+In the process of a rank wandb would share the interpreter lock, the signal handlers and the exit. Here it may hang,
+crash or be killed without an effect on the rank. Requests come as JSON lines on standard input, each with one answer on
+standard output: `{"ok": ...}` or `{"error": text}`. If the input ends without `finish`, the rank died; then the run is
 finished as failed, in bounded time.
 """
 
@@ -20,17 +20,17 @@ import urllib.request
 from typing import Any, TextIO
 
 ORPHAN_S = 20.0  # to finish after the rank died
-INIT_S = 60  # wandb's own patience with a server that answered the first question
+INIT_S = 60  # wandb's own timeout for a server that answered the probe
 
 
 class Unreachable(Exception):
-    """The server was asked before wandb was, and does not work."""
+    """The server did not answer the probe before wandb was opened."""
 
 
 def main() -> int:
-    """Serves requests until `finish` or the end of the input; the exit status tells nothing."""
+    """Serves requests until `finish` or the end of the input. The exit status is always 0."""
     answers = _take_stdout()
-    # A scheduler signals every process of a job; the rank decides what becomes of the run, and says so.
+    # A scheduler signals every process of a job; only the rank decides how the run ends.
     for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(kind, signal.SIG_IGN)
     os.nice(10)
@@ -40,7 +40,7 @@ def main() -> int:
         request = json.loads(line)
         try:
             answer: dict[str, Any] = {"ok": session.serve(request)}
-        except (Exception, SystemExit) as error:  # wandb raises anything; whatever it is must be told
+        except (Exception, SystemExit) as error:  # wandb may raise anything; the rank must hear of it
             answer = {"error": f"{type(error).__name__}: {error}".replace("\n", " ")[:500]}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
@@ -59,7 +59,7 @@ class Session:
         self._run: Any = None
 
     def serve(self, request: dict[str, Any]) -> Any:
-        """Does what is asked; returns what the rank is told, and raises whatever wandb raises."""
+        """Serves one request; returns the answer, and raises what wandb raises."""
         match request["do"]:
             case "start":
                 return self.start(request)
@@ -80,12 +80,13 @@ class Session:
         return None
 
     def start(self, request: dict[str, Any]) -> str | None:
-        """Opens the run; returns its page, None where it has none. Raises ImportError, Unreachable, or wandb's own."""
+        """Opens the run; returns its page, None if there is none. Raises ImportError, Unreachable, or wandb's
+        errors."""
         import wandb
 
         if request["mode"] == "online":
             base = os.environ.get("WANDB_BASE_URL") or str(wandb.setup().settings.base_url)
-            # Before init: one that fails takes its whole timeout, and offline after it fails as well (wandb#9865).
+            # Before init: a failing init takes its whole timeout, and a later offline init fails too (wandb#9865).
             refuse_unreachable(base, request["probe_s"])
         self._wandb = wandb
         self._run = wandb.init(
@@ -101,7 +102,7 @@ class Session:
         return str(url) if url else None
 
     def finish(self, outcome: str) -> None:
-        """Ends the run; preempted tells a sweep that it may be queued again."""
+        """Ends the run; with `preempted` a sweep may queue it again."""
         if self._run is None:
             return
         if outcome == "preempted":
@@ -130,19 +131,19 @@ def refuse_unreachable(base: str, timeout_s: float) -> None:
 
 
 def _cell(value: Any) -> Any:
-    """A table's column has one type, and labels come as whatever the evaluation calls them."""
+    """A value for a table, whose columns have one type: numbers and texts as they are, anything else as JSON."""
     return value if value is None or isinstance(value, bool | int | float | str) else json.dumps(value)
 
 
 def _take_stdout() -> TextIO:
-    """The answers' stream; what wandb prints goes with the errors, where it cannot be taken for an answer."""
+    """The stream for answers. wandb's own prints go to standard error instead."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return answers
 
 
 def _watch_parent(parent: int) -> None:
-    """Kills this process with wandb's own, which share its group, some time after the rank died: nobody else will."""
+    """Kills this process and those that wandb started, `ORPHAN_S` after the rank died; no other process would."""
     while os.getppid() == parent:
         time.sleep(1.0)
     time.sleep(ORPHAN_S)
