@@ -14,7 +14,7 @@ from distvsd.config import CamerasConfig, NerfConfig
 from distvsd.particles import Keys, NerfParticle
 from distvsd.render import composite
 from distvsd.render.volume import VolumeBackend
-from distvsd.testing import check_particle
+from distvsd.testing import check_particle, check_sampler
 from distvsd.vsd.rng import Purpose, normal, uniform
 
 SAMPLER = OrbitSampler(CamerasConfig(elevation=(-10.0, 60.0), distance=(1.2, 1.5), fovy=(40.0, 50.0)))
@@ -112,3 +112,7 @@ def test_nerfacc_weights_have_the_reference_gradient(device: torch.device) -> No
 @pytest.mark.parametrize("gather", [False, True])
 def test_the_representation_conforms_on_this_device(device: torch.device, gather: bool) -> None:
     check_particle(nerf(gather=gather), device=device)
+
+
+def test_the_sampler_conforms_on_this_device(device: torch.device) -> None:
+    check_sampler(SAMPLER, distance=SAMPLER.config.distance, device=device)
