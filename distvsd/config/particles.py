@@ -81,6 +81,9 @@ class HealthConfig:
     """Times a particle goes back before it is quarantined: it stays as it is and takes no part any more."""
     restore_rate: Annotated[float, Range(0, 1, above=True)] = 0.5
     """Factor on a particle's learning rates each time it goes back."""
+    good_every: Positive = 50
+    """Rounds between good states. A save between two of them holds every particle twice, so choose a divisor of
+    checkpoint.every."""
 
 
 @dataclass(frozen=True)

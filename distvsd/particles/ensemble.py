@@ -19,7 +19,7 @@ from distvsd.cameras import Cameras, CameraSampler
 from distvsd.config import ParticlesConfig
 from distvsd.faults import fault, poison
 from distvsd.particles.base import Keys, Parameters, Particle, Rendered
-from distvsd.particles.good import GOOD_EVERY, GoodStates
+from distvsd.particles.good import GoodStates
 from distvsd.particles.group import Group, without_frozen
 from distvsd.particles.health import Health, Update, judge
 from distvsd.particles.recompute import checkpointed
@@ -136,10 +136,11 @@ class Ensemble:
         order of the views; gradient: the same shape (Eq. 9: the UNet's Jacobian is left out, the encoder's and the
         renderer's are not). A particle whose latents, gradient at the latents or gradient is not finite keeps its
         state, as do all of this rank's when the memory does not suffice for the backward pass; `particles.health` says
-        what happens when that goes on. Every `GOOD_EVERY` rounds the states are marked as good. Consumes the graph.
+        what happens when that goes on. Every `particles.health.good_every` rounds the states are marked as good.
+        Consumes the graph.
         """
         update = self._move(views, latents, gradient, step) if views else Update()
-        if (step + 1) % GOOD_EVERY == 0:
+        if (step + 1) % self._config.good_every == 0:
             self.mark_good()
         return update
 

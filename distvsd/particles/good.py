@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,22 +16,19 @@ from distvsd.particles.health import shown
 # or the initial one. The words are those of the manifest.
 Place = Literal["present", "beside", "initial"]
 
-# Rounds between good states: a schedule of its own, so that no save, due or not, changes what a particle goes back to.
-# A divisor of the usual checkpoint.every, because a checkpoint between two good states holds every particle twice.
-GOOD_EVERY: Final = 50
 
-
-def most_copies(rounds: int, every: int) -> int:
+def most_copies(rounds: int, every: int, good_every: int) -> int:
     """How often the largest checkpoint holds a particle: twice where a save falls between two good states.
 
-    every: rounds between saves, 0 for none but the last.
+    every: rounds between saves, 0 for none but the last. good_every: rounds between good states, which have a schedule
+    of their own, so that no save, due or not, changes what a particle goes back to.
     """
     saves = [rounds]
     if every:
         # Of two saves on the way that follow each other both fall on good states only if all do.
-        first = (GOOD_EVERY // every + 1) * every
+        first = (good_every // every + 1) * every
         saves += [completed for completed in (first, first + every) if completed < rounds]
-    return 2 if any(completed > GOOD_EVERY and completed % GOOD_EVERY for completed in saves) else 1
+    return 2 if any(completed > good_every and completed % good_every for completed in saves) else 1
 
 
 class GoodStates:

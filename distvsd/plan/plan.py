@@ -185,7 +185,7 @@ def _checkpoint(
 
     loaded: what a resume reads. Each file is hashed by one rank; then its owner reads a particle, every rank the score.
     """
-    copies = most_copies(config.schedule.rounds, config.checkpoint.every)
+    copies = most_copies(config.schedule.rounds, config.checkpoint.every, config.particles.health.good_every)
     particles = None
     if particle["values"] is not None:
         frozen = particle["frozen"] * FLOAT_BYTES

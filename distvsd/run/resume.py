@@ -123,7 +123,8 @@ def largest_part(parts: Run) -> int:
     A score that is trained gets AdamW's two moments of every parameter, and its replay fills up. Local.
     """
     config, rounds = parts.config, parts.config.schedule.rounds
-    total = most_copies(rounds, config.checkpoint.every) * parts.ensemble.num_bytes
+    copies = most_copies(rounds, config.checkpoint.every, config.particles.health.good_every)
+    total = copies * parts.ensemble.num_bytes
     if parts.world.rank != 0:
         return total
     if parts.training is None:

@@ -12,7 +12,6 @@ from benchmarks.kill_campaign import last_reported, small_training
 from distvsd.checkpoint import particle_file, reader, verify_run
 from distvsd.faults import injected
 from distvsd.parallel.world import World
-from distvsd.particles import ensemble, good
 from distvsd.run.build import build_run
 from distvsd.run.resume import largest_part
 from distvsd.run.train import train
@@ -98,13 +97,12 @@ def test_a_training_with_damaged_checkpoints_only_does_not_start_anew(tmp_path: 
 @pytest.mark.guarantee("G5")
 @pytest.mark.parametrize("good_every", [4, 2], ids=["at a good state", "between two"])
 def test_the_room_a_run_asks_for_is_what_its_checkpoints_take_once_everything_is_full(
-    tmp_path: Path, prior: Path, monkeypatch: pytest.MonkeyPatch, figure: Callable[[str], None], good_every: int
+    tmp_path: Path, prior: Path, figure: Callable[[str], None], good_every: int
 ) -> None:
     """Before the first round a run makes sure of the room of its largest checkpoint: with the moments of both
     optimisers, a full replay buffer, and good states beside the present ones where a save falls between."""
-    for module in (ensemble, good):  # one marks the states, the other knows beforehand when it will
-        monkeypatch.setattr(module, "GOOD_EVERY", good_every)
     growing = {"render.resolution": "{0: 16, 1: 24}", "score.replay_share": 0.25, "score.replay_rounds": 2}
+    growing["particles.health.good_every"] = good_every
     config = small_config(tmp_path / "run", prior, **growing, **{"schedule.rounds": 4, "checkpoint.every": 3})
     worlds = [World(rank, 2, rank, 2, torch.device("cpu")) for rank in (0, 1)]
     asked = sum(largest_part(build_run(config, world, lambda done: False)) for world in worlds)

@@ -16,7 +16,6 @@ import pytest
 from distvsd.config import Config
 from distvsd.faults import injected
 from distvsd.parallel.world import World
-from distvsd.particles import ensemble
 from distvsd.run.contents import verify as verify_run
 from distvsd.run.train import train
 from distvsd.testing.ranks import run_ranks
@@ -97,13 +96,13 @@ def test_a_signal_in_the_last_round_changes_nothing(tmp_path: Path, prior: Path,
 @pytest.mark.guarantee("G24", "G9", "G16")
 @pytest.mark.parametrize(("every", "size"), [(0, 1), (1, 2)])
 def test_where_a_run_was_stopped_and_saved_does_not_change_what_a_particle_goes_back_to(
-    tmp_path: Path, prior: Path, monkeypatch: pytest.MonkeyPatch, figure: Figure, every: int, size: int
+    tmp_path: Path, prior: Path, figure: Figure, every: int, size: int
 ) -> None:
     """Stopped and saved at a round at which nothing was due, a run whose particle fails afterwards puts it back to the
     same state, and ends with the same bits, as one that was not stopped and is saved at other rounds."""
-    monkeypatch.setattr(ensemble, "GOOD_EVERY", 2)  # the good states of these six rounds: after 2 and 4
     streak = "nan@gradient:particle=1:step=3; nan@gradient:particle=1:step=4"
-    limits = {"schedule.rounds": 6, "particles.health.max_bad": 2, "log.every": 1}
+    # The good states of these six rounds: after 2 and 4.
+    limits = {"schedule.rounds": 6, "particles.health.max_bad": 2, "particles.health.good_every": 2, "log.every": 1}
 
     whole = small_config(tmp_path / "whole", prior, **limits, **{"checkpoint.every": 4})
     assert trained(whole, 2, streak)[0] == [0, 0]

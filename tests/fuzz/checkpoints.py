@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from safetensors import SafetensorError
@@ -26,7 +25,6 @@ from distvsd.checkpoint.format import component
 from distvsd.config import Config, to_yaml
 from distvsd.errors import CheckpointError
 from distvsd.faults import injected
-from distvsd.particles import ensemble
 from distvsd.run.build import Run
 from distvsd.run.contents import verify
 from distvsd.testing.pipelines import tiny_pipeline
@@ -57,10 +55,12 @@ class Finished:
 
 
 def _finished(folder: Path, prior: Path, changes: dict[str, Any]) -> Finished:
-    config = small_config(folder, prior, **{"schedule.rounds": STEP, "score.rank": 2, **changes})
+    config = small_config(
+        folder, prior, **{"schedule.rounds": STEP, "score.rank": 2, "particles.health.good_every": 2, **changes}
+    )
     folder.mkdir()
     (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    with mock.patch.object(ensemble, "GOOD_EVERY", 2), injected(FAULTS):
+    with injected(FAULTS):
         trained = trainer_of(config, folder)
         trained.run()
     return Finished(config, trained.parts)

@@ -8,8 +8,7 @@ import torch
 from distvsd.config import HealthConfig
 from distvsd.errors import CheckpointError
 from distvsd.faults import begin_round, injected
-from distvsd.particles import ensemble as ensemble_module
-from distvsd.particles.good import GOOD_EVERY, most_copies, saved_place
+from distvsd.particles.good import most_copies, saved_place
 from distvsd.particles.health import Health
 from tests.unit.particles.shards import image, shard
 
@@ -109,12 +108,11 @@ def test_a_quarantined_particle_keeps_its_last_good_state_and_the_others_move_on
 
 
 @pytest.mark.parametrize("save_after", range(10))
-def test_a_resume_at_any_point_of_a_streak_ends_with_the_same_bits(monkeypatch, save_after):
+def test_a_resume_at_any_point_of_a_streak_ends_with_the_same_bits(save_after):
     """Rounds 0 to 10; states are marked good after 3 and 7. The particle fails in 4 to 6 and is put back in 5; it fails
     again in 8 and 9 and is given up in 9. Nothing is saved in the run that is not interrupted."""
-    monkeypatch.setattr(ensemble_module, "GOOD_EVERY", 4)
     poison = [[], [], [], [], [1], [1], [1], [], [1], [1], []]
-    whole, resumed = ensemble(), ensemble((2, 1, 0), micro_batch=1)
+    whole, resumed = ensemble(good_every=4), ensemble((2, 1, 0), micro_batch=1, good_every=4)
     for step, struck in enumerate(poison):
         move(whole, step, struck)
         if step > save_after:
@@ -148,18 +146,18 @@ def test_only_a_good_state_that_is_neither_the_present_nor_the_initial_one_lies_
 
 def test_states_are_marked_good_by_the_number_of_the_round():
     particles = ensemble()
-    for step in (GOOD_EVERY - 2, GOOD_EVERY - 1, GOOD_EVERY):
+    for step in (50 - 2, 50 - 1, 50):
         move(particles, step)
-        good = {0: "initial", 1: "present", 2: "beside"}[step - GOOD_EVERY + 2]
+        good = {0: "initial", 1: "present", 2: "beside"}[step - 50 + 2]
         assert [record["good"] for record in particles.health().values()] == [good] * 3
 
 
 @pytest.mark.parametrize(
     ("rounds", "every", "copies"),
-    [(3 * GOOD_EVERY, GOOD_EVERY, 1), (GOOD_EVERY - 1, 0, 1), (GOOD_EVERY + 1, 0, 2), (2 * GOOD_EVERY, 30, 2)],
+    [(3 * 50, 50, 1), (50 - 1, 0, 1), (50 + 1, 0, 2), (2 * 50, 30, 2)],
 )
 def test_the_largest_checkpoint_is_known_before_the_first_round(rounds, every, copies):
-    assert most_copies(rounds, every) == copies
+    assert most_copies(rounds, every, 50) == copies
 
 
 @pytest.mark.parametrize(

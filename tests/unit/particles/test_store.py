@@ -7,7 +7,6 @@ import torch
 
 from distvsd.config import HealthConfig, ParticlesConfig
 from distvsd.particles import Ensemble, Resident
-from distvsd.particles import ensemble as ensemble_module
 from tests.unit.particles.shards import FIXED, image, nerf, shard
 
 ROUNDS = 6
@@ -78,9 +77,8 @@ def test_a_round_moves_the_active_particles_and_touches_no_other():
             assert torch.equal(state[name], value), name
 
 
-def test_a_particle_that_rests_has_no_bad_round_and_keeps_its_good_state(monkeypatch):
-    monkeypatch.setattr(ensemble_module, "GOOD_EVERY", 2)
-    particles = turns((0, 1), max_bad=2)
+def test_a_particle_that_rests_has_no_bad_round_and_keeps_its_good_state():
+    particles = turns((0, 1), max_bad=2, good_every=2)
     for step in (0, 1):
         move(particles, step)
     good = {name: value.clone() for name, value in particles.state()[1].items()}

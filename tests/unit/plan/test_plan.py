@@ -23,7 +23,7 @@ from distvsd.networks.base import LatentSpace
 from distvsd.networks.unet import UNet
 from distvsd.parallel.assign import owners
 from distvsd.particles.base import Cost
-from distvsd.particles.good import GOOD_EVERY, most_copies
+from distvsd.particles.good import most_copies
 from distvsd.plan.plan import make_plan
 from distvsd.plan.prior import prior_sizes
 from distvsd.plan.text import amount, draw
@@ -132,12 +132,12 @@ def test_a_checkpoint_holds_a_particle_twice_where_a_save_falls_between_two_good
 ) -> None:
     """Played through: good states after every 50 rounds, saves after every `every` and at the end."""
     saves = [done for done in range(1, rounds + 1) if done == rounds or (every and done % every == 0)]
-    between = [done for done in saves if done > GOOD_EVERY and done % GOOD_EVERY]
-    assert most_copies(rounds, every) == (2 if between else 1)
+    between = [done for done in saves if done > 50 and done % 50]
+    assert most_copies(rounds, every, 50) == (2 if between else 1)
 
 
 def test_the_copies_of_a_run_of_any_length_are_counted_at_once() -> None:
-    assert (most_copies(10**30, 1), most_copies(10**30, 50), most_copies(10**30 + 1, 50)) == (2, 1, 2)
+    assert (most_copies(10**30, 1, 50), most_copies(10**30, 50, 50), most_copies(10**30 + 1, 50, 50)) == (2, 1, 2)
 
 
 def test_ranks_without_particles_are_counted(prior: str) -> None:

@@ -85,7 +85,7 @@ def test_a_build_begins_with_another_pipelines_weights_word_by_word(whole: Path,
     save_file(tensors | {name: swapped}, found, {"format": "pt"})
     again = built(tmp_path / "again", replace(TINY, steps=0, start=str(start)))
     prompts = ["a red torus", "a blue cube"]
-    texts = [load_prior(str(folder), prompts).texts.bare(torch.tensor([0, 1])) for folder in (start, again, whole)]
+    texts = [load_prior(str(folder), prompts).texts.bare(torch.tensor([0, 1])).text for folder in (start, again, whole)]
     assert torch.equal(texts[0], texts[1]) and torch.equal(texts[0], texts[2])
 
 
