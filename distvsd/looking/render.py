@@ -14,7 +14,6 @@ from distvsd.looking.opened import Opened, load_particles
 from distvsd.looking.views import groups, inspection, render_group
 from distvsd.runtime.paths import RunPaths
 
-FOLDER = "renders"  # of a run's directory
 FRAMES = 36
 SINGLE_TURNTABLES = 16  # more particles than that share one picture
 MOSAIC_PARTICLES = 64  # in one picture; more continue on the next
@@ -49,17 +48,18 @@ def render_particles(opened: Opened, run_dir: Path, report: Callable[[str], None
     for name, chosen in named:
         images = _images(opened, chosen, cameras)
         frames = images[0] if len(chosen) == 1 else mosaic(images)
-        paths.append(turntable(frames, run_dir, f"{FOLDER}/{name}"))
+        paths.append(turntable(frames, run_dir, f"{RunPaths(run_dir).renders.name}/{name}"))
         report(f"written {name}")
     return paths
 
 
-def contact_sheets(opened: Opened, run_dir: Path, folder: str = FOLDER) -> list[Path]:
+def contact_sheets(opened: Opened, run_dir: Path, folder: str = "") -> list[Path]:
     """`contact-sheet.png`, or numbered ones where the particles do not fit on one: a row a particle, 8 views each.
 
-    Written into `folder`, a path below the run's directory. Raises RunError where they cannot be.
+    Written into `folder`, a path below the run's directory, its renders unless given. Raises RunError where they cannot be.
     """
     ids = list(opened.ids)
+    folder = folder or RunPaths(run_dir).renders.name
     cameras = inspection(opened)
     num_views = cameras.shape[1]
     paths = []

@@ -91,7 +91,7 @@ def _bits(
     count = math.prod(shape)
     blocks = -(-count // 4)
     index = torch.arange(blocks, dtype=torch.int64, device=ids.device).expand(len(ids), blocks)
-    words = _philox(
+    words = philox(
         index,
         (ids & _WORD)[:, None].expand_as(index),
         torch.full_like(index, step & _WORD),
@@ -102,7 +102,7 @@ def _bits(
     return torch.stack(words, dim=-1).reshape(len(ids), 4 * blocks)[:, :count].reshape(len(ids), *shape)
 
 
-def _philox(a: Tensor, b: Tensor, c: Tensor, d: Tensor, key0: int, key1: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(a: Tensor, b: Tensor, c: Tensor, d: Tensor, key0: int, key1: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ten rounds of Philox-4x32 on uint32 words held in int64; a product's high word survives int64 wrap-around."""
     for _ in range(10):
         first, second = a * 0xD2511F53, c * 0xCD9E8D57

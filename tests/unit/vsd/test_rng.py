@@ -22,8 +22,8 @@ from distvsd.vsd.rng import Purpose, normal, uniform
         ),
     ],
 )
-def test_philox_gives_the_published_vectors(counter, key, expected):
-    words = rng._philox(*(torch.tensor([word]) for word in counter), *key)
+def testphilox_gives_the_published_vectors(counter, key, expected):
+    words = rng.philox(*(torch.tensor([word]) for word in counter), *key)
     assert tuple(int(word) for word in words) == expected
 
 
