@@ -56,7 +56,8 @@ def render_particles(opened: Opened, run_dir: Path, report: Callable[[str], None
 def contact_sheets(opened: Opened, run_dir: Path, folder: str = "") -> list[Path]:
     """`contact-sheet.png`, or numbered ones where the particles do not fit on one: a row a particle, 8 views each.
 
-    Written into `folder`, a path below the run's directory, its renders unless given. Raises RunError where they cannot be.
+    Written into `folder`, a path below the run's directory, its renders unless given. Raises RunError where they cannot
+    be.
     """
     ids = list(opened.ids)
     folder = folder or RunPaths(run_dir).renders.name
