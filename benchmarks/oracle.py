@@ -234,7 +234,7 @@ def distil(mixture: Mixture, settings: Settings, watch: Callable[[int, Tensor], 
         ensemble=ensemble,
         encode=encode,
         objective=objective,
-        exchange=Exchange(world, [count]).start,
+        exchange=lambda samples, step: Exchange(world, [count]).start(samples),
         exclude=lambda union, absent: union,  # points are always finite
         training=training,
         resolution=lambda step: 1,

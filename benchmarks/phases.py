@@ -146,8 +146,8 @@ def measured(loop: Loop, meter: Meter) -> Loop:
 
         return metered
 
-    def exchange(samples: Any) -> Any:
-        pending = within("exchange", loop.exchange)(samples)
+    def exchange(samples: Any, step: int) -> Any:
+        pending = within("exchange", loop.exchange)(samples, step)
         return SimpleNamespace(wait=within("exchange", pending.wait))
 
     ensemble, training = loop.ensemble, loop.training

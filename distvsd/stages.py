@@ -64,7 +64,8 @@ class Stage:
         config = self.whole.stage_configs[self.number - 1]
         name = f"{config.log.wandb_name or self.run.root.resolve().name} {Path(self.folder).name}"
         directory = str(Path(self.whole.run.dir) / self.folder)
-        return replace(config, run=replace(config.run, dir=directory), log=replace(config.log, wandb_name=name))
+        run = replace(config.run, dir=directory, seed=_seed(config.run.seed, self.number))
+        return replace(config, run=run, log=replace(config.log, wandb_name=name))
 
     def create(self) -> None:
         """Makes the stage's directory where it is missing. Raises RunError."""
@@ -75,9 +76,9 @@ class Stage:
     def report(self, state: State, completed: int, message: str = "") -> None:
         """Writes STATUS.json of the stage and of the run, whose stages are not all done with this one. Rank 0. Raises
         RunError. completed: rounds of this stage."""
+        self.report_run("running" if state == "done" and self.number < self.count else state, completed, message)
         if self.folder:
             write_status(self.paths.status, state, completed, self.config.schedule.rounds, message)
-        self.report_run("running" if state == "done" and self.number < self.count else state, completed, message)
 
     def report_run(self, state: State, completed: int, message: str = "") -> None:
         """Writes STATUS.json of the run alone, whose rounds are those of all stages."""
@@ -87,6 +88,12 @@ class Stage:
     def has_begun(self) -> bool:
         """Whether it has a published checkpoint."""
         return bool(steps(self.paths.checkpoints))
+
+
+def _seed(seed: int, number: int) -> int:
+    """Of a stage: the first has the run's. Rounds begin at 0 in every stage, and with one seed for all, round k would
+    draw the noise and the cameras of round k of the stage before."""
+    return (seed + (number - 1) * 0x9E3779B97F4A7C15) % 2**63
 
 
 def stages_of(config: Config) -> list[Stage]:

@@ -61,8 +61,7 @@ def _replay(config: Config) -> str | None:
 
 
 def _latent_size(config: Config) -> str | None:
-    is_latent = config.particles.kind == "image" and config.particles.image.space == "latent"
-    if not is_latent or len(config.render.resolution.points) == 1:
+    if not config.are_latents or len(config.render.resolution.points) == 1:
         return None
     return "changes with the round, but latent images have one size; give one number, or particles.image.space: pixel"
 
@@ -87,7 +86,7 @@ def _strategy_without_score(config: Config) -> str | None:
 
 
 def _exact_rows(config: Config) -> str | None:
-    rows = config.score.rows_a_step(config.particles.count * config.particles.views)
+    rows = config.score.rows_a_step(config.particles.count, config.particles.views)
     if config.parallel.numerics != "exact" or not config.objective.needs_score or rows <= MOST_EXACT_ROWS:
         return None
     return (

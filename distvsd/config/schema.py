@@ -71,11 +71,15 @@ class Config:
         return self.particles.kind != "image" and self.score.camera_drop < 1
 
     @property
+    def are_latents(self) -> bool:
+        """Whether the particles are latents of the prior."""
+        return self.particles.kind == "image" and self.particles.image.space == "latent"
+
+    @property
     def final_resolution(self) -> int:
         """Pixels along an edge of a render in the last round."""
         return self.render.resolution_at(self.schedule.rounds - 1)
 
     def encoded_edge(self, resolution: int, native: int) -> int:
         """Edge in pixels of the image that latents stand for when renders have `resolution`; native: the prior's."""
-        is_latent = self.particles.kind == "image" and self.particles.image.space == "latent"
-        return resolution if is_latent or self.render.encode_resolution == "render" else native
+        return resolution if self.are_latents or self.render.encode_resolution == "render" else native

@@ -25,7 +25,8 @@ class ScoreConfig:
     """Optimiser steps of the adapter per round (K)."""
     batch_size: Count = 0
     """Renders of a round that each of its steps trains on, dealt so that steps take different ones; 0 is all, in every
-    step. K steps on a K-th each cost what one step on all does, and the score follows the particles sooner."""
+    step. Rounded down to whole particles with all their views, but at least one. K steps on a K-th each cost what one
+    step on all does, and the score follows the particles sooner."""
     learning_rate: Rate = 1e-4
     """AdamW's rate after the warm-up."""
     warmup: Count = 500
@@ -52,7 +53,15 @@ class ScoreConfig:
     max_skipped: Positive = 20
     """Optimiser steps in a row left out because a gradient was not finite, after which the run ends."""
 
-    def rows_a_step(self, renders: int) -> int:
-        """Samples that one step trains on, replayed ones with them, of a round of `renders`."""
-        fresh = min(self.batch_size, renders) or renders
-        return fresh + round(fresh * self.replay_share / (1 - self.replay_share))
+    def fresh(self, particles: int, views: int) -> int:
+        """Of a round's particles, how many a step trains on: whole ones, with all their views."""
+        return min(max(self.batch_size // views, 1), particles) if self.batch_size else particles
+
+    def replayed(self, fresh: int) -> int:
+        """Particles from the replay that come to so many fresh ones."""
+        return round(fresh * self.replay_share / (1 - self.replay_share))
+
+    def rows_a_step(self, particles: int, views: int) -> int:
+        """Samples that one step trains on, replayed ones with them."""
+        fresh = self.fresh(particles, views)
+        return (fresh + self.replayed(fresh)) * views

@@ -19,7 +19,7 @@ from distvsd.config.canonical import BOOKKEEPING
 from distvsd.errors import CheckpointError
 from distvsd.particles import Ensemble, Particle
 from distvsd.prior.load import load_prior
-from distvsd.run.build import Custom, are_latents, make_ensemble
+from distvsd.run.build import Custom, make_ensemble
 from distvsd.run.contents import refuse_other_particles
 from distvsd.runtime import inside
 from distvsd.runtime.paths import RunPaths
@@ -82,7 +82,8 @@ def load_particles(
     if checkpoint is None:
         raise CheckpointError(f"{run_dir} has no checkpoint yet; train at least to the first one (checkpoint.every)")
     compare_with_saved(paths, config, checkpoint)
-    prior = load_prior(config.prior.path, [""], device=device) if are_latents(config) else None
+    are_latents = custom.particle.is_latent if custom.particle is not None else config.are_latents
+    prior = load_prior(config.prior.path, [""], device=device) if are_latents else None
     entries = checkpoint.manifest.particles[:most]
     ids = [entry.id for entry in entries]
     ensemble = make_ensemble(config, prior, ids, device, blank=True, custom=custom)

@@ -161,8 +161,7 @@ class Ensemble:
                 moved.update(group.move(rates, is_sound & taking_part, factors))
         else:
             self._out_of_memory.update(own)
-            for group in groups:
-                self.store.split(group)
+            groups = [half for group in groups for half in self.store.split(group)]
         update = judge({i: self._health[i] for i in own}, moved, self._out_of_memory, self._config)
         for particle_id in (*update.restored, *update.quarantined):
             self._put_back(particle_id)

@@ -6,9 +6,9 @@ Counts are exact for what this program itself allocates and sends; activations a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, get_args
 
 from distvsd.config import Config, Schedule
 from distvsd.config.relations import refuse_small_latents
@@ -20,6 +20,7 @@ from distvsd.plan.needs import FLOAT_BYTES, particle_bytes
 from distvsd.plan.prior import PriorSizes
 from distvsd.score.camera import CAMERA_FEATURES
 from distvsd.score.training import kept_rows
+from distvsd.vsd.objectives.base import Part, ScorePart
 
 # A sample travels as 32-bit words: its latents, its camera, id and view (64 bits each), its weight.
 SAMPLE_WORDS = CAMERA_FEATURES + 2 + 2 + 1
@@ -31,6 +32,7 @@ def make_plan(
     config: Config,
     particle: Particle | None,
     prior: PriorSizes,
+    needs: Collection[Part],
     nodes: int = 1,
     gpus_per_node: int = 1,
     assumed: Assumptions | None = None,
@@ -38,7 +40,8 @@ def make_plan(
     """The plan of a stage as plain data, ready for JSON; bytes unless a name says otherwise.
 
     particle: of the stage's kind; None, and None for what depends on it, where only the prior knows its size and is not
-    here. Raises ConfigError where training would: for latents much smaller than those that the network was trained on.
+    here. needs: the predictions that the objective needs. Raises ConfigError where training would: for latents much
+    smaller than those that the network was trained on.
     """
     assumed = assumed or Assumptions()
     world = nodes * gpus_per_node
@@ -53,7 +56,7 @@ def make_plan(
     size = _particle(particle, config)
     score = _score(config, prior)
     table = strategies(
-        config, prior.unet_bytes, score["parameters"], score["gradient"], 1 + _score_passes(config), world
+        config, prior.unet_bytes, score["parameters"], score["gradient"], 1 + _passes(config, needs)[1], world
     )
     chosen = next((row for row in table if row["chosen"]), dict.fromkeys(("base", "trained", "sent_a_round")))
     checkpoint = _checkpoint(config, size, score, phases, world)
@@ -67,7 +70,7 @@ def make_plan(
         "rank_memory": _rank_memory(size, chosen, prior, largest_shard),
         "score": score,
         "strategies": table,
-        "unet": _unet_samples(config, largest_shard, world),
+        "unet": _unet_samples(config, needs, largest_shard, world),
         "phases": phases,
         "wire": _wire(phases, chosen, world),
         "checkpoint": checkpoint | times,
@@ -117,9 +120,11 @@ def _score(config: Config, prior: PriorSizes) -> dict[str, Any]:
     }
 
 
-def _score_passes(config: Config) -> int:
-    """Calls of the score network for a particle's gradient."""
-    return {"sds": 0, "vsd": 1, "esd": 2 if 0 < config.objective.esd_lambda < 1 else 1}[config.objective.kind]
+def _passes(config: Config, needs: Collection[Part]) -> tuple[int, int]:
+    """Samples that a particle's gradient takes through (the prior, the score network), for each of its views."""
+    scale, guided = config.prior.guidance_scale, "guided" in needs
+    prior = ("conditional" in needs or (guided and scale != 0)) + ("unconditional" in needs or (guided and scale != 1))
+    return prior, sum(part in needs for part in get_args(ScorePart))
 
 
 def _rank_memory(
@@ -135,17 +140,18 @@ def _rank_memory(
     return {"particles": particles, "score": chosen["trained"], "prior": frozen, "total": total}
 
 
-def _unet_samples(config: Config, largest_shard: int, world: int) -> dict[str, int]:
+def _unet_samples(config: Config, needs: Collection[Part], largest_shard: int, world: int) -> dict[str, int]:
     """Samples through the UNet a round on the busiest rank: the prior, the score network, and its training.
 
     The score trains on all ranks' samples and on replayed ones, cut into equal slices whoever rendered them.
     """
-    local, total = largest_shard * config.particles.views, config.particles.count * config.particles.views
-    batch = config.score.rows_a_step(total)
+    views = config.particles.views
+    local, (prior, score) = largest_shard * views, _passes(config, needs)
+    learnt = config.score.rows_a_step(config.particles.count, views) // views * config.objective.needs_score
     return {
-        "prior": local * (1 if config.prior.guidance_scale in (0, 1) else 2),
-        "score": local * _score_passes(config),
-        "score_training": 0 if not config.objective.needs_score else -(-batch // world) * config.score.steps_per_round,
+        "prior": local * prior,
+        "score": local * score,
+        "score_training": -(-learnt // world) * views * config.score.steps_per_round,
     }
 
 

@@ -8,14 +8,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from distvsd.cameras import CameraSampler, OrbitSampler
-from distvsd.config import Config, ObjectiveConfig
+from distvsd.config import Config
 from distvsd.config.relations import refuse_small_latents
+from distvsd.errors import ConfigError
 from distvsd.networks.base import Adaptable
 from distvsd.networks.folder import open_folder
 from distvsd.networks.identity import Identity
@@ -34,7 +35,7 @@ from distvsd.prior.pipeline import Pipeline
 from distvsd.prior.teacher import Teacher
 from distvsd.render import volume_backend
 from distvsd.run.encode import Encoder
-from distvsd.run.loop import Loop, Round
+from distvsd.run.loop import Loop, Pending, Round
 from distvsd.runtime.memory import host_memory
 from distvsd.score.lora import LoraScore
 from distvsd.score.other_base import load_other_base
@@ -44,20 +45,26 @@ from distvsd.score.strategies.choose import choose, refuse_missing, spreads_netw
 from distvsd.score.strategies.flat import Flat
 from distvsd.score.training import ScoreTraining
 from distvsd.vsd.objectives import ESD, SDS, VSD, Distillation, Objective
+from distvsd.vsd.objectives.base import ScorePart
+from distvsd.vsd.samples import Samples
 
 
 @dataclass(frozen=True, kw_only=True)
 class Custom:
     """Parts that the caller makes, in place of those that the configuration names; None leaves a part to it.
 
-    The same on every rank and at every resume: a checkpoint does not know them. denoiser: wraps the network that was
-    loaded.
+    The same on every rank and at every resume: a checkpoint holds the names of their classes only. denoiser: wraps the
+    network that was loaded.
     """
 
     denoiser: Callable[[Adaptable], Adaptable] | None = None
     objective: Objective | None = None
     particle: Particle | None = None
     cameras: CameraSampler | None = None
+
+    def names(self) -> dict[str, str]:
+        """The class of each part that is given, for the manifest of checkpoints."""
+        return {name: type(part).__name__ for name, part in vars(self).items() if part is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,31 +118,33 @@ def build_run(
     Raises PriorError and BackendError where the configuration asks for what is not there, and ConfigError where it asks
     for more memory than there is, or where the network would see latents much smaller than those it was trained on.
     """
-    _refuse_unfit(config, world)
+    objective = custom.objective or make_objective(config)
+    learns = bool(objective.needs & set(get_args(ScorePart)))
+    _refuse_unfit(config, world, custom, learns)
     refuse_missing(config.parallel)
     exact = config.parallel.numerics == "exact"
     if exact:
         fix_order_of_sums(world.device)
     views = config.particles.views
-    objective = custom.objective or make_objective(config.objective)
+    shares_network = learns and not config.score.base  # teacher and student are one module tree where ranks spread it
     prior = load_prior(
         config.prior.path,
         config.prompts,
         config.prior.negative_prompt,
-        config.prior.view_dependent and config.particles.kind != "image",  # an image has no side
+        config.prior.view_dependent and _has_views(config, custom),  # an image has no side
         config.prior.dtype,
         world.device,
         # One particle a call makes its arithmetic independent of who else is on the rank, to the last bit.
         micro_batch=views if exact else config.score.micro_batch,
         # A network that is cut up may be one that fits on no device: it waits in the host's memory.
-        unet_device="cpu" if spreads_network(config.parallel, world) else None,
+        unet_device="cpu" if shares_network and spreads_network(config.parallel, world) else None,
     )
     if custom.denoiser is not None:
         prior = replace(prior, denoiser=custom.denoiser(prior.denoiser))
     training = None
-    if objective.needs & {"score", "score_without_camera"}:
-        training = _score_training(config, world, prior)
-        if spreads_network(config.parallel, world) and not config.score.base:
+    if learns:
+        training = _score_training(config, world, prior, custom)
+        if shares_network and spreads_network(config.parallel, world):
             # A second module tree would hold all of the network.
             prior = replace(prior, denoiser=training.score.without_adapter())
     assigned = owners(config.particles.count, world.size)
@@ -145,7 +154,7 @@ def build_run(
         ensemble=ensemble,
         encode=Encoder(config, prior, ensemble),
         objective=_distillation(config, world, objective, prior, training),
-        exchange=Exchange(world, [len(ids) * views for ids in assigned]).start,
+        exchange=_exchange(world, ensemble, assigned),
         exclude=functools.partial(exclude, world),
         training=training,
         resolution=config.render.resolution_at,
@@ -156,14 +165,35 @@ def build_run(
     return Run(config=config, world=world, prior=prior, ensemble=ensemble, training=training, loop=loop, custom=custom)
 
 
-def _refuse_unfit(config: Config, world: World) -> None:
-    """Raises ConfigError where the prior's sizes do not suit the run or the machine; loads nothing. The share looked at
-    is the first rank's, which is the largest, so that ranks of equal machines raise the same."""
+def _has_views(config: Config, custom: Custom) -> bool:
+    """Whether another camera sees another picture of a particle."""
+    return custom.particle.has_views if custom.particle is not None else config.particles.kind != "image"
+
+
+def _exchange(world: World, ensemble: Ensemble, assigned: Sequence[Sequence[int]]) -> Callable[[Samples, int], Pending]:
+    """Starts to gather the samples of all ranks' active particles."""
+
+    def start(samples: Samples, step: int) -> Pending:
+        rows = [len(ensemble.store.active(ids, step)) * ensemble.num_views for ids in assigned]
+        return Exchange(world, rows).start(samples)
+
+    return start
+
+
+def _refuse_unfit(config: Config, world: World, custom: Custom, learns: bool) -> None:
+    """Raises ConfigError where the prior's sizes do not suit the run or the machine, or where a strategy has no score
+    network to spread; loads nothing. The share looked at is the first rank's, which is the largest, so that ranks of
+    equal machines raise the same."""
+    if not learns and config.parallel.strategy != "flat":
+        raise ConfigError(
+            f"parallel.strategy is {config.parallel.strategy}, but the objective trains no score network; set "
+            "parallel.strategy=flat"
+        )
     folder = open_folder(config.prior.path)
     native = folder.native_resolution
     refuse_small_latents(config, native)
     least = config.encoded_edge(min(config.render.corners(config.schedule.rounds)), native)
-    particle = blank_particle(config, folder.latent_shape(config.final_resolution))
+    particle = custom.particle or blank_particle(config, folder.latent_shape(config.final_resolution))
     latents, own = math.prod(folder.latent_shape(least)), len(share(config.particles.count, world.size, 0))
     if world.device.type == "cuda":
         room, where = torch.cuda.get_device_properties(world.device).total_memory, "GPU"
@@ -172,16 +202,17 @@ def _refuse_unfit(config: Config, world: World) -> None:
     refuse_too_large(config, particle, latents, own, room, where)
 
 
-def make_objective(config: ObjectiveConfig) -> Objective:
+def make_objective(config: Config) -> Objective:
     """The kind of objective of this configuration."""
-    match config.kind:
+    match config.objective.kind:
         case "vsd":
             return VSD()
         case "sds":
             return SDS()
         case "esd":
-            return ESD(config.esd_lambda)
-    raise ValueError(f"objective.kind is {config.kind!r}; known are 'vsd', 'sds' and 'esd'")
+            # Both halves of ESD are the same prediction where the network reads no camera.
+            return ESD(config.objective.esd_lambda) if config.reads_cameras else VSD()
+    raise ValueError(f"objective.kind is {config.objective.kind!r}; known are 'vsd', 'sds' and 'esd'")
 
 
 def _base_of_score(config: Config, world: World, prior: Pipeline) -> Adaptable:
@@ -217,7 +248,7 @@ def _distillation(
     return SpreadDistillation(distillation, training.strategy)
 
 
-def _score_training(config: Config, world: World, prior: Pipeline) -> ScoreTraining:
+def _score_training(config: Config, world: World, prior: Pipeline, custom: Custom) -> ScoreTraining:
     """The score network, how ranks train it, and its replay."""
     exact, views = config.parallel.numerics == "exact", config.particles.views
     score = LoraScore(
@@ -228,7 +259,7 @@ def _score_training(config: Config, world: World, prior: Pipeline) -> ScoreTrain
         device=world.device,
         num_views=views,
         micro_batch=views if exact else config.score.micro_batch,
-        reads_cameras=config.reads_cameras,
+        reads_cameras=_has_views(config, custom) and config.score.camera_drop < 1,
     )
     length, numerics = sum(score.num_parameters), config.parallel.numerics
     flat = Flat(functools.partial(reduce_gradients, world, length=length, numerics=numerics), score.local)
@@ -268,11 +299,6 @@ def make_ensemble(
     return Ensemble(store, custom.cameras or OrbitSampler(config.cameras), particles)
 
 
-def are_latents(config: Config) -> bool:
-    """Whether this configuration's particles are latents of the prior, which `make_particle` needs then."""
-    return config.particles.kind == "image" and config.particles.image.space == "latent"
-
-
 @dataclass(frozen=True)
 class _Shape:
     """As much of a prior as the shape of a particle depends on."""
@@ -289,7 +315,7 @@ class _Shape:
 def blank_particle(config: Config, latents: tuple[int, int, int] | None) -> Particle:
     """The kind of particle of this configuration, for its sizes: it needs no prior, and is not for rendering.
 
-    latents: the shape of an image in latents in the last round, which `are_latents` need.
+    latents: the shape of an image in latents in the last round, which `Config.are_latents` need.
     """
     return make_particle(config, None if latents is None else _Shape(latents), torch.device("cpu"))
 
@@ -301,7 +327,7 @@ def make_particle(config: Config, prior: Latents | None, device: torch.device) -
     match particles.kind:
         case "image":
             size = config.final_resolution
-            if not are_latents(config):
+            if not config.are_latents:
                 return ImageParticle(config=particles.image, shape=(3, size, size), learning_rate=rate)
             assert prior is not None, "particles in latents need the prior whose latents they are"
             encode = functools.partial(encode_plain, prior.encode, size)

@@ -26,7 +26,7 @@ from distvsd.particles.base import Particle
 from distvsd.particles.health import Health
 from distvsd.particles.stored import blank_state, read_particle
 from distvsd.prior.prompts import VIEWS
-from distvsd.run.build import are_latents, blank_particle
+from distvsd.run.build import blank_particle
 from distvsd.runtime.paths import RunPaths
 from distvsd.score import stored
 from distvsd.score.replay import Limits
@@ -76,7 +76,7 @@ class Contents:
 
     def _particle(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The state of one particle, without values. tensors: of which latents take their shape where no prior says."""
-        if self.particle is not None or self.prior is not None or not are_latents(self.config):
+        if self.particle is not None or self.prior is not None or not self.config.are_latents:
             return self._known_particle
         image = tensors.get("param/image")
         channels, height, width = image.shape if image is not None and image.ndim == 3 and image.numel() else (1, 1, 1)
@@ -135,8 +135,10 @@ class _Judge:
         self._prior: PipelineFolder | None = None
         try:
             # Of the run, and not of a manifest: a checkpoint must not make anything outside of it be opened.
-            prior = open_folder(load_config(RunPaths(run).config).prior.path)
-            self._unet = {name: header.shape for name, header in prior.weights["unet"].headers.items()}
+            config = load_config(RunPaths(run).config)
+            prior = open_folder(config.prior.path)
+            base = open_folder(config.score.base) if config.score.base else prior
+            self._unet = {name: header.shape for name, header in base.weights["unet"].headers.items()}
             stored.trainable_of(self._unet, 1, reads_cameras=True)
         except (ConfigError, PriorError) as error:
             self._why = str(error)
@@ -150,6 +152,14 @@ class _Judge:
             config = config_from(manifest.config, f"{checkpoint.folder}/manifest.json")
         except ConfigError as error:
             return [*checkpoint.problems(), f"{error}; no run can have it: delete this checkpoint"]
+        if custom := manifest.more.get("custom"):
+            _log.warning(
+                "%s was trained with parts of the caller's own (%s): their tensors could not be held against a "
+                "configuration, everything else was",
+                checkpoint.folder,
+                ", ".join(custom) if isinstance(custom, dict) else custom,
+            )
+            return checkpoint.problems()
         if self._prior is not None:
             problems = checkpoint.problems(self._contents(config, self._unet, self._prior))
             if not problems or Identity(self._prior).fits(manifest.prior_identity):

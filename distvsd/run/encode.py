@@ -25,10 +25,10 @@ class Encoder:
     def __call__(self, views: list[Views], resolution: int) -> Samples:
         """Latents with the graph, camera matrices, ids, named views, and weights.
 
-        The weight is 0 for a particle with latents that are not finite and for one in quarantine, else 1. Where the
-        score network reads no cameras the matrices are zero.
+        The weight is 0 for a particle with latents that are not finite and for one in quarantine, else 1.
         """
-        edge = self._config.encoded_edge(resolution, self._prior.resolution)
+        is_kept = self._ensemble.particle.is_latent or self._config.render.encode_resolution == "render"
+        edge = resolution if is_kept else self._prior.resolution
         absent = torch.tensor(self._ensemble.quarantined, dtype=torch.int64, device=self._prior.device)
         parts = [self._samples(view, edge, absent) for view in views]
         if not parts:
@@ -42,10 +42,9 @@ class Encoder:
         encoded = images if self._ensemble.particle.is_latent else self._encode(images, edge)
         latents = poison("latent", encoded, ids)
         cameras = view.cameras.flatten()
-        matrices = cameras.extrinsics.flatten(1).float()
         return Samples(
             latents,
-            matrices if self._config.reads_cameras else torch.zeros_like(matrices),
+            cameras.extrinsics.flatten(1).float(),
             ids,
             view_indices(cameras.elevation, cameras.azimuth),
             (_finite(latents, num_views) & ~torch.isin(ids, absent)).float(),

@@ -41,16 +41,16 @@ class Loop:
     """The parts of a run on one rank; what may communicate is handed in as callables.
 
     encode(views, resolution): this rank's renders as samples, with the graph to the particles. objective(samples,
-    step): the gradient at the latents, see `vsd.objectives.Distillation`. exchange(samples): starts the gather of all
-    ranks' samples (communicates). exclude(union, ids): the union with weight 0 for the particles that any rank names
-    (communicates). training is None where no score network is learnt (SDS). watch(round): returns True to stop; every
-    rank must return the same. entered(step, phase): told where the rank is.
+    step): the gradient at the latents, see `vsd.objectives.Distillation`. exchange(samples, step): starts the gather of
+    all ranks' samples (communicates). exclude(union, ids): the union with weight 0 for the particles that any rank
+    names (communicates). training is None where no score network is learnt (SDS). watch(round): returns True to stop;
+    every rank must return the same. entered(step, phase): told where the rank is.
     """
 
     ensemble: Ensemble
     encode: Callable[[list[Views], int], Samples]
     objective: Callable[[Samples, int], Tensor]
-    exchange: Callable[[Samples], Pending]
+    exchange: Callable[[Samples, int], Pending]
     exclude: Callable[[Samples, list[int]], Samples]
     training: ScoreTraining | None
     resolution: Callable[[int], int]
@@ -73,18 +73,21 @@ class Loop:
         clock.enter("encode")
         samples = self.encode(views, resolution)  # local: latents with the graph to the particles
         clock.enter("exchange")
-        exchanged = self.exchange(samples.detached()) if self.training else None  # communicates: starts the gather
+        # communicates: starts the gather
+        exchanged = self.exchange(samples.detached(), step) if self.training else None
         clock.enter("objective")
-        gradient = self.objective(samples, step)  # local: w(t) (eps_prior - eps_score), Eq. 9
+        gradient = self.objective(
+            samples, step
+        )  # local unless networks are spread: w(t) (eps_prior - eps_score)
         clock.enter("update")
         update = self.ensemble.update(views, samples.latents, gradient, step)  # local: one Adam step a particle
         if self.training is None or exchanged is None:
             return Round(step, update, None, None, clock.stop())
         clock.enter("exchange")
         union = exchanged.wait()  # communicates: the samples of all ranks
-        union = self.exclude(union, update.absent)  # communicates: who did not move does not train the score either
+        union = self.exclude(union, update.absent)  # communicates: what did not move does not train the score
         clock.enter("score")
-        lag = self.training.lag(union, step) if self.lag_due(step) else None  # local: the same on every rank
+        lag = self.training.lag(union, step) if self.lag_due(step) else None  # local unless networks are spread
         fit = self.training.round(union, step)  # communicates: K flat reductions
         return Round(step, update, fit, lag, clock.stop())
 

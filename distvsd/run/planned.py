@@ -8,7 +8,7 @@ from distvsd.config import Config
 from distvsd.plan.cluster import Assumptions
 from distvsd.plan.plan import make_plan
 from distvsd.plan.prior import prior_sizes
-from distvsd.run.build import are_latents, blank_particle
+from distvsd.run.build import blank_particle, make_objective
 from distvsd.stages import stages_of
 
 
@@ -27,9 +27,10 @@ def plan_run(
     for stage in stages_of(config):
         sizes = prior_sizes(stage.config, published)
         latents = sizes.latent_shape(stage.config.final_resolution)
-        is_known = latents is not None or not are_latents(stage.config)
+        is_known = latents is not None or not stage.config.are_latents
         particle = blank_particle(stage.config, latents) if is_known else None
-        plans.append(make_plan(stage.config, particle, sizes, nodes, gpus_per_node, assumed))
+        needs = make_objective(stage.config).needs
+        plans.append(make_plan(stage.config, particle, sizes, needs, nodes, gpus_per_node, assumed))
     if not config.stages:
         return plans[0]
     return {"stages": [{"name": stage.name} | plan for stage, plan in zip(config.stages, plans, strict=True)]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -19,7 +19,7 @@ from distvsd.parallel.collectives import agreed
 from distvsd.parallel.world import World
 from distvsd.particles.base import Handed, Particle
 from distvsd.particles.good import most_copies
-from distvsd.run.build import Custom, Latents, Run, are_latents, blank_particle, make_particle
+from distvsd.run.build import Custom, Latents, Run, blank_particle, make_particle
 from distvsd.run.contents import Contents, refuse_other_particles
 from distvsd.score.stored import CAMERA_FILE
 from distvsd.score.training import kept_rows
@@ -46,7 +46,7 @@ def refuse_impossible_hand_overs(config: Config, custom: Custom) -> None:
 
 
 def _blank(config: Config) -> Particle:
-    if not are_latents(config):
+    if not config.are_latents:
         return blank_particle(config, None)
     return blank_particle(config, open_folder(config.prior.path).latent_shape(config.final_resolution))
 
@@ -96,6 +96,12 @@ def _restore(parts: Run, checkpoint: Checkpoint) -> None:
             f"{checkpoint.folder} was trained against another prior than {config.prior.path} holds now; resume with "
             "that prior, or choose another run.dir"
         )
+    saved, now = manifest.more.get("custom", {}), parts.custom.names()
+    if saved != now:
+        raise CheckpointError(
+            f"{checkpoint.folder} was trained with the custom parts {_listed(saved)}, and this run has {_listed(now)}; "
+            "resume with the same parts (distvsd.train(config, custom=...)), or choose another run.dir"
+        )
     base, trained_on = parts.identities().get("score_base", ("", None)), manifest.more.get("score_base_identity")
     if parts.training is not None and base[1] != trained_on:
         raise CheckpointError(
@@ -114,6 +120,10 @@ def _restore(parts: Run, checkpoint: Checkpoint) -> None:
     if parts.training is not None:
         tensors = [file for file in manifest.files if file.startswith("score/") and file.endswith(".safetensors")]
         parts.training.load_state({file: checkpoint.read(file) for file in tensors})
+
+
+def _listed(parts: Mapping[str, str]) -> str:
+    return ", ".join(f"{name}={part}" for name, part in sorted(parts.items())) or "none"
 
 
 def largest_part(parts: Run) -> int:

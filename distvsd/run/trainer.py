@@ -110,7 +110,7 @@ class Trainer:
             why = f"{self.preemption.requested or 'another rank was told to stop'}; the same command continues the run"
             self._status(outcome, reached, why if self.was_preempted else "")  # before what may take long, or fail
             if not self.was_preempted:
-                set_timeout(self.world, PICTURES_TIMEOUT_S)  # the others wait for rank 0
+                set_timeout(self.world, PICTURES_TIMEOUT_S, self.heartbeat.refuse_lost)  # the others wait for rank 0
                 draw_finished(self.parts, self.paths, self.journal)
         except DivergedError:
             with contextlib.suppress(CheckpointError):
@@ -178,6 +178,8 @@ class Trainer:
             "config_digest": digest(self.config),
             **{f"{what}_identity": identity for what, (_, identity) in self.parts.identities().items()},
         } | self.journal.lengths()
+        if names := self.parts.custom.names():
+            metadata["custom"] = names
         training = self.parts.training
         texts = training.score.texts() if training else {}
         score = training.state().items() if training else ()

@@ -123,13 +123,13 @@ class LoraScore:
             if not len(batch):
                 return noise.new_zeros(sum(self.num_parameters), dtype=torch.float32)
             factor = scale / denominator
-            objective, losses[rows] = self.objective(batch, times[rows], noise[rows], keep_camera[rows], factor)
+            objective, losses[rows] = self.weighted_loss(batch, times[rows], noise[rows], keep_camera[rows], factor)
             gradients = torch.autograd.grad(objective, list(self.trainable.values()))
             return torch.cat([gradient.reshape(-1) for gradient in gradients]) / scale
 
         return map(flat, micro_batches), losses
 
-    def objective(
+    def weighted_loss(
         self, samples: Samples, times: Tensor, noise: Tensor, keep_camera: Tensor, factor: float
     ) -> tuple[Tensor, Tensor]:
         """sum_i weight_i loss_i * factor with its graph, in one UNet call, and the detached losses [N]; N > 0.

@@ -8,7 +8,10 @@ from distvsd.errors import PriorError
 from distvsd.networks.base import Adaptable
 from distvsd.networks.folder import PipelineFolder, open_folder
 from distvsd.networks.load import build_scheduler, load_denoiser, process_of
-from distvsd.vsd.process import Diffusion, Process
+from distvsd.vsd.process import Process
+
+_CODEC_SCALE = ("scaling_factor", "shift_factor", "patch_size", "detail_gain")
+_VOCABULARY = ("vocab.json", "merges.txt", "tokenizer.json", "spiece.model")  # what gives a word its number
 
 
 def load_other_base(
@@ -30,17 +33,12 @@ def load_other_base(
     folder.check_weights()
     _refuse_other_inputs(folder, prior)
     other = process_of(build_scheduler(folder), folder, device)
-    if not (isinstance(process, Diffusion) and _same_schedule(process, other)):
+    if not other.agrees_with(process):
         raise PriorError(
             f"score.base {folder.path} was trained on another noise schedule than prior.path {prior.path}: the same "
             "time has other noise (scheduler/scheduler_config.json); choose a base with the prior's schedule"
         )
     return load_denoiser(folder, other, dtype, network_device)
-
-
-def _same_schedule(one: Diffusion, other: Diffusion) -> bool:
-    tables = one.alphas_cumprod, other.alphas_cumprod
-    return tables[0].shape == tables[1].shape and torch.allclose(tables[0], tables[1], atol=1e-4)
 
 
 def _refuse_other_inputs(base: PipelineFolder, prior: PipelineFolder) -> None:
@@ -50,9 +48,21 @@ def _refuse_other_inputs(base: PipelineFolder, prior: PipelineFolder) -> None:
             f"and prior.path {prior.path} of {prior.latent_channels} channels, {prior.downscale} pixels; choose a base "
             "with the prior's latents"
         )
-    texts = [folder.settings("text_encoder") | {"class": folder.text_encoder_class} for folder in (base, prior)]
-    if texts[0] != texts[1] or base.tokenizer.keys() != prior.tokenizer.keys():
+    codecs = [{key: folder.settings("vae").get(key) for key in _CODEC_SCALE} for folder in (base, prior)]
+    if codecs[0] != codecs[1]:
+        raise PriorError(
+            f"score.base {base.path} scales its latents otherwise than prior.path {prior.path} (vae/config.json: "
+            f"{codecs[0]} and {codecs[1]}); choose a base with the prior's latents"
+        )
+    if _texts(base) != _texts(prior):
         raise PriorError(
             f"score.base {base.path} has another text encoder than prior.path {prior.path} (text_encoder/config.json, "
             "tokenizer): the prior's texts would mean something else to it; choose a base with the prior's text encoder"
         )
+
+
+def _texts(folder: PipelineFolder) -> tuple[object, ...]:
+    """What decides the meaning of a text's embedding, without the weights: their number format may differ."""
+    settings = {key: value for key, value in folder.settings("text_encoder").items() if "dtype" not in key}
+    files = {name: file.read_bytes() for name, file in folder.tokenizer.items() if name in _VOCABULARY}
+    return settings, folder.text_encoder_class, files

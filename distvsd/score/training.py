@@ -150,8 +150,7 @@ class ScoreTraining:
         """
         fresh = self._dealt(union, step, lane)
         keys = fresh.ids * self.num_views + torch.arange(len(fresh), device=fresh.ids.device) % self.num_views
-        share = self.config.replay_share
-        extra = round(len(fresh) // self.num_views * share / (1 - share))
+        extra = self.config.replayed(len(fresh) // self.num_views)
         old = self.replay.oldest()
         # After a change of resolution the kept renders do not fit; they are dropped when this union is pushed.
         if extra == 0 or old is None or old.latents.shape[1:] != union.latents.shape[1:]:
@@ -168,8 +167,9 @@ class ScoreTraining:
         if size == 0:
             return union
         sound = union[union.weight > 0]  # masked ones could fill a step that then teaches nothing
-        count, wanted = len(sound) // views, max(size // views, 1)
-        if wanted >= count:
+        count = len(sound) // views
+        wanted = self.config.fresh(count, views)
+        if wanted == count:
             return sound
         order = uniform(self.seed, Purpose.SCORE_BATCH, sound.ids[::views], step, ()).argsort(stable=True)
         dealt = order[(lane * wanted + torch.arange(wanted, device=order.device)) % count]

@@ -38,7 +38,8 @@ def _zeros(column: Tensor, rows: int) -> Tensor:
 class Work:
     """One rank's part of a step; at least one row. denominator: the global weight, the same on every rank.
 
-    micro_batches: slices that cover the rows once, each one network call of `gradients`; `objective` makes one call.
+    micro_batches: slices that cover the rows once, each one network call of `gradients`; `weighted_loss` makes one
+    call.
     """
 
     score: LoraScore
@@ -56,9 +57,9 @@ class Work:
         """See `LoraScore.gradients`: a flat gradient `[G]` a micro-batch, and the losses `[N]`, whole at its end."""
         return self.score.gradients(*self._columns(), self.denominator, self.micro_batches)
 
-    def objective(self, factor: float) -> tuple[Tensor, Tensor]:
+    def weighted_loss(self, factor: float) -> tuple[Tensor, Tensor]:
         """`factor` times this rank's part of the mean loss, a scalar with its graph; and the detached losses `[N]`."""
-        return self.score.objective(*self._columns(), factor / self.denominator)
+        return self.score.weighted_loss(*self._columns(), factor / self.denominator)
 
     def _columns(self) -> tuple[Samples, Tensor, Tensor, Tensor]:
         return self.batch.samples, self.batch.times, self.batch.noise, self.batch.keep_camera

@@ -11,12 +11,11 @@ from distvsd.config import ScoreConfig
 from distvsd.networks.base import Adaptable, Condition
 from distvsd.score.camera import CAMERA_FEATURES
 from distvsd.score.lora import LoraScore
-from distvsd.testing.rules import require
+from distvsd.testing.rules import ROUNDING, require, subject
 from distvsd.vsd.process import Process, add_noise
 from distvsd.vsd.rng import Purpose, normal
 from distvsd.vsd.samples import Samples
 
-ROUNDING = 1e-4  # relative; batches of another size may add in another order
 LEVELS = (0.05, 0.35, 0.65, 0.95)  # shares of the range of times
 
 
@@ -64,11 +63,12 @@ def check_denoiser(denoiser: Adaptable, condition: Condition, edge: int = 8) -> 
         f"the condition has {len(condition)} rows; give at least two particles of {views} views",
     )
     device = condition.text.device
-    check_process(denoiser.process, device)
     noisy = _random(4, (len(condition), denoiser.space.channels, edge, edge), device)
     times = denoiser.process.times(torch.linspace(0.2, 0.8, len(condition), device=device), 0.0, 1.0)
-    _check_predictions(denoiser, noisy, times, condition)
-    _check_adapter(denoiser, noisy, times, condition)
+    with subject(f"this {type(denoiser).__name__} cannot be used here"):
+        check_process(denoiser.process, device)
+        _check_predictions(denoiser, noisy, times, condition)
+        _check_adapter(denoiser, noisy, times, condition)
 
 
 @torch.no_grad()

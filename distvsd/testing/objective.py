@@ -8,7 +8,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from distvsd.testing.rules import require
+from distvsd.testing.rules import require, subject
 from distvsd.vsd.objectives import Draws, Objective, Part, Predictions
 from distvsd.vsd.objectives.base import PriorPart, ScorePart
 from distvsd.vsd.process import Diffusion, Flow, Process, add_noise
@@ -28,10 +28,11 @@ def check_objective(objective: Objective) -> None:
 
     Needs no network, no ranks and does not communicate.
     """
-    unknown = sorted(set(objective.needs) - set(PARTS))
-    require(not unknown, f"needs names {unknown}; known are {', '.join(PARTS)}")
-    for process, times in PROCESSES:
-        _check(objective, process, times)
+    with subject(f"this {type(objective).__name__} cannot be used here"):
+        unknown = sorted(set(objective.needs) - set(PARTS))
+        require(not unknown, f"needs names {unknown}; known are {', '.join(PARTS)}")
+        for process, times in PROCESSES:
+            _check(objective, process, times)
 
 
 def _check(objective: Objective, process: Process, times: Tensor) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
+import torch
 from torch import Tensor
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
@@ -24,6 +25,10 @@ class Process(Protocol):
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """The factors of x_0 and of eps, each `[N]` float32."""
+        ...
+
+    def agrees_with(self, other: Process) -> bool:
+        """Whether a time means the same alpha and sigma in both, whatever the networks predict."""
         ...
 
     def weight(self, t: Tensor) -> Tensor:
@@ -73,6 +78,11 @@ class Diffusion:
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         abar = self.alphas_cumprod[t]
         return abar.sqrt(), (1 - abar).sqrt()
+
+    def agrees_with(self, other: Process) -> bool:
+        if not isinstance(other, Diffusion) or self.alphas_cumprod.shape != other.alphas_cumprod.shape:
+            return False
+        return torch.allclose(self.alphas_cumprod, other.alphas_cumprod, atol=1e-4)
 
     def weight(self, t: Tensor) -> Tensor:
         return 1 - self.alphas_cumprod[t]
@@ -126,6 +136,9 @@ class Flow:
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return 1 - t, t
+
+    def agrees_with(self, other: Process) -> bool:
+        return isinstance(other, Flow)
 
     def weight(self, t: Tensor) -> Tensor:
         return t.square() / ((1 - t).square() + t.square())

@@ -35,7 +35,7 @@ INNER: dict[str, set[str]] = {
     "checkpoint": {"parallel"},
     "shapes": {"cameras", "networks", "prior", "vsd"},
     "stages": {"checkpoint", "particles", "runtime"},
-    "plan": {"config", "networks", "parallel.assign", "particles", "score"},
+    "plan": {"config", "networks", "parallel.assign", "particles", "score", "vsd"},
 }
 OUTER: dict[str, set[str]] = {
     "run": set(INNER) | {"looking"},

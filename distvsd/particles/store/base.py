@@ -6,7 +6,7 @@ the device for certain, and a round touches nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -27,10 +27,10 @@ class ParticleStore(Protocol):
     device: torch.device
     """Where leased groups are."""
 
-    def active(self, step: int) -> list[int]:
-        """The particles that take part in this round, in the order of `ids`.
+    def active(self, ids: Sequence[int], step: int) -> list[int]:
+        """Which of these particles take part in this round, in their order; any rank's, not only this store's.
 
-        A function of the step and of what the store was made with, so that every rank can compute every rank's.
+        A function of its arguments, so that every rank knows how many samples each rank has to give.
         """
         ...
 

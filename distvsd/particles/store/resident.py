@@ -43,8 +43,8 @@ class Resident:
             parameters = blank_parameters(particle, chosen) if blank else particle.init(seed, chosen, rows)
             self.groups.append(Group.of(particle, own, chosen, parameters, config.betas, config.eps))
 
-    def active(self, step: int) -> list[int]:
-        return self.ids
+    def active(self, ids: Sequence[int], step: int) -> list[int]:
+        return list(ids)
 
     def lease(self, step: int) -> list[Group]:
         return list(self.groups)

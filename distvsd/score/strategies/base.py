@@ -26,7 +26,7 @@ class Trained(nn.Module):
         self.trained = nn.ParameterList(parameters.values())
 
     def forward(self, work: Work, factor: float) -> tuple[Tensor, Tensor]:
-        return work.objective(factor)
+        return work.weighted_loss(factor)
 
 
 def total_loss(world: World, rows: Tensor) -> float:

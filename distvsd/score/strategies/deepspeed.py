@@ -227,4 +227,4 @@ class Spread(nn.Module):
         self.network = network
 
     def forward(self, work: Work, factor: float) -> tuple[Tensor, Tensor]:
-        return work.objective(factor)
+        return work.weighted_loss(factor)

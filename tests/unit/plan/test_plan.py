@@ -29,6 +29,7 @@ from distvsd.plan.prior import prior_sizes
 from distvsd.plan.text import amount, draw
 from distvsd.run.build import make_ensemble
 from distvsd.run.planned import plan_run
+from distvsd.vsd.objectives import VSD
 from distvsd.vsd.process import Diffusion
 from distvsd.vsd.samples import Samples
 
@@ -411,7 +412,7 @@ def test_a_plan_of_stages_is_one_of_each(prior: str) -> None:
 
 def test_a_frozen_number_has_no_gradient_and_no_moments_and_is_saved_once(prior: str) -> None:
     run = config(prior, particles={"count": 2}, schedule={"rounds": 100}, checkpoint={"every": 60})
-    plan = make_plan(run, HalfFrozen(), prior_sizes(run))
+    plan = make_plan(run, HalfFrozen(), prior_sizes(run), VSD.needs)
     particle = plan["particle"]
     assert (particle["values"], particle["gradient"], particle["moments"]) == (4 * 30, 4 * 10, 2 * 4 * 10)
     # A save between two good states holds values and moments of what is trained twice, and what is frozen once.
