@@ -40,7 +40,7 @@ def build_scheduler(folder: PipelineFolder) -> Any:
             "are not supported"
         )
     if schedule.ndim != 1 or not bool(((schedule >= 0) & (schedule <= 1)).all()):
-        raise PriorError(f"the schedule of {folder.path} (alphas_cumprod) is not in [0, 1]; check scheduler_config.json")
+        raise PriorError(f"the schedule of {folder.path} (alphas_cumprod) leaves [0, 1]; check scheduler_config.json")
     return scheduler
 
 
