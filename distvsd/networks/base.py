@@ -27,8 +27,8 @@ class LatentSpace:
     resolution: int
 
     def shape(self, resolution: int) -> tuple[int, int, int]:
-        """(C, h, w) of a square image of `resolution` pixels an edge. Raises PriorError unless that is a multiple of
-        `downscale`."""
+        """(C, h, w) of a square image of `resolution` pixels an edge. Raises PriorError unless that is a positive
+        multiple of `downscale`."""
         side, rest = divmod(resolution, self.downscale)
         if rest or side < 1:
             raise PriorError(

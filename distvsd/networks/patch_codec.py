@@ -18,8 +18,8 @@ class PatchCodec(torch.nn.Module):
     """Images in [0, 1] `[B, 3, H, W]` <-> latents `[B, 3 p^2, H/p, W/p]`; linear, differentiable, exact both ways.
 
     detail_gain: factor on the difference of a pixel from the mean of its patch and channel. In images of plain surfaces
-    that difference is small (edges, eyes). Without a gain, little noise hides it from a diffusion model, and errors in
-    it hardly count in the loss.
+    that difference is small (edges, eyes). Without a gain, even weak noise would hide it from a diffusion model, and
+    errors in it would hardly count in the loss.
     """
 
     def __init__(self, patch_size: int, scaling_factor: float, detail_gain: float = 1.0) -> None:

@@ -20,7 +20,7 @@ OVERHEAD_DEG = 45.0  # elevation from which a view is overhead
 
 
 def view_index(elevation_deg: float, azimuth_deg: float) -> int:
-    """Index into VIEWS; azimuth 0 is the front, and may be beyond one turn. In degrees."""
+    """Index into VIEWS. Angles in degrees; azimuth 0 is the front, and may exceed a full turn."""
     if elevation_deg >= OVERHEAD_DEG:
         return VIEWS.index("overhead view")
     turn = abs((azimuth_deg + 180.0) % 360.0 - 180.0)

@@ -23,7 +23,7 @@ from distvsd.vsd.samples import Samples, slices
 
 
 class LoraScore:
-    """eps_phi of Eq. 9 (arXiv 2305.16213): a frozen network with a LoRA and a camera, shared by all particles.
+    """eps_phi of Eq. 9 (arXiv 2305.16213), shared by all particles: a frozen network, a LoRA and a camera condition.
 
     base: the frozen network; its tensors are shared, never copied and never changed. text_of: particle ids [N] -> the
     network's condition, from the bare prompts. seed: of the adapter's initial values, equal on every rank.
