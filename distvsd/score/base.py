@@ -112,7 +112,7 @@ class Strategy(Protocol):
         ...
 
     def begin(self) -> None:
-        """Spreads state over ranks where the strategy does so; call it before a network. Later calls do nothing."""
+        """Spreads state over ranks where needed; call it before the first network call. Later calls do nothing."""
         ...
 
     def calling(self) -> AbstractContextManager[None]:
