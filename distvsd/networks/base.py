@@ -1,6 +1,7 @@
-"""What a network is to the rest of the program: a denoiser in a latent space, told its conditions.
+"""The interface of a network: a denoiser in a latent space, and the conditions that it takes.
 
-Only this room and `vsd/process.py` know how a diffusers model is called, what its times are and what it predicts.
+Only this package and `vsd/process.py` depend on how a diffusers model is called, what its times are and what it
+predicts.
 """
 
 from __future__ import annotations
@@ -18,15 +19,16 @@ from distvsd.vsd.process import Process
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """Where a denoiser works. channels: of a latent. downscale: image pixels along an edge of a latent pixel, 1 for a
-    pixel model. resolution: edge of the images that it was trained at, pixels."""
+    """The latent space of a denoiser. channels: of a latent. downscale: image pixels along an edge of a latent pixel, 1
+    for a pixel model. resolution: edge of the images that it was trained at, pixels."""
 
     channels: int
     downscale: int
     resolution: int
 
     def shape(self, resolution: int) -> tuple[int, int, int]:
-        """(C, h, w) of a square image of `resolution` pixels an edge. Raises PriorError where it has no latents."""
+        """(C, h, w) of a square image of `resolution` pixels an edge. Raises PriorError unless that is a positive
+        multiple of `downscale`."""
         side, rest = divmod(resolution, self.downscale)
         if rest or side < 1:
             raise PriorError(
@@ -40,7 +42,7 @@ class LatentSpace:
 class Condition:
     """What N samples are conditioned on; every tensor has N rows. A network ignores what it does not read.
 
-    text: `[N, L, D]` token embeddings. pooled: `[N, D]` one vector a text. mask: `[N, L]`, 1 for a token and 0 for
+    text: `[N, L, D]` token embeddings. pooled: `[N, D]` one vector per text. mask: `[N, L]`, 1 for a token and 0 for
     padding. cameras: `[N, 16]` float32 camera-to-world matrices, row by row. sizes: `[N, 6]` the size and crop numbers
     of SDXL. views_per_particle: rows of a particle, which are adjacent; a multi-view network attends over them.
     """
@@ -59,13 +61,13 @@ class Condition:
         return replace(self, **{name: column[rows] for name, column in self._columns().items()})
 
     def cat(self, other: Condition) -> Condition:
-        """The rows of both, these first. Both must have the same columns."""
+        """The rows of this condition, then those of `other`. Both must have the same columns."""
         theirs = other._columns()
         joined: dict[str, Any] = {n: torch.cat((column, theirs[n])) for n, column in self._columns().items()}
         return replace(self, **joined)
 
     def with_text_of(self, other: Condition) -> Condition:
-        """The same samples under other texts: text, pooled and mask of `other`, which has as many rows."""
+        """The same samples with text, pooled and mask of `other`, which must have as many rows."""
         return replace(self, text=other.text, pooled=other.pooled, mask=other.mask)
 
     def _columns(self) -> dict[str, Any]:
@@ -76,7 +78,7 @@ class Condition:
 class Denoiser(Protocol):
     """A frozen network, or one with an adapter: the same signature for every architecture.
 
-    space: where it works. process: what it was trained on. dtype: of its numbers; inputs are cast to it.
+    space: its latent space. process: what it was trained on. dtype: of its parameters; inputs are cast to it.
     """
 
     @property
@@ -90,7 +92,7 @@ class Denoiser(Protocol):
         """The network's own output for `noisy` `[N, C, h, w]` at times `[N]`: float32, N > 0, shaped as `noisy`.
 
         Rows of one particle are adjacent; rows of different particles do not depend on each other. Differentiable in
-        what is trainable. Communicates only where a strategy has spread the module over ranks.
+        the trainable parameters. Communicates only where a strategy has spread the module over ranks.
         """
         ...
 
@@ -98,7 +100,7 @@ class Denoiser(Protocol):
 class Adaptable(Denoiser, Protocol):
     """A denoiser made of one torch module, in which layers can be adapted and a camera can be added.
 
-    module: what computes; frozen. lora_targets: ends of the names of the linear layers that get an adapter.
+    module: the torch module, frozen. lora_targets: suffixes of the names of the linear layers that get an adapter.
     """
 
     @property
@@ -118,8 +120,8 @@ class Adaptable(Denoiser, Protocol):
         ...
 
     def add_camera(self, module: nn.Module, embedding: nn.Module | None) -> nn.Module | None:
-        """Makes `module` add `embedding(condition.cameras)` to its time embedding; None takes it away again.
+        """Makes `module` add `embedding(condition.cameras)` to its time embedding; None removes the embedding.
 
-        Returns what was there. module: of this denoiser's structure.
+        Returns the embedding that was there before. module: of this denoiser's structure.
         """
         ...

@@ -1,4 +1,4 @@
-"""The codec of most pipelines: an AutoencoderKL with its scale and shift, behind the same two calls as PatchCodec."""
+"""The codec of most pipelines: an AutoencoderKL with its scale and shift, with the same two methods as PatchCodec."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Codec(Protocol):
 
 
 class VaeCodec(torch.nn.Module):
-    """Runs a frozen AutoencoderKL in its own dtype; float32 outside."""
+    """Runs a frozen AutoencoderKL in its own dtype; results are float32."""
 
     def __init__(self, vae: Any) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""Reads one part of a pipeline: quietly, from the files its folder lists and no other, whole, finite, and frozen.
+"""Loads one component of a pipeline, frozen, from the listed files only; its weights must be complete and finite.
 
-A library that is given a folder takes what it prefers there: shards before a whole file, an adapter, a variant. So it
-is given a temporary folder that holds nothing but the files that were chosen, checked and hashed.
+A library chooses for itself among the files of a folder: shards before a whole file, an adapter, a variant. So it is
+given a temporary folder with only the files that are checked and hashed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _NOT_TAKEN = {
     *("dtype", "torch_dtype", "attn_implementation", "experts_implementation", "distributed_config", "fusion_config"),
     *("kernel_config", "use_kernels", "transformers_weights", "configuration_files", "auto_map", "name_or_path"),
 }
-# Settings files of a tokenizer, in which a file may be named by any path.
+# Settings files of a tokenizer; they may name further files by any path.
 _TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -37,11 +37,11 @@ def load_model(
     device: torch.device,
     trial: Callable[[Any], object] = lambda network: None,
 ) -> torch.nn.Module:
-    """The model in `folder/component`, in `dtype` on `device`, in eval mode, with no parameter that wants a gradient.
+    """The model in `folder/component`, in `dtype` on `device`, in eval mode, with requires_grad off.
 
-    model_class: a diffusers or transformers model. trial: calls the network once, with little, and so shows that its
-    configuration can be run; where it is. Raises PriorError for a configuration that cannot be built or does not pass
-    the trial, and for weights that are missing, of another shape, or not finite in `dtype`.
+    model_class: a diffusers or transformers model. trial: calls the network once on a small input, on the network's own
+    device, to show that its configuration can be run. Raises PriorError for a configuration that cannot be built or
+    does not pass the trial, and for weights that are missing, of another shape, or not finite in `dtype`.
     """
     weights, settings = folder.weights[component], folder.settings(component)
     where = f"the {component} in {folder.path / component}"
@@ -58,10 +58,10 @@ def load_model(
                 check_size(network, weights, where)
             model, info = model_class.from_pretrained(
                 path,
-                torch_dtype=dtype,  # the name that every supported version of both libraries knows
+                torch_dtype=dtype,  # the name that every supported version of both libraries accepts
                 local_files_only=True,
                 use_safetensors=True,
-                # Both make the libraries list what does not fit instead of stopping with advice for their own callers.
+                # With these two, the libraries list what does not fit instead of raising an error of their own.
                 ignore_mismatched_sizes=True,
                 low_cpu_mem_usage=False,
                 output_loading_info=True,
@@ -72,7 +72,7 @@ def load_model(
     _check_whole(info, component, folder)
     model = model.to(device).eval().requires_grad_(False)
     _check_finite(model, component, folder, dtype)
-    # CPUs compute in half precision slowly or not at all; there the network without weights has to do.
+    # CPUs compute in half precision slowly or not at all; there the trial runs on the meta device, without weights.
     is_slow = device.type == "cpu" and dtype != torch.float32
     with foreign(library), torch.no_grad():
         trial(network.to(dtype).eval() if is_slow else model)
@@ -80,13 +80,13 @@ def load_model(
 
 
 def load_tokenizer(folder: PipelineFolder) -> Any:
-    """The tokenizer, of the class its files name. Raises PriorError where it cannot be loaded."""
+    """The tokenizer, of the class that its files name. Raises PriorError where it cannot be loaded."""
     from transformers import AutoTokenizer
 
     settings = {name: folder.tokenizer[name] for name in _TOKENIZER_SETTINGS if name in folder.tokenizer}
     others = {name: file for name, file in folder.tokenizer.items() if name not in settings}
     texts = {
-        # `init_inputs`: arguments by position, which may be paths too.
+        # `init_inputs`: positional arguments, which may also be paths.
         name: {key: value for key, value in read_json(file).items() if "_file" not in key and key != "init_inputs"}
         for name, file in settings.items()
     }
@@ -97,7 +97,7 @@ def load_tokenizer(folder: PipelineFolder) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps diffusers and transformers from printing progress bars and advice, once for every rank."""
+    """Keeps diffusers and transformers from printing progress bars and advice, which every rank would repeat."""
     from diffusers.utils import logging as diffusers_log
     from transformers.utils import logging as transformers_log
 
@@ -118,7 +118,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def _staged(files: Mapping[str, Path], texts: Mapping[str, Any]) -> Iterator[Path]:
-    """A folder that lasts for the block and holds links to these files and these objects as JSON, by name."""
+    """A temporary folder for the block: links to `files`, and `texts` written as JSON, both by name."""
     try:
         folder = tempfile.TemporaryDirectory(prefix="distvsd-prior-")
         for name, file in files.items():
@@ -139,7 +139,7 @@ def _index(weights: Weights) -> dict[str, Any]:
 
 
 def _taken(settings: Any) -> Any:
-    """Without what is not taken from a configuration, however deep it lies."""
+    """The settings without the keys in _NOT_TAKEN, at any depth."""
     if isinstance(settings, dict):
         return {key: _taken(value) for key, value in settings.items() if key not in _NOT_TAKEN}
     return [_taken(value) for value in settings] if isinstance(settings, list) else settings

@@ -1,4 +1,4 @@
-"""Reads files of a pipeline that somebody else wrote: regular files only, JSON in bounds, weights as safetensors."""
+"""Reads the untrusted files of a pipeline: only regular files, JSON of limited size and depth, safetensors weights."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from safetensors import SafetensorError, safe_open
 
 from distvsd.errors import PriorError
 
-_MAX_TEXT_BYTES = 64 * 2**20  # of a configuration, of an index, of a file of the tokenizer
-_MAX_DEPTH = 64  # of JSON; what reads it later recurses
+_MAX_TEXT_BYTES = 64 * 2**20  # of a configuration, an index or a tokenizer file
+_MAX_DEPTH = 64  # of JSON; later code walks it recursively
 _SUFFIX = ".safetensors"
-# Not the narrow ones of quantised networks, in which nothing but the kernels made for them can compute.
+# Without the narrow dtypes of quantised networks, which need special kernels.
 _DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
 # A PEFT adapter beside the weights, which transformers would apply to them.
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
 class Header(NamedTuple):
-    """What a weight file says of a tensor. dtype: as safetensors names it ("F16")."""
+    """A tensor's entry in the header of a weight file. dtype: as safetensors names it ("F16")."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -32,9 +32,9 @@ class Header(NamedTuple):
 
 @dataclass(frozen=True)
 class Weights:
-    """The weight files of one component, by the names under which a library is to find them.
+    """The weight files of one component, by the names that a library expects.
 
-    index: None for one file; else the name of the index and which tensor is in which file.
+    index: None for one file; else the name of the index, and the file of each tensor.
     """
 
     files: dict[str, Path]
@@ -46,8 +46,8 @@ class Weights:
 
     @cached_property
     def headers(self) -> dict[str, Header]:
-        """What the files hold, by tensor. Raises PriorError where a file is no sound safetensors file, holds numbers of
-        another kind than networks here compute with, or not what the index says."""
+        """The header of each tensor, by name. Raises PriorError where a file is not a valid safetensors file or has an
+        unsupported dtype, where two files hold the same tensor, and where files and index differ."""
         found: dict[str, Header] = {}
         for file in self.files.values():
             for key, header in _headers(file):
@@ -59,7 +59,7 @@ class Weights:
                 if key in found:
                     raise PriorError(f"{file} holds {shown(key)}, as another file beside it does; remove one")
                 found[key] = header
-        # A library takes a tensor for loaded when the index names it, and leaves it random where no file has it.
+        # A library counts every tensor in the index as loaded; one that no file holds would stay random.
         unlike = [] if self.index is None else sorted(self.index[1].keys() ^ found.keys())
         if unlike:
             raise PriorError(
@@ -70,7 +70,7 @@ class Weights:
 
 
 def is_file(path: Path) -> bool:
-    """Whether it is a regular file, or a link to one: the cache of the Hugging Face hub is made of links."""
+    """Whether it is a regular file, or a link to one: the Hugging Face hub's cache consists of links."""
     try:
         return path.is_file()
     except OSError:  # a name that is too long, a folder that may not be read
@@ -78,7 +78,7 @@ def is_file(path: Path) -> bool:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether it is a folder, or a link to one, that can be looked for at all."""
+    """Whether it is a folder, or a link to one; False where the path cannot be looked up."""
     try:
         return path.is_dir()
     except OSError:
@@ -86,7 +86,7 @@ def is_folder(path: Path) -> bool:
 
 
 def fault_of(path: Path) -> str:
-    """Why `path`, which is no file, is none."""
+    """What is wrong with a `path` that is not a regular file."""
     return "not a regular file" if os.path.lexists(path) else "missing"
 
 
@@ -97,14 +97,14 @@ def shown(value: object) -> str:
 
 
 def check_length(path: Path) -> None:
-    """Raises PriorError for a configuration or a file of a tokenizer that is too long to be one."""
+    """Raises PriorError for a configuration or tokenizer file of more than _MAX_TEXT_BYTES."""
     length = path.stat().st_size
     if length > _MAX_TEXT_BYTES:
         raise PriorError(f"{path} has {length} bytes; a file of its kind has at most {_MAX_TEXT_BYTES}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises PriorError for anything else, and for one too large or too deep to be meant."""
+    """The JSON object in a file. Raises PriorError for anything else, and for one that is too large or too deep."""
     try:
         check_length(path)
         value = json.loads(path.read_bytes().decode("utf-8"))
@@ -175,7 +175,7 @@ def _shards(index: Path, name: str) -> Weights:
 
 
 def _is_plain(name: object) -> bool:
-    """Whether it names a safetensors file and no folder."""
+    """Whether it is the bare name of a safetensors file, without a folder."""
     return isinstance(name, str) and name.isprintable() and Path(name).name == name and name.endswith(_SUFFIX)
 
 
@@ -184,7 +184,7 @@ def _headers(file: Path) -> list[tuple[str, Header]]:
         with safe_open(file, "np") as tensors:  # numpy: reads the header and maps nothing
             parts = [(key, tensors.get_slice(key)) for key in tensors.keys()]  # noqa: SIM118 - not a dict
             return [(key, Header(tuple(part.get_shape()), part.get_dtype())) for key, part in parts]
-    except (SafetensorError, OSError, MemoryError) as error:  # the last: longer than this process may map
+    except (SafetensorError, OSError, MemoryError) as error:  # MemoryError: longer than this process may map
         raise PriorError(
             f"{file} cannot be read as safetensors ({error}); it is damaged, cut short or of another format: fetch or "
             "save the pipeline again"

@@ -24,7 +24,7 @@ _CONFIGS = {
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model")
 _TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 _FOREIGN_PARTS = ("transformer", "text_encoder_2", "prior")
-# Conditions a UNet can want beside text and time; eps() has nothing to give it for them.
+# Conditions beside text and time that a UNet can need and that nothing here supplies.
 _CONDITIONS = (
     "addition_embed_type",
     "class_embed_type",
@@ -37,7 +37,7 @@ _CONDITIONS = (
 
 @dataclass(frozen=True)
 class PipelineFolder:
-    """A checked folder, and the files that loading it takes: all of these, and no other.
+    """A checked folder, and exactly the files that loading it reads.
 
     configs: by component. weights: by component, none for a codec without weights. tokenizer: its files, by name.
     """
@@ -65,7 +65,7 @@ class PipelineFolder:
 
     @property
     def native_resolution(self) -> int:
-        """Image pixels a side the UNet was trained at; 64 latent pixels where its configuration does not say."""
+        """Edge, in image pixels, that the UNet was trained at; 64 latent pixels where its configuration has none."""
         size = self.configs["unet"].get("sample_size") or 64
         return int(max(size) if isinstance(size, list) else size) * self.downscale
 
@@ -75,11 +75,11 @@ class PipelineFolder:
 
     @property
     def text_encoder_class(self) -> str:
-        """Its name in transformers."""
+        """The name of the text encoder's class in transformers."""
         return str(self.index["text_encoder"][1])
 
     def settings(self, component: str) -> dict[str, Any]:
-        """The configuration a component is built from: without what only says who wrote the file, when and where."""
+        """The configuration a component is built from, without the keys that only record how the file was written."""
         return {
             key: value
             for key, value in self.configs[component].items()
@@ -87,7 +87,7 @@ class PipelineFolder:
         }
 
     def check_weights(self) -> None:
-        """Reads the headers of all weight files. Raises PriorError where one is no sound safetensors file, or holds
+        """Reads the headers of all weight files. Raises PriorError where one is not a valid safetensors file, or holds
         fewer tensors than its configuration has layers."""
         for component, weights in self.weights.items():
             refuse_larger_than(weights, self.settings(component), f"the {component} in {self.path}")
@@ -96,7 +96,8 @@ class PipelineFolder:
 def open_folder(path: str) -> PipelineFolder:
     """The pipeline at `path`, or the embedded one for "shapes"; raises PriorError with everything that is missing.
 
-    Reads configurations, and of weights only where they lie (see `check_weights`). Runs nothing.
+    Reads the configurations and finds the weight files, but does not read them (see `check_weights`). Runs no code of
+    the pipeline.
     """
     root = _resolve(path)
     index = read_json(root / "model_index.json") if is_file(root / "model_index.json") else {}
@@ -123,7 +124,7 @@ def open_folder(path: str) -> PipelineFolder:
 
 
 def _tokenizer_files(folder: Path) -> dict[str, Path]:
-    """Those that a tokenizer can be made of: tables and settings. Where the folder is missing, none."""
+    """The files a tokenizer can be built from (tables and settings), by name; none where the folder is missing."""
     if not is_folder(folder):
         return {}
     found = [file for file in sorted(folder.iterdir()) if not file.name.startswith(".")]
@@ -143,7 +144,7 @@ def _resolve(path: str) -> Path:
         if not root.is_dir():
             raise PriorError(
                 f"the embedded prior is not in this installation ({root} is not there); install the package with its "
-                "data, or train it with `distvsd prior build` and give the folder that wrote as prior.path"
+                "data, or train it with `distvsd prior build` and give the folder that it writes as prior.path"
             )
         return root
     try:
@@ -169,7 +170,7 @@ def _resolve(path: str) -> Path:
 
 
 def _check_kind(root: Path, index: dict[str, Any]) -> None:
-    """Refuses other families of pipelines by their name, before files they never had are called missing."""
+    """Refuses other families of pipelines by name, so that they are not reported as having missing files."""
     kind = index.get("_class_name", "a pipeline without a name")
     foreign = [part for part in _FOREIGN_PARTS if index.get(part) not in (None, [None, None])]
     if foreign or not isinstance(kind, str) or "XL" in kind:
@@ -201,7 +202,7 @@ def _check_conditions(root: Path, unet: dict[str, Any]) -> None:
     wanted = [f"{name} = {shown(unet[name])}" for name in _CONDITIONS if unet.get(name) is not None]
     if wanted:
         raise PriorError(
-            f"the UNet of {root} wants conditions beside text and time ({', '.join(wanted)}), as SDXL and "
+            f"the UNet of {root} needs conditions beside text and time ({', '.join(wanted)}), as SDXL and "
             "class-conditional models do; this is not supported: use a model in the manner of Stable Diffusion 1.x or "
             "2.x"
         )

@@ -1,7 +1,7 @@
-"""The identity of a prior: a hash of exactly what loading it reads. It names the rule that made it, now `v2:`.
+"""The identity of a prior: a hash of exactly what loading it reads, after the version of the hashing rule, now `v2:`.
 
-What is loaded is what `PipelineFolder` lists, and what is hashed too. Checkpoints written before there was a version
-hold 64 hex digits by an older rule, which hashed most of the files; a run goes on from them where that hash fits.
+`PipelineFolder` lists the files that are loaded; the same files are hashed. Older checkpoints hold 64 hex digits
+without a version, by a rule that hashed most of the files; a run resumes from them where that hash fits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _VERSION = "v2"
 
 
 class Identity:
-    """Hashes the files of one folder, each once however many rules are asked for."""
+    """Hashes the files of one folder; each file is hashed once, even where both rules are used."""
 
     def __init__(self, folder: PipelineFolder) -> None:
         self._folder = folder
@@ -27,8 +27,8 @@ class Identity:
     def current(self) -> str:
         """`v2:` and SHA-256 over a line for each configuration and file that is loaded, with its name and its own hash.
 
-        The same wherever the folder lies, and for the fp16 variant under its own name or under the usual one. Reads
-        every file. Raises PriorError where one cannot be read.
+        It does not depend on the folder's path, nor on whether the fp16 variant has its own file name or the usual one.
+        Reads every file. Raises PriorError where one cannot be read.
         """
         folder = self._folder
         lines = [f"text_encoder class {folder.text_encoder_class}"]
@@ -41,11 +41,11 @@ class Identity:
         return f"{_VERSION}:{hashlib.sha256(chr(10).join(sorted(lines)).encode()).hexdigest()}"
 
     def fits(self, stored: str) -> bool:
-        """Whether an identity that a checkpoint holds, by whatever rule, is this folder's."""
+        """Whether an identity from a checkpoint, by either rule, is this folder's."""
         return stored == (self.current() if ":" in stored else self._before_versions())
 
     def _before_versions(self) -> str:
-        """The rule of checkpoints without a version; only compared with what they hold."""
+        """The identity by the rule of older checkpoints; it is only compared with theirs."""
         folder = self._folder
         digest = hashlib.sha256()
         for component in sorted(folder.configs):

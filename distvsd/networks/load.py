@@ -1,4 +1,4 @@
-"""From a folder to networks: the scheduler, the UNet and the image codec of a diffusers pipeline."""
+"""Loads the scheduler, the UNet and the image codec of a diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from distvsd.vsd.process import Diffusion, PredictionType, Process
 
 
 def build_scheduler(folder: PipelineFolder) -> Any:
-    """The scheduler, of the diffusers class its configuration names; it has the schedule `alphas_cumprod` `[T]`."""
+    """The scheduler, of the diffusers class that its configuration names; it has a schedule, `alphas_cumprod` `[T]`."""
     import diffusers
 
     name = str(folder.configs["scheduler"].get("_class_name"))
@@ -45,7 +45,7 @@ def build_scheduler(folder: PipelineFolder) -> Any:
 
 
 def prediction_type_of(scheduler: Any, folder: PipelineFolder) -> PredictionType:
-    """What the UNet outputs, by the scheduler; where its configuration does not say, by its class (epsilon)."""
+    """The UNet's prediction type, from the scheduler's configuration or its class's default, else epsilon."""
     name = getattr(scheduler.config, "prediction_type", "epsilon")
     for known in get_args(PredictionType):
         if name == known:
@@ -57,7 +57,7 @@ def prediction_type_of(scheduler: Any, folder: PipelineFolder) -> PredictionType
 
 
 def process_of(scheduler: Any, folder: PipelineFolder, device: torch.device) -> Diffusion:
-    """The process that the network was trained on, by its scheduler."""
+    """The process that the network was trained on, from its scheduler; its table is on `device`."""
     table: Tensor = scheduler.alphas_cumprod.to(device, torch.float32)
     return Diffusion(table, prediction_type_of(scheduler, folder))
 
@@ -67,7 +67,7 @@ def load_denoiser(folder: PipelineFolder, process: Process, dtype: torch.dtype, 
     from diffusers import UNet2DConditionModel
 
     space = LatentSpace(folder.latent_channels, folder.downscale, folder.native_resolution)
-    # The fewest latent pixels of which its deepest level still has several, as in training.
+    # The smallest edge with which the deepest level still has several pixels, as in training.
     side = min(space.resolution // space.downscale, 2 ** len(folder.configs["unet"]["block_out_channels"]))
 
     def predict(unet: torch.nn.Module) -> None:

@@ -1,6 +1,6 @@
-"""The image codec beside a VAE: a lossless space-to-depth rearrangement, with a gain on what varies inside a patch.
+"""An image codec in place of a VAE: a lossless space-to-depth rearrangement, with a gain on variation inside a patch.
 
-It stands in the `vae` folder of a pipeline, with `_class_name: PatchCodec` in its config.json, and needs no weights.
+A pipeline's `vae` folder selects it with `_class_name: PatchCodec` in its config.json; it has no weights.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ CLASS_NAME = "PatchCodec"
 class PatchCodec(torch.nn.Module):
     """Images in [0, 1] `[B, 3, H, W]` <-> latents `[B, 3 p^2, H/p, W/p]`; linear, differentiable, exact both ways.
 
-    detail_gain: factor on the difference of a pixel from the mean of its patch and channel. In pictures of plain
-    surfaces that difference is small (edges, eyes), so noise would drown it long before a diffusion model looks at it,
-    and its error would hardly count.
+    detail_gain: factor on the difference of a pixel from the mean of its patch and channel. In images of plain surfaces
+    that difference is small (edges, eyes). Without a gain, even weak noise would hide it from a diffusion model, and
+    errors in it would hardly count in the loss.
     """
 
     def __init__(self, patch_size: int, scaling_factor: float, detail_gain: float = 1.0) -> None:

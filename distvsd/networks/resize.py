@@ -1,4 +1,4 @@
-"""Renders brought to the size that a prior was trained at."""
+"""Resizes renders to the resolution that a prior was trained at."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 def resized(images: Tensor, edge: int) -> Tensor:
     """Images `[N, C, H, W]` as `[N, C, edge, edge]`: bilinear, antialiased where it shrinks; differentiable.
 
-    The same numbers as torch's `interpolate(mode="bilinear", antialias=True)`, as a matrix for each axis: that function
-    adds its gradient in no fixed order on CUDA. Images that have the size already are returned as they are.
+    The same numbers as torch's `interpolate(mode="bilinear", antialias=True)`, which adds its gradient in no fixed
+    order on CUDA; hence a matrix for each axis here. Images that already have the size are returned as they are.
     """
     height, width = images.shape[-2:]
     if (height, width) == (edge, edge):
@@ -21,7 +21,7 @@ def resized(images: Tensor, edge: int) -> Tensor:
 def _axis(length: int, edge: int, like: Tensor) -> Tensor:
     """The weights `[edge, length]` of old pixels in new ones; a row sums to 1.
 
-    Each new pixel's centre is the middle of a triangle, two old pixels wide, or two new ones where those are larger.
+    A triangle filter centred on each new pixel, two old pixels wide, or two new ones where those are larger.
     """
     scale = length / edge
     centres = (torch.arange(edge, dtype=torch.float64) + 0.5) * scale

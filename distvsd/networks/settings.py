@@ -1,8 +1,8 @@
 """Checks the configurations of a pipeline before any library builds from them: their types, ranges and sizes.
 
-A configuration comes from elsewhere, and a library that builds from a wrong one may fail anywhere, in any way, or take
-all memory. What this program reads itself is checked by name; what only a library reads is bounded by what the weight
-file holds (`refuse_larger_than`), and `foreign` catches the rest.
+A configuration is untrusted: a library that builds from a wrong one may raise any error, or use up all memory. Settings
+that this program reads are checked by name. Settings that only a library reads are limited by the size of the weights
+(`refuse_larger_than`), and `foreign` catches the remaining errors.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _MAX_LATENT_SIDE = 1024  # latent pixels
 _MAX_PATCH = 64
 _MAX_TIMESTEPS = 100_000
 _MAX_FACTOR = 1e6  # of latents, and its inverse
-# They would make a library store weights, or build layers, in ways that are not looked into here.
+# These make a library store weights, or build layers, in ways that are not checked here.
 _UNSUPPORTED = ("quantization_config", "compression_config", "per_layer_config")
-# What a buffer may take that no file holds, such as the numbers of positions.
+# Allowed for buffers that no file holds, such as position ids.
 _SPARE_NUMBERS = 2**20
 
 
 def check_settings(configs: Mapping[str, Config], where: str) -> None:
-    """Raises PriorError unless everything that this program reads of the configurations is of its type and in range.
+    """Raises PriorError unless every setting that this program reads has the right type and is in range.
 
     configs: by component. where: the pipeline's folder, for the messages.
     """
@@ -41,7 +41,7 @@ def check_settings(configs: Mapping[str, Config], where: str) -> None:
         if found:
             raise PriorError(
                 f"the configuration of the {component} in {where} has {found[0]}, which is not supported; use the "
-                "pipeline as it was before, in full or half precision"
+                "original pipeline, in full or half precision"
             )
     _check_unet(_Reader(configs["unet"], f"{where}/unet/config.json"))
     _check_vae(_Reader(configs["vae"], f"{where}/vae/config.json"))
@@ -70,7 +70,7 @@ def refuse_larger_than(weights: Weights, config: Config, where: str) -> None:
 
 
 def check_size(network: torch.nn.Module, weights: Weights, where: str) -> None:
-    """Raises PriorError where a network on the meta device is much larger than its weights: it is never built then."""
+    """Raises PriorError where a network on the meta device is much larger than its weights, before it is allocated."""
     tensors = [*network.parameters(), *network.buffers()]
     wanted = sum(tensor.numel() for tensor in tensors)
     held = sum(math.prod(header.shape) for header in weights.headers.values())
@@ -86,9 +86,8 @@ def check_size(network: torch.nn.Module, weights: Weights, where: str) -> None:
 def foreign(what: str, advice: str = "fetch or save the pipeline again") -> Iterator[None]:
     """Turns whatever a library raises in the block into a PriorError: "WHAT: the library's words; ADVICE".
 
-    Any Exception, because the input is foreign and the libraries do not say what they raise for a wrong one. Memory
-    that ran out is no fault of the pipeline once `check_size` has passed, nor is an error of the device: they go on as
-    they are.
+    It catches any Exception, because the libraries do not document what they raise for wrong input. Out of memory and
+    device errors are raised unchanged: once `check_size` has passed they are not the pipeline's fault.
     """
     import torch
 
@@ -101,7 +100,7 @@ def foreign(what: str, advice: str = "fetch or save the pipeline again") -> Iter
     except Exception as error:
         raise PriorError(f"{what}: {_one_line(error)}; {advice}") from error
     except BaseException as error:
-        # A panic in a library written in Rust: its class can be imported from nowhere, and is no Exception.
+        # A panic in a library written in Rust: its class cannot be imported, and is not a subclass of Exception.
         if type(error).__module__ != "pyo3_runtime":
             raise
         raise PriorError(f"{what}: {_one_line(error)}; {advice}") from error
@@ -113,7 +112,7 @@ def _one_line(error: BaseException) -> str:
 
 
 class _Reader:
-    """Values of one configuration, each of the type and in the range that its reader needs, or a PriorError."""
+    """Checks the values of one configuration: each method raises PriorError for a wrong type or range."""
 
     def __init__(self, config: Config, where: str) -> None:
         self.config, self.where = config, where

@@ -15,7 +15,7 @@ from distvsd.networks.files import shown
 from distvsd.networks.folder import PipelineFolder
 from distvsd.networks.settings import foreign
 
-_BATCH = 64  # texts a call of the encoder
+_BATCH = 64  # texts per call of the encoder
 _MAX_LENGTH = 4096  # tokens of a text
 
 
@@ -23,7 +23,7 @@ _MAX_LENGTH = 4096  # tokens of a text
 def encode_texts(folder: PipelineFolder, texts: Sequence[str], dtype: torch.dtype, device: torch.device) -> Tensor:
     """The last hidden states `[len(texts), L, D]` in `dtype`; L is the tokenizer's length, longer texts are cut there.
 
-    The encoder runs in float32 whatever `dtype`, and nothing holds it afterwards. Warns of every text that is cut.
+    The encoder runs in float32 for every `dtype`, and is freed afterwards. Warns of every text that is cut.
     Raises PriorError where the encoder cannot be loaded or its width is not what the UNet attends to.
     """
     tokenizer = load_tokenizer(folder)
@@ -47,14 +47,14 @@ def encode_texts(folder: PipelineFolder, texts: Sequence[str], dtype: torch.dtyp
 def _encode(encoder: Any, tokenizer: Any, texts: list[str], length: int, folder: PipelineFolder) -> Tensor:
     batch = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     known, highest = encoder.get_input_embeddings().num_embeddings, int(batch.input_ids.max())
-    # Here, and not in the encoder: on a GPU a number without a row ends the process.
+    # Checked before the encoder runs: on a GPU an index outside of the embedding table ends the process.
     if int(batch.input_ids.min()) < 0 or highest >= known:
         raise PriorError(
             f"the tokenizer of {folder.path} gives a token the number {highest}, but the text encoder knows {known} "
             "tokens; they are from different models"
         )
     ids = batch.input_ids.to(encoder.device)
-    # Most pipelines let the encoder attend to the padding too; the few that do not say so in its configuration.
+    # Most pipelines let the encoder attend to the padding too; the few others set use_attention_mask.
     masked = getattr(encoder.config, "use_attention_mask", False)
     output = encoder(ids, attention_mask=batch.attention_mask.to(ids.device) if masked else None)
     # By name: the first output of an encoder with projection is the pooled vector.
@@ -120,12 +120,12 @@ def _warn_of_cut(tokenizer: Any, texts: Sequence[str], length: int) -> None:
         shown = ", ".join(f"{_short(text)!r} has {count} tokens" for text, count in cut[:5])
         more = f", and {len(cut) - 5} more texts are too long" if len(cut) > 5 else ""
         warnings.warn(
-            f"the text encoder reads {length} tokens and what follows is cut, the words for the view first: "
+            f"the text encoder reads {length} tokens and the rest is cut, first the view words at the end: "
             f"{shown}{more}; shorten the prompt",
             stacklevel=2,
         )
 
 
 def _short(text: str) -> str:
-    """Both ends of a text that would flood a message."""
+    """The text, or both of its ends where it is too long for a message."""
     return text if len(text) <= 100 else f"{text[:50]} ... {text[-40:]}"

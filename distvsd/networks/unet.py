@@ -13,7 +13,7 @@ from distvsd.errors import BackendError
 from distvsd.networks.base import Condition, LatentSpace
 from distvsd.vsd.process import Process
 
-# The weight whose rows are the numbers of the time embedding, in the names of diffusers.
+# The weight with a row for each number of the time embedding, by its name in diffusers.
 TIME_EMBEDDING = "time_embedding.linear_2.weight"
 
 

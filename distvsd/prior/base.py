@@ -1,4 +1,4 @@
-"""What a prior is to the rest of the program: a frozen text-to-image model that sees latents and never 3-D."""
+"""The interface of a prior: a frozen text-to-image model that works on latents; it is given no 3-D representation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distvsd.vsd.objectives.base import Predictions, PriorPart
 class Prior(Protocol):
     """The frozen teacher. N samples, C latent channels, h x w latent pixels; every tensor on the prior's own device.
 
-    Nothing here communicates: each rank loads its own prior and calls it on its own samples, in any number, zero too.
+    Nothing here communicates: each rank loads its own prior and calls it on its own samples; N may be 0.
     denoiser: the network, frozen. texts: the encoded prompts, by particle id.
     """
 
@@ -32,7 +32,7 @@ class Prior(Protocol):
     def encode(self, images: Tensor, edge: int | None = None) -> Tensor:
         """Images `[N, 3, H, W]` in [0, 1] to latents `[N, C, h, w]` float32; deterministic, differentiable.
 
-        edge: the pixels an edge to which they are resized first.
+        edge: they are first resized to this many pixels an edge.
         """
         ...
 
@@ -43,13 +43,13 @@ class Prior(Protocol):
     def condition(
         self, ids: Tensor, views: Tensor | None = None, cameras: Tensor | None = None, views_per_particle: int = 1
     ) -> Condition:
-        """What the network is told about samples of particles `ids` `[N]`. views: `[N]` indices into VIEWS, or None."""
+        """The condition of samples of particles `ids` `[N]`. views: `[N]` indices into VIEWS, or None for no view."""
         ...
 
     def ask(
         self, noisy: Tensor, t: Tensor, condition: Condition, parts: frozenset[PriorPart], guidance: ClassifierFree
     ) -> Predictions:
-        """The noise predicted in `noisy` `[N, C, h, w]` at times `[N]`, the asked parts only; no gradient."""
+        """The noise predicted in `noisy` `[N, C, h, w]` at times `[N]`, only the requested parts; no gradient."""
         ...
 
     def sample(
@@ -68,5 +68,5 @@ class Prior(Protocol):
         ...
 
     def is_identified_by(self, stored: str) -> bool:
-        """Whether the identity that a checkpoint holds is this prior's, by this version's rule or an older one's."""
+        """Whether the identity that a checkpoint holds is this prior's, by the current rule or an older one."""
         ...

@@ -1,4 +1,4 @@
-"""Guidance: how the prior's answers to a prompt and to the negative prompt become one."""
+"""Guidance: combines the prior's predictions for a prompt and for the negative prompt."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ GUIDED: frozenset[PriorPart] = frozenset({"guided"})
 class ClassifierFree:
     """unconditional + scale (conditional - unconditional), arXiv 2207.12598.
 
-    It is applied to the network's outputs, which is the same as applying it to eps: for one x_t, eps is affine in every
-    kind of output.
+    It is applied to the network's outputs, which is the same as applying it to eps: for a fixed x_t, eps is affine in
+    the output, whatever the prediction type.
     """
 
     scale: float
@@ -31,10 +31,9 @@ class ClassifierFree:
         unconditional: Condition,
         parts: frozenset[PriorPart],
     ) -> dict[PriorPart, Tensor]:
-        """The network's own outputs `[N, C, h, w]` float32 for the asked parts, N > 0; one call of the network.
+        """The network's own outputs `[N, C, h, w]` float32 for the requested parts, N > 0; one call of the network.
 
-        Where both conditions are needed the call has 2 N rows. With a scale of 1, or 0, "guided" needs one of them
-        only.
+        Where both conditions are needed the call has 2 N rows. With a scale of 1 or 0, "guided" needs only one of them.
         """
         guided = "guided" in parts
         needs_conditional = "conditional" in parts or (guided and self.scale != 0)

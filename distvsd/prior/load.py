@@ -26,12 +26,12 @@ def load_prior(
 ) -> Pipeline:
     """The frozen pipeline at `path`, with `prompts` (one per particle id) encoded and the text encoder freed again.
 
-    path: a folder, or "shapes" for the embedded prior; nothing is ever downloaded. view_dependent: every prompt is
-    encoded with each view named too. dtype: of the UNet, the autoencoder and the texts, also by name ("float16").
-    micro_batch: samples a UNet call, 0 for all. unet_device: where the UNet is left, if not on `device`: a strategy
+    path: a folder, or "shapes" for the embedded prior; nothing is ever downloaded. view_dependent: every prompt is also
+    encoded with the name of each view. dtype: of the UNet, the autoencoder and the texts, also by name ("float16").
+    micro_batch: samples per UNet call, 0 for all. unet_device: where the UNet is left, if not on `device`; a strategy
     that spreads it over ranks takes it from there in parts. Each rank calls it for itself; it does not communicate.
-    Warns of prompts longer than the text encoder reads. Raises PriorError, before any weight is read where the
-    configurations tell.
+    Warns of prompts longer than the text encoder reads. Raises PriorError; where the configurations show the fault,
+    before any weight is read.
     """
     folder = open_folder(path)
     folder.check_weights()

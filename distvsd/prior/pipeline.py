@@ -27,8 +27,8 @@ class Pipeline:
     """The one implementation of the `Prior` protocol; made by `load_prior`.
 
     denoiser: frozen. scheduler: of the pipeline's own class; it is never stepped, samplers take a copy. micro_batch:
-    samples a call of the network, 0 for all at once, never fewer than the views of a particle; a call with guidance has
-    twice as many rows. device: where it computes.
+    samples per call of the network, 0 for all at once; a call has at least all views of a particle, and with guidance
+    twice as many rows as samples. device: where it computes.
     """
 
     folder: PipelineFolder
@@ -59,7 +59,7 @@ class Pipeline:
     def encode(self, images: Tensor, edge: int | None = None) -> Tensor:
         """Images `[N, 3, H, W]` in [0, 1] to latents `[N, C, h, w]` float32; deterministic, differentiable to images.
 
-        edge: the pixels an edge to which they are resized first. H and W, or edge, are multiples of a latent pixel. No
+        edge: they are first resized to this many pixels an edge. H and W, or edge, are multiples of a latent pixel. No
         gradient is kept for anything but the images.
         """
         if edge is not None:
@@ -89,7 +89,7 @@ class Pipeline:
     def ask(
         self, noisy: Tensor, t: Tensor, condition: Condition, parts: frozenset[PriorPart], guidance: ClassifierFree
     ) -> Predictions:
-        """The noise predicted in `noisy` `[N, C, h, w]` at times `[N]`: the asked parts, float32, without gradient."""
+        """The noise predicted in `noisy` `[N, C, h, w]` at times `[N]`: the requested parts, float32, no gradient."""
         outputs = self.outputs(noisy, t, condition, parts, guidance)
         return Predictions(**{part: self.process.to_eps(output, noisy.float(), t) for part, output in outputs.items()})
 
@@ -97,7 +97,7 @@ class Pipeline:
     def outputs(
         self, noisy: Tensor, t: Tensor, condition: Condition, parts: frozenset[PriorPart], guidance: ClassifierFree
     ) -> dict[PriorPart, Tensor]:
-        """The network's own outputs for the asked parts, float32, shaped as `noisy`; no call where N is 0."""
+        """The network's own outputs for the requested parts, float32, shaped as `noisy`; no call where N is 0."""
         if len(noisy) == 0:
             return dict.fromkeys(parts, noisy.float())
         negative = condition.with_text_of(self.texts.negative(len(noisy)))
@@ -108,7 +108,7 @@ class Pipeline:
         return {part: torch.cat([outputs[part] for outputs in found]) for part in parts}
 
     def guided_output(self, noisy: Tensor, t: Tensor, condition: Condition, guidance_scale: float) -> Tensor:
-        """The network's own output under classifier-free guidance, as samplers step with it."""
+        """The network's own output under classifier-free guidance, as samplers need it."""
         return self.outputs(noisy, t, condition, GUIDED, ClassifierFree(guidance_scale))["guided"]
 
     def sample(
@@ -151,5 +151,5 @@ class Pipeline:
         return self._identity.current()
 
     def is_identified_by(self, stored: str) -> bool:
-        """Whether an identity in a checkpoint, also of one written by an older version, is that of this prior."""
+        """Whether an identity from a checkpoint, also one by an older version, is that of this prior."""
         return self._identity.fits(stored)

@@ -1,4 +1,4 @@
-"""Prompts: what is added to one so that the prior knows where the camera stands, and the table of encoded texts."""
+"""Prompts: the view words, which name the camera's direction in a prompt, and the table of encoded texts."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from distvsd.networks.base import Condition
 
 SIDES = ("front view", "three-quarter view", "side view", "three-quarter back view", "back view")
 VIEWS = (*SIDES, *(f"{side} from above" for side in SIDES), "overhead view")
-# What a prior is not told it answers with a mean: of a cube turned every way, that is something round; of one seen from
-# every height, something that tapers below. So sides and heights are named in narrow sectors.
-SECTOR_DEG = 45.0  # width of a side's sector, the front's in the middle of the +x side
+# Within a sector the prior averages over cameras: over all azimuths a cube becomes round, over all elevations it tapers
+# below. So the sectors are narrow.
+SECTOR_DEG = 45.0  # width of a side's sector; the front's is centred on +x
 ABOVE_DEG = 15.0  # elevation from which a view is from above
 OVERHEAD_DEG = 45.0  # elevation from which a view is overhead
 
 
 def view_index(elevation_deg: float, azimuth_deg: float) -> int:
-    """Index into VIEWS; azimuth 0 is the front, in degrees of any turn."""
+    """Index into VIEWS. Angles in degrees; azimuth 0 is the front, and may exceed a full turn."""
     if elevation_deg >= OVERHEAD_DEG:
         return VIEWS.index("overhead view")
     turn = abs((azimuth_deg + 180.0) % 360.0 - 180.0)
@@ -28,7 +28,7 @@ def view_index(elevation_deg: float, azimuth_deg: float) -> int:
 
 
 def view_suffix(elevation_deg: float, azimuth_deg: float) -> str:
-    """The words for a camera at this elevation and azimuth, "front view" for one low on the +x side."""
+    """The words for a camera at this elevation and azimuth, such as "front view" for a low one on the +x side."""
     return VIEWS[view_index(elevation_deg, azimuth_deg)]
 
 
@@ -58,7 +58,7 @@ class PromptTable:
         view_dependent: bool,
         encode: Callable[[Sequence[str]], Condition],
     ) -> None:
-        """prompts: one per particle id. encode: U different texts to a condition of U rows; called once, in here."""
+        """prompts: one per particle id. encode: U different texts to a condition of U rows; called once, here."""
         if not prompts:
             raise PriorError("a prior was loaded with no prompts; give one per particle (the empty prompt is legal)")
         self.prompts = tuple(prompts)
@@ -75,7 +75,7 @@ class PromptTable:
         self._negative = position[negative_prompt]
 
     def bare(self, ids: Tensor) -> Condition:
-        """The prompts of particles `[N]` without a view. What the score network reads."""
+        """The prompts of particles `[N]` without view words, as the score network reads them."""
         return self._encoded[self._bare[ids.to(self._bare.device)]]
 
     def viewed(self, ids: Tensor, views: Tensor) -> Condition:

@@ -1,4 +1,4 @@
-"""Ancestral sampling: what the prior itself draws, the reference that particles are compared with."""
+"""Ancestral sampling from the prior: the reference that particles are compared with."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def ancestral(
 ) -> Tensor:
     """One image for each of `ids` `[count]`: `[count, 3, H, W]` float32 in [0, 1]; `views` `[count]`, or None.
 
-    The random numbers of image i are keyed by (seed, i), those of the start and those the scheduler asks for.
+    All random numbers of image i are keyed by (seed, i): the initial noise, and the noise that the scheduler draws.
     """
     most = prior.scheduler.config.num_train_timesteps
     if not 1 <= steps <= most:
@@ -55,7 +55,7 @@ def _denoise(
     prior: Pipeline, noise: Tensor, text: Condition, guidance_scale: float, steps: int, draws: list[torch.Generator]
 ) -> Tensor:
     def library() -> AbstractContextManager[None]:
-        """Around what the scheduler does, and not around the network: a wrong configuration may show only here."""
+        """Wraps calls of the scheduler, not of the network: a wrong configuration may show only here."""
         what = f"the {type(prior.scheduler).__name__} of {prior.folder.path} cannot draw in {steps} steps"
         return foreign(what, "try another number of steps, and check scheduler_config.json")
 

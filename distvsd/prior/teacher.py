@@ -1,4 +1,4 @@
-"""The prior as the objective sees it: its networks, the prompts of the particles, and the guidance of the run."""
+"""The prior as the objective calls it: with the prompts of the particles and the guidance of the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A frozen network with LoRA layers and a camera condition: a second module tree on the tensors of the first."""
+"""A frozen network with LoRA layers and a camera condition: a second module tree that shares the first's tensors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def adapted(
     lora_A is drawn here rather than by peft, in the order of the names, so that it depends neither on peft's order of
     modules nor on the base's dtype. config.init "normal" has the standard deviation 1 / rank of diffusers'
     LoRALinearLayer, which the paper's code uses; "kaiming" is peft's uniform, with 1 / sqrt(3 inputs). lora_B is zero:
-    the adapter starts as nothing.
+    at first the adapter changes nothing.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -45,14 +45,14 @@ def adapted(
 
 
 def _first_factor(shape: torch.Size, config: ScoreConfig, seed: int, lane: int) -> Tensor:
-    """Called inside `rng.seeded`, which seeds the uniform one."""
+    """Called inside `rng.seeded`, which seeds the "kaiming" draw."""
     if config.init == "normal":
         return rng.normal(seed, Purpose.SCORE_INIT, [0], 0, shape, lane)[0] / config.rank
     return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5))
 
 
 def _structural_copy(module: nn.Module) -> nn.Module:
-    """The module tree anew, on the same parameters and buffers: changing its structure leaves `module` alone."""
+    """A copy of the module tree with the same parameters and buffers: changes of its structure leave `module` alone."""
     tensors: itertools.chain[Tensor] = itertools.chain(module.parameters(), module.buffers())
     return copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
 
@@ -64,10 +64,10 @@ def adapter_parameters(adapted: Any) -> dict[str, Parameter]:
 
 
 class AdapterOff(nn.Module):
-    """An adapted network as it was before: adapter and camera are off for the length of a call.
+    """The base of an adapted network: adapter and camera are turned off during a call.
 
-    For a network that is spread over ranks, where no rank can keep a second module tree. The same bits as the network
-    that it was made of. No gradient passes, and no graph of the adapter may be pending across a call.
+    For a network that is spread over ranks, where no rank can keep a second module tree. It gives the same bits as the
+    original network. Not differentiable; no graph of the adapter may be pending across a call.
     """
 
     def __init__(self, base: Adaptable, model: Any) -> None:

@@ -1,4 +1,4 @@
-"""What the loop needs of a score network, and of the way in which ranks train it together."""
+"""The interfaces of a score network, its optimiser's state, and the strategy by which ranks train it together."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Score(Protocol):
     ) -> tuple[Iterator[Tensor], Tensor]:
         """One flat gradient [G] of sum(weight * loss) / denominator for each micro-batch, and the losses [N].
 
-        A gradient is computed when it is asked for, and the losses of its rows are written then.
+        A gradient is computed when the iterator reaches it, and the losses of its rows are written then.
         """
         ...
 
@@ -78,7 +78,7 @@ class OptimizerState(Protocol):
         ...
 
     def moments(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """`step`, `exp_avg`, `exp_avg_sq` of each, whole; nothing before the first step. Collective like `values`."""
+        """`step`, `exp_avg`, `exp_avg_sq` of each, whole; empty before the first step. Collective like `values`."""
         ...
 
     def restore(
@@ -90,11 +90,11 @@ class OptimizerState(Protocol):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What became of one step, the same on every rank but for `rows` and `finite`.
+    """The outcome of one step, the same on every rank except for `rows` and `finite`.
 
-    taken: False where all ranks left it out together, because something was not finite. loss: sum of the row losses of
-    all ranks. rows: this rank's losses `[N]`. finite: whether this rank's gradient was finite, None where only the sum
-    over ranks is known.
+    taken: False where all ranks left the step out together, because something was not finite. loss: sum of the row
+    losses of all ranks. rows: this rank's losses `[N]`. finite: whether this rank's gradient was finite, None where
+    only the sum over ranks is known.
     """
 
     taken: bool
@@ -104,21 +104,21 @@ class StepResult:
 
 
 class Strategy(Protocol):
-    """How ranks make one step together, and which rank holds what. Every rank calls all of it, equally often."""
+    """How ranks take one step together, and which rank holds what. Every rank must call each method equally often."""
 
     @property
     def optimizer(self) -> OptimizerState:
-        """Where the trained numbers are."""
+        """Holds the trained numbers."""
         ...
 
     def begin(self) -> None:
-        """Spreads over ranks what is to be spread; before the first call of a network. Later calls do nothing."""
+        """Spreads state over ranks where needed; call it before the first network call. Later calls do nothing."""
         ...
 
     def calling(self) -> AbstractContextManager[None]:
-        """For a block that calls a network outside a step; where it is spread, a lost rank is a RankError there."""
+        """For a block that calls a network outside a step. Where it is spread, a lost rank raises RankError there."""
         ...
 
     def step(self, work: Work, learning_rate: float) -> StepResult:
-        """One optimiser step with what every rank's `work` adds up to. Collective."""
+        """One optimiser step with the sum of all ranks' `work`. Collective."""
         ...

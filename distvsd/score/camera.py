@@ -1,4 +1,4 @@
-"""How the score network is told the camera: an embedding of the pose added to the time embedding."""
+"""The camera condition of the score network: an embedding of the pose, added to the time embedding."""
 
 from __future__ import annotations
 

@@ -23,14 +23,14 @@ from distvsd.vsd.samples import Samples, slices
 
 
 class LoraScore:
-    """eps_phi of Eq. 9 (arXiv 2305.16213): a LoRA of a frozen network, told the camera, shared by all particles.
+    """eps_phi of Eq. 9 (arXiv 2305.16213), shared by all particles: a frozen network, a LoRA and a camera condition.
 
     base: the frozen network; its tensors are shared, never copied and never changed. text_of: particle ids [N] -> the
-    condition that the network is given, the bare prompts. seed: of the adapter's initial values, equal on every rank.
-    num_views: rows of a particle, which are adjacent. micro_batch: samples a network call in `eps` and `loss`, 0 = all.
-    reads_cameras: without it the network has no camera condition, and the cameras that calls are given are not read.
-    Raises BackendError for a network to which no camera can be added. Nothing here communicates, unless a strategy has
-    spread the network over ranks: then every call of the network is every rank's.
+    network's condition, from the bare prompts. seed: of the adapter's initial values, equal on every rank.
+    num_views: rows of a particle, which are adjacent. micro_batch: samples per network call in `eps` and `loss`, 0 =
+    all. reads_cameras: where False, the network has no camera condition and cameras are ignored. Raises BackendError
+    for a network to which no camera can be added. Nothing here communicates, unless a strategy has spread the network
+    over ranks: then every call of the network is collective.
 
     local: the optimiser of whole parameters.
     """
@@ -55,7 +55,7 @@ class LoraScore:
         named = camera.named_parameters() if camera is not None else ()
         self._camera = {f"camera.{name}": parameter for name, parameter in named}
         self.trainable: dict[str, Parameter] = self._adapter | self._camera
-        self._base_class = type(self.network)  # sharding puts another in its place
+        self._base_class = type(self.network)  # noted here because sharding replaces the class
         self.local = AdapterOptimizer(self.trainable, config)
 
     @property
@@ -79,7 +79,7 @@ class LoraScore:
 
     @torch.no_grad()
     def eps(self, noisy: Tensor, times: Tensor, ids: Tensor, cameras: Tensor | None) -> Tensor:
-        """See `Score.eps`. Without a camera the network sees what it sees in training when the camera is dropped: 0."""
+        """See `Score.eps`. Without cameras the network gets zeros, as in training when the camera is dropped."""
         if cameras is None:
             cameras = noisy.new_zeros(len(noisy), CAMERA_FEATURES)
         outputs = [
@@ -89,10 +89,10 @@ class LoraScore:
         return self.process.to_eps(torch.cat(outputs), noisy.float(), times)
 
     def loss(self, samples: Samples, times: Tensor, noise: Tensor, keep_camera: Tensor) -> Tensor:
-        """See `Score.loss`. Eq. 7 in what the base predicts (for velocity, v = alpha eps - sigma x0).
+        """See `Score.loss`. Eq. 7 in the prediction type of the base (for velocity, v = alpha eps - sigma x0).
 
-        noise [N, C, h, w]; keep_camera [N] bool, False zeroes the camera. A masked sample's latents and camera count
-        as zeros, so that its loss is finite; giving it no weight is up to the caller.
+        noise [N, C, h, w]; keep_camera [N] bool, False zeroes the camera. A masked sample's latents and camera are
+        replaced by zeros, so that its loss is finite; the caller must give it no weight.
         """
         batches = slices(len(samples), self._micro_batch, self._num_views)
         losses = [self._loss(samples[b], times[b], noise[b], keep_camera[b]) for b in batches]
@@ -109,11 +109,11 @@ class LoraScore:
     ) -> tuple[Iterator[Tensor], Tensor]:
         """One flat float32 gradient [G] for each micro-batch, and the detached losses of all samples, [N].
 
-        A gradient is computed when the iterator is asked for it, so that not all are held; the losses of its rows are
-        written then, and are whole when the iterator has ended.
+        A gradient is computed when the iterator reaches it, so that they are not all in memory. The losses of its rows
+        are written then, and are complete when the iterator has ended.
         A micro-batch's gradient is that of sum_i weight_i loss_i / denominator over its rows, so their sum is the
-        whole batch's. denominator: the global weight, say, equal on every rank. micro_batches: slices that cover the
-        rows once, each one UNet call. A masked sample (weight 0) changes no bit, whatever it holds; its loss reads 0.
+        whole batch's. denominator: such as the global weight, equal on every rank. micro_batches: slices that cover the
+        rows once, each one UNet call. A masked sample (weight 0) changes no bit, whatever it holds; its loss is 0.
         """
         losses = noise.new_zeros(len(samples), dtype=torch.float32)
         scale = self.loss_scale(samples.latents, denominator)
@@ -134,7 +134,7 @@ class LoraScore:
     ) -> tuple[Tensor, Tensor]:
         """sum_i weight_i loss_i * factor with its graph, in one UNet call, and the detached losses [N]; N > 0.
 
-        A masked sample (weight 0) changes no bit, whatever it holds; its loss reads 0.
+        A masked sample (weight 0) changes no bit, whatever it holds; its loss is 0.
         """
         loss = self._loss(samples, times, noise, keep_camera)
         valid = samples.weight > 0
@@ -142,11 +142,12 @@ class LoraScore:
         return objective, torch.where(valid, loss.detach(), 0.0)
 
     def step(self, flat_gradient: Tensor, learning_rate: float) -> None:
-        """One AdamW step with `flat_gradient` [G] float32, which is left as it is; see `AdapterOptimizer.step`."""
+        """One AdamW step with `flat_gradient` [G] float32, which is not changed; see `AdapterOptimizer.step`."""
         self.local.step(flat_gradient, learning_rate)
 
     def loss_scale(self, latents: Tensor, denominator: float) -> float:
-        """A power of two that keeps float16 activations' gradients from rounding to zero: undoes both means' size."""
+        """A power of two that keeps float16 activations' gradients from rounding to zero: about what both means divide
+        by."""
         if self._base.dtype != torch.float16:
             return 1.0
         return 2.0 ** round(math.log2(max(latents[0].numel() * denominator, 1.0))) if len(latents) else 1.0
@@ -154,7 +155,7 @@ class LoraScore:
     def state(self, optimizer: OptimizerState | None = None) -> dict[str, dict[str, Tensor]]:
         """Everything a bit-for-bit resume of the network needs: tensors by name by file name; copies, on the CPU.
 
-        optimizer: where the trained numbers are, `local` unless given; collective where ranks have parts of them.
+        optimizer: holds the trained numbers, `local` by default; collective where ranks have parts of them.
         `score/adapter_model.safetensors` is what peft's save_pretrained writes.
         """
         optimizer = optimizer or self.local
@@ -183,7 +184,7 @@ class LoraScore:
         return {ADAPTER_CONFIG_FILE: text}
 
     def load_state(self, files: Mapping[str, Mapping[str, Tensor]], optimizer: OptimizerState | None = None) -> None:
-        """Inverse of `state`. What is not this network's is ignored; nothing changes when it raises CheckpointError."""
+        """Inverse of `state`. Other tensors and files are ignored. Nothing changes when it raises CheckpointError."""
         shapes = {name: parameter.shape for name, parameter in self.trainable.items()}
         for file in network_files(shapes):
             refuse_unfit(file, shapes, files.get(file, {}))

@@ -1,4 +1,4 @@
-"""AdamW for the numbers that are trained: a linear warm-up, clipping, and what it has learnt, by name."""
+"""AdamW for the trained parameters: a linear warm-up, gradient clipping, and its state, by name."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class AdapterOptimizer:
         self._adamw = self.new_adamw(trainable.values())
 
     def rate(self, learning_rate: float) -> float:
-        """The rate of the next step: multiplied by (steps taken + 1) / warmup, up to 1."""
+        """The rate of the next step: `learning_rate` times (steps taken + 1) / warmup, and at most `learning_rate`."""
         return learning_rate * min(1.0, (self.num_steps + 1) / max(self._warmup, 1))
 
     def step(self, flat_gradient: Tensor, learning_rate: float) -> None:
-        """One step with `flat_gradient` [G] float32, which is left as it is."""
+        """One step with `flat_gradient` [G] float32, which is not changed."""
         if self.max_grad_norm > 0:
             norm = flat_gradient.norm()
             flat_gradient = flat_gradient * (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -56,13 +56,13 @@ class AdapterOptimizer:
         return self.trainable
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
-        """`step`, `exp_avg`, `exp_avg_sq` of every parameter, not copied; nothing before the first step."""
+        """`step`, `exp_avg`, `exp_avg_sq` of every parameter, not copied; empty before the first step."""
         if not self.num_steps:
             return {}
         return {name: self._adamw.state[parameter] for name, parameter in self.trainable.items()}
 
     def release(self) -> dict[str, dict[str, Tensor]]:
-        """The moments, which from now on are kept elsewhere."""
+        """Returns the moments and forgets them here: the caller keeps them from now on."""
         moments = self.moments()
         self._adamw.state.clear()
         return moments

@@ -1,4 +1,4 @@
-"""A score network on another model than the prior's: the paper teaches with SD 2.1 base and learns on SD 2.1 (v)."""
+"""A score network on another model than the prior's. In the paper the prior is SD 2.1 base, the score's SD 2.1 (v)."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def load_other_base(
     device: torch.device,
     network_device: torch.device,
 ) -> Adaptable:
-    """The network of the pipeline at `path`, frozen, in `dtype`; what computes is on `device`.
+    """The network of the pipeline at `path`, frozen, in `dtype`.
 
-    process: the prior's. network_device: where the network is left, see `load_prior`. Each rank calls it for itself; it
-    does not communicate. Raises PriorError where the network cannot be loaded, and where its latents, texts or noise
-    schedule are not the prior's: the score would be that of other images than the renders.
+    process: the prior's. device: of the noise schedule. network_device: where the network is left, see `unet_device` of
+    `load_prior`. Each rank calls it for itself; it does not communicate. Raises PriorError where the network cannot be
+    loaded, and where its latents, texts or noise schedule are not the prior's: its score would be of other images.
     """
     folder = open_folder(path)
     folder.check_weights()
@@ -35,8 +35,8 @@ def load_other_base(
     other = process_of(build_scheduler(folder), folder, device)
     if not other.agrees_with(process):
         raise PriorError(
-            f"score.base {folder.path} was trained on another noise schedule than prior.path {prior.path}: the same "
-            "time has other noise (scheduler/scheduler_config.json); choose a base with the prior's schedule"
+            f"score.base {folder.path} was trained on another noise schedule than prior.path {prior.path}: the noise "
+            "at a time differs (scheduler/scheduler_config.json); choose a base with the prior's schedule"
         )
     return load_denoiser(folder, other, dtype, network_device)
 

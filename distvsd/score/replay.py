@@ -1,4 +1,4 @@
-"""Recent renders of all ranks, kept to train the score network on, and to measure how far behind it is."""
+"""Recent renders of all ranks, kept to train the score network and to measure its lag behind the particles."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Stored:
 
 
 class Replay:
-    """A ring of the last `rounds` gathered batches; masked samples are not kept, so nothing stored is not finite.
+    """A ring of the last `rounds` gathered batches; masked samples are not kept, so all that is stored is finite.
 
     Every rank pushes the same gathered samples, so every rank holds the same ring. num_views: adjacent rows of a
     particle, which are kept, dropped and drawn together. len() counts samples.
@@ -66,7 +66,7 @@ class Replay:
         """The rows of `count` stored particles, uniform with replacement; a pure function of the content and (seed,
         round, lane).
 
-        The first k of a larger draw are the draw of k. Raises ValueError when nothing is stored.
+        A smaller draw is the beginning of a larger one. Raises ValueError when nothing is stored.
         """
         if not len(self):
             raise ValueError("replay buffer is empty: push a batch with a valid sample before drawing from it")
@@ -82,7 +82,7 @@ class Replay:
         return self._ring[0].samples if self._ring else None
 
     def state(self) -> dict[str, Tensor]:
-        """Copies on the CPU: all rows one after the other, and which round has how many."""
+        """Copies on the CPU: the rows of all rounds, oldest first, and the number of rows of each round."""
         tensors = {
             "rounds": torch.tensor(self.rounds, dtype=torch.int64),
             "counts": torch.tensor([len(stored.samples) for stored in self._ring], dtype=torch.int64),
@@ -97,10 +97,10 @@ class Replay:
         Limits().refuse_unfit(tensors)
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Inverse of `state`; of a longer ring it keeps the newest. Raises CheckpointError, and changes nothing, for
-        what `Limits` refuses.
+        """Inverse of `state`; keeps the newest rounds of a longer ring. Raises CheckpointError, and changes nothing,
+        for what `Limits` refuses.
 
-        Rounds that do not consist of whole particles are dropped: they are of a run with other `particles.views`.
+        Rounds that do not consist of whole particles are dropped: they come from another `particles.views`.
         """
         self.check(tensors)
         counts = tensors["counts"].tolist()
@@ -124,7 +124,7 @@ class Replay:
 class Limits:
     """What a stored replay buffer may hold; the defaults are those of any run.
 
-    kept: rounds in the ring. rounds: completed when it was saved. particles, views: ids and named views are below.
+    kept: rounds in the ring. rounds: completed when it was saved. particles, views: ids and view indices are below.
     channels: of the latents, None where the prior is not known. The rows of a round have no limit of their own: a
     resume may change particles.views, and the rows of the rounds before it stay.
     """
@@ -173,11 +173,11 @@ class Limits:
 
 
 def on_policy_lag(score: Score, current: Samples, old: Samples, seed: int, round: int) -> float | None:
-    """Score loss on `current` minus score loss on `old`, with the same timesteps and noise: 0 when it keeps up.
+    """Score loss on `current` minus score loss on `old`, with the same timesteps and noise: 0 when the score keeps up.
 
-    Compares the views both batches have (the k-th view of a particle with its k-th view), so that masked samples
-    do not tilt the comparison; None when there are none, or the latent shapes differ. No graph, no communication; the
-    draws are keyed by particle, so ranks that each take their own particles may average, weighted by counts.
+    Compares the views that both batches have (the k-th view of a particle with its k-th view), so that masked samples
+    do not bias the comparison; None when there are none, or the latent shapes differ. No graph, no communication. The
+    draws are keyed by particle, so results of ranks with different particles may be averaged, weighted by counts.
     """
     current, old = current[current.weight > 0], old[old.weight > 0]
     if current.latents.shape[1:] != old.latents.shape[1:]:

@@ -1,4 +1,4 @@
-"""The objective where the networks are spread over ranks, and a call of one is every rank's."""
+"""The objective where the networks are spread over ranks, so that every network call is collective."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from distvsd.vsd.samples import Samples
 
 @dataclass(frozen=True)
 class SpreadDistillation:
-    """A distillation that asks the networks equally often on every rank; collective. strategy: what spreads them."""
+    """A distillation that calls the networks equally often on every rank; collective. strategy: what spreads them."""
 
     distillation: Distillation
     strategy: Strategy
 
     def __call__(self, samples: Samples, step: int) -> Tensor:
-        """See `Distillation`. A rank without particles asks about one that counts for nothing."""
+        """See `Distillation`. A rank without particles calls the networks on a masked one."""
         self.strategy.begin()
         with self.strategy.calling():
             gradient = self.distillation(samples if len(samples) else self._masked(samples), step)

@@ -1,7 +1,7 @@
 """What a checkpoint must hold of the score network for a resume: one definition, for reading it and for verifying it.
 
-Tensors beside those that are named here are not looked at: a run whose network reads no cameras resumes from a
-checkpoint that holds a camera embedding and its moments.
+Other tensors are ignored: a run whose network reads no cameras resumes from a checkpoint that holds a camera embedding
+and its moments.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ REPLAY_FILE = "score/replay.safetensors"
 
 Shapes = Mapping[str, Sequence[int]]
 
-_EXACT_STEPS = 2**24  # AdamW counts its steps in float32, by one up to here and then not any more
+_EXACT_STEPS = 2**24  # AdamW counts its steps in float32, where adding 1 has no effect from here on
 _PREFIX = "base_model.model."  # of peft, before the name of the module
 _NAMES = {ADAPTER_FILE: "the adapter", CAMERA_FILE: "the camera embedding", OPTIMIZER_FILE: "the optimiser"}
 _ADVICE = (
@@ -51,10 +51,10 @@ def files_of(trainable: Shapes) -> list[str]:
 
 
 def refuse_unfit(file: str, trainable: Shapes, tensors: Mapping[str, Tensor]) -> None:
-    """Raises CheckpointError where adapter, camera embedding or optimiser are not those of a network like this.
+    """Raises CheckpointError where adapter, camera embedding or optimiser do not fit the network.
 
-    trainable: shapes by name, see `Score.trainable`; all float32. Parameters and first moments are finite: a step that
-    would make them anything else is left out, and with such parameters all steps would be.
+    trainable: shapes by name, see `Score.trainable`; all float32. Parameters and first moments must be finite: a run
+    leaves out every step that would make them non-finite, and with non-finite parameters it would leave out all steps.
     """
     if file == OPTIMIZER_FILE:
         _refuse_optimizer(trainable, tensors)
@@ -70,7 +70,7 @@ def refuse_unfit(file: str, trainable: Shapes, tensors: Mapping[str, Tensor]) ->
 
 def _refuse_optimizer(trainable: Shapes, tensors: Mapping[str, Tensor]) -> None:
     counts = {"num_steps": Wanted(torch.int64, (), 0, MOST)}
-    if "left_out" in tensors:  # checkpoints did not always have it
+    if "left_out" in tensors:  # older checkpoints lack it
         counts["left_out"] = Wanted(torch.int64, (), 0, MOST)
     refuse_misfits(_NAMES[OPTIMIZER_FILE], counts, tensors, _ADVICE)
     steps = int(tensors["num_steps"])
@@ -86,7 +86,7 @@ def _refuse_optimizer(trainable: Shapes, tensors: Mapping[str, Tensor]) -> None:
 
 
 def trainable_of(unet: Shapes, rank: int, reads_cameras: bool) -> dict[str, tuple[int, ...]]:
-    """Shapes of what is trained beside a UNet whose tensors have these shapes: what `LoraScore` makes of one.
+    """Shapes of what `LoraScore` trains for a UNet whose tensors have the shapes `unet`.
 
     Raises PriorError for tensors that are not those of such a UNet.
     """
@@ -114,9 +114,9 @@ def _adapted(unet: Shapes) -> dict[str, tuple[int, int]]:
 
 
 def unet_like(adapter: Mapping[str, Tensor], camera: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the UNet that these files would fit, where the prior is not there to be asked.
+    """Shapes of the UNet that these files would fit, for use without the prior.
 
-    With `trainable_of` it holds the files against each other: every layer has both factors, of the configured rank.
+    With `trainable_of` it checks the files against each other: every layer has both factors, of the configured rank.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for name in adapter:

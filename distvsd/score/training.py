@@ -1,7 +1,7 @@
 """One round of the score network: K steps on the renders of all ranks, each rank on its share.
 
 Times and noise of a render are keyed by (particle, view, round), so they depend neither on how many ranks there are nor
-on where in a batch the render is. This file does not know how ranks talk: the strategy is handed in.
+on where in a batch the render is. The communication is left to a strategy, which is passed in.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from distvsd.score.work import Batch, Work
 from distvsd.vsd.rng import Purpose, normal, uniform
 from distvsd.vsd.samples import Samples, slices
 
-LAG_SAMPLES = 64  # of the union, in which the lag is measured: enough to see it, and its cost does not grow
+LAG_SAMPLES = 64  # of the union, on which the lag is measured; fixed, so that its cost does not grow
 NAMED_ROWS = 8  # in an error message
 
 
@@ -51,13 +51,12 @@ class ScoreTraining:
     """Trains the shared score network; every rank calls `round` with the same union.
 
     strategy: how the ranks' parts become one step. share_of(n): this rank's share of n particles. num_particles,
-    num_views: of the run; the rows of a particle are adjacent in every batch. micro_batch: rows a backward pass, 0 for
-    all; one particle a pass makes its gradient independent of its neighbours, which `numerics: exact` needs with an
-    exact reduction. gather(value): every rank's JSON-able value, by rank; collective, called only before the error that
-    names what went wrong.
+    num_views: of the run; the rows of a particle are adjacent in every batch. micro_batch: rows per backward pass, 0
+    for all. With one particle per pass its gradient is independent of its neighbours, which `numerics: exact` needs
+    beside an exact reduction. gather(value): every rank's JSON-able value, by rank; collective, called only before
+    DivergedError, to name the cause.
 
-    replay: recent renders of all ranks. left_out: optimiser steps that all ranks left out, one after another, up to
-    now.
+    replay: recent renders of all ranks. left_out: how many of the latest optimiser steps all ranks left out, in a row.
     """
 
     score: LoraScore
@@ -160,13 +159,13 @@ class ScoreTraining:
         return Samples.cat([fresh, replayed]), torch.cat((keys, after))
 
     def _dealt(self, union: Samples, step: int, lane: int) -> Samples:
-        """The particles with about `batch_size` sound renders: in a random order of the round, from where the step
-        before ended, around."""
+        """Whole particles with about `batch_size` sound renders. Each step goes on in the round's random order where
+        the previous step ended, and wraps around."""
         views = self.num_views
         size = self.config.batch_size
         if size == 0:
             return union
-        sound = union[union.weight > 0]  # masked ones could fill a step that then teaches nothing
+        sound = union[union.weight > 0]  # a step of masked ones only would train nothing
         count = len(sound) // views
         wanted = self.config.fresh(count, views)
         if wanted == count:
@@ -176,7 +175,7 @@ class ScoreTraining:
         return sound[(dealt[:, None] * views + torch.arange(views, device=order.device)).flatten()]
 
     def _worth_keeping(self, union: Samples) -> Samples:
-        """Without a replayed share only the lag looks at kept renders, and it looks at so many of a round."""
+        """The valid renders that the replay keeps: few without a replayed share, where only the lag reads them."""
         return union[union.weight > 0][: kept_rows(len(union), self.config.replay_share, self.num_views)]
 
     def _rate(self, batch_size: int) -> float:
@@ -200,7 +199,7 @@ class ScoreTraining:
             cause = _cause(self.gather([rows, result.finite]))
         raise DivergedError(
             f"the score network's last {self.left_out} optimiser steps were left out (score.max_skipped), up to "
-            f"round {step + 1}: {cause}. Its weights are those of before; resume with a lower score.learning_rate, "
+            f"round {step + 1}: {cause}. These steps changed no weights; resume with a lower score.learning_rate, "
             "with score.max_grad_norm, or from an older checkpoint"
         )
 
@@ -213,8 +212,8 @@ def _cause(reports: list[list[Any]]) -> str:
         more = f" and {len(rows) - NAMED_ROWS} more rows" if len(rows) > NAMED_ROWS else ""
         return f"the loss was not finite for {named}{more}"
     if reports[0][1] is None:
-        return "every loss was finite, the sum of the ranks' gradients was not"
+        return "every loss was finite, but the sum of the ranks' gradients was not"
     ranks = [str(rank) for rank, (_, sound) in enumerate(reports) if not sound]
     if ranks:
-        return f"every loss was finite, the gradient was not on rank {', '.join(ranks)}"
-    return "every rank's loss and gradient were finite, their sum over ranks was not or was too large"
+        return f"every loss was finite, but the gradient was not on rank {', '.join(ranks)}"
+    return "every rank's loss and gradient were finite, but their sum over ranks was not or was too large"

@@ -1,4 +1,4 @@
-"""What one rank has to compute in one step of the score network; a strategy says how ranks add it up."""
+"""What one rank computes in one step of the score network; a strategy sums it over ranks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class Batch:
     keep_camera: Tensor
 
     def never_empty(self, num_views: int) -> Batch:
-        """With one particle of weight 0 where it has no rows: no sum changes, and the rank runs what the others run."""
+        """This batch, or one particle of weight 0 where it has no rows. No sum changes, and the rank runs what the
+        others run."""
         if len(self.samples):
             return self
         samples = Samples(*(_zeros(getattr(self.samples, field.name), num_views) for field in fields(Samples)))
@@ -54,7 +55,7 @@ class Work:
         return self.score.loss_scale(self.batch.samples.latents, self.denominator)
 
     def gradients(self) -> tuple[Iterator[Tensor], Tensor]:
-        """See `LoraScore.gradients`: a flat gradient `[G]` a micro-batch, and the losses `[N]`, whole at its end."""
+        """See `LoraScore.gradients`: a flat gradient `[G]` per micro-batch, and the losses `[N]`, whole at the end."""
         return self.score.gradients(*self._columns(), self.denominator, self.micro_batches)
 
     def weighted_loss(self, factor: float) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,7 @@
 """The forward process that a denoiser was trained on: diffusion, or rectified flow.
 
-Both noise a sample as x_t = alpha(t) x_0 + sigma(t) eps. They differ in what a time is, in alpha and sigma, and in what
-the network predicts. Shape legend: N rows, then any axes. Pure functions of tensors, differentiable, any floating
-dtype.
+In both, x_t = alpha(t) x_0 + sigma(t) eps. They differ in what a time is, in alpha and sigma, and in what the network
+predicts. Shape legend: N rows, then any axes. Pure functions of tensors, differentiable, any floating dtype.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
 
 class Process(Protocol):
-    """Times `[N]` are int64 indices of a table, or float32 numbers; only the process and its network know which."""
+    """Times `[N]` are int64 indices of a table, or float32 numbers; only the process and its network depend on it."""
 
     def times(self, uniform: Tensor, low: float, high: float) -> Tensor:
         """Times `[N]` from uniform numbers `[N]` in [0, 1). low, high: shares of the whole range, in [0, 1]."""
@@ -40,11 +39,11 @@ class Process(Protocol):
         ...
 
     def to_eps(self, output: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
-        """The noise that an output of the network stands for, `[N, ...]`. Affine in `output`."""
+        """The noise that corresponds to an output of the network, `[N, ...]`. Affine in `output`."""
         ...
 
     def to_x0(self, output: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
-        """The clean sample that an output of the network stands for, `[N, ...]`. Affine in `output`."""
+        """The clean sample that corresponds to an output of the network, `[N, ...]`. Affine in `output`."""
         ...
 
 
@@ -70,7 +69,7 @@ class Diffusion:
             raise ValueError(f"prediction type is {self.prediction!r}; known are {', '.join(get_args(PredictionType))}")
 
     def times(self, uniform: Tensor, low: float, high: float) -> Tensor:
-        """See `Process`; both ends are among the times."""
+        """See `Process`; both ends are included."""
         last = len(self.alphas_cumprod) - 1
         first, stop = round(low * last), round(high * last)
         return (first + uniform * (stop - first + 1)).long().clamp(max=stop)

@@ -87,7 +87,7 @@ def _bits(
     """Uniform 32-bit words as int64 `[P, *shape]`; counter = (index, particle, step, purpose and lane), key = seed."""
     ids = torch.as_tensor(particles, dtype=torch.int64)
     if not len(ids):
-        return ids.new_empty(0, *shape)  # and no index of a particle's numbers, which may be large
+        return ids.new_empty(0, *shape)  # without allocating the index below, which may be large
     count = math.prod(shape)
     blocks = -(-count // 4)
     index = torch.arange(blocks, dtype=torch.int64, device=ids.device).expand(len(ids), blocks)

@@ -1,4 +1,4 @@
-"""The batch that travels: latents of renders with what the two networks must know about them."""
+"""A batch of rendered latents, with what the prior and the score network need about each."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Samples:
     """N rendered views in the prior's latent space; every field has N rows and lies on one device.
 
     latents: `[N, C, h, w]` float32, with a graph to the particles until `detached`. cameras: `[N, 16]` float32, the
-    flattened camera-to-world matrices. ids: `[N]` int64 particle ids. views: `[N]` int64, which named view of the
-    prior's prompts the camera sees. weight: `[N]` float32, 1 where the sample is valid and 0 where it is masked.
+    flattened camera-to-world matrices. ids: `[N]` int64 particle ids. views: `[N]` int64, index of the camera's named
+    view in the prior's prompts. weight: `[N]` float32, 1 where the sample is valid and 0 where it is masked.
     """
 
     latents: Tensor
@@ -31,7 +31,7 @@ class Samples:
         return Samples(*(getattr(self, field.name)[index] for field in fields(self)))
 
     def detached(self) -> Samples:
-        """The same samples without the graph: what may leave the rank."""
+        """The same samples without the graph, so that they can be sent to other ranks."""
         return Samples(*(getattr(self, field.name).detach() for field in fields(self)))
 
     def to(self, device: torch.device | str) -> Samples:
@@ -44,10 +44,10 @@ class Samples:
 
 
 def slices(count: int, size: int, unit: int = 1) -> list[slice]:
-    """`count` rows in consecutive slices of about `size` (all in one where that is 0); none for no rows.
+    """`count` rows in consecutive slices of about `size` (one slice where that is 0); no slice where `count` is 0.
 
-    No slice cuts through `unit` adjacent rows, the views of one particle: a slice has the whole units that fit into
-    `size`, and at least one.
+    A unit is `unit` adjacent rows, the views of one particle. A slice holds as many whole units as fit into `size`, and
+    at least one.
     """
     size = max(size // unit, 1) * unit if size else max(count, 1)
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]

@@ -1,4 +1,4 @@
-"""What a tensor that was read from a file must be: its dtype, its shape, the range of its values."""
+"""Checks a tensor that was read from a file: its dtype, its shape, the range of its values."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 
 from distvsd.errors import CheckpointError
 
-# No run reaches this count, and nothing that counts on from it overflows 64 bits.
+# No run reaches this count, and counting on from it does not overflow 64 bits.
 MOST = 2**53
-_NAMED = 3  # misfits in an error message
+_NAMED = 3  # misfits named in an error message
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """low, high: limits of the values, themselves allowed; NaN is outside of every limit. finite: no NaN, no infinity.
+    """low, high: inclusive limits of the values; NaN is outside of every limit. finite: no NaN, no infinity.
 
-    Without limits the values may be anything and are not looked at.
+    With neither limits nor `finite`, the values are not checked.
     """
 
     dtype: torch.dtype
@@ -30,7 +30,7 @@ class Wanted:
     finite: bool = False
 
     def misfit(self, found: Tensor | None) -> str | None:
-        """What the tensor is and what it must be, in words; None where it is that."""
+        """A message that says what the tensor is and what it must be; None where it fits."""
         wanted = _named(self.dtype, self.shape)
         if found is None:
             return f"is missing, and must be {wanted}"
@@ -39,7 +39,7 @@ class Wanted:
         limited = self.finite or self.low > -math.inf or self.high < math.inf
         if not limited or not found.numel():
             return None
-        least, most = (end.item() for end in torch.aminmax(found))  # both are NaN where a value is
+        least, most = (end.item() for end in torch.aminmax(found))  # both are NaN where any value is
         if self.low <= least and most <= self.high and not (self.finite and math.isinf(max(-least, most))):
             return None
         return f"has values from {least} to {most}, and must have {self._range()}"
@@ -52,7 +52,7 @@ class Wanted:
 
 
 def refuse_misfits(where: str, wanted: Mapping[str, Wanted], found: Mapping[str, Tensor], advice: str) -> None:
-    """Raises CheckpointError with the tensors that are not as they are wanted; others in `found` are not looked at."""
+    """Raises CheckpointError that names the tensors that do not fit; those not in `wanted` are not checked."""
     misfits = [f"{name} {said}" for name, want in wanted.items() if (said := want.misfit(found.get(name)))]
     if misfits:
         more = f"; and {len(misfits) - _NAMED} more" if len(misfits) > _NAMED else ""

@@ -1,1 +1,1 @@
-"""How ranks train one shared network together: one file a strategy, the same mathematics in each."""
+"""How ranks train one shared network together: one file per strategy, the same mathematics in each."""

@@ -16,9 +16,9 @@ from distvsd.score.work import Work
 
 
 class Trained(nn.Module):
-    """Only what is trained, for a wrapper that would otherwise broadcast, cast or cut up the frozen network too.
+    """Only what is trained, for a wrapper that would otherwise broadcast, cast or partition the frozen network too.
 
-    Called with work and a factor, it gives the work's objective.
+    Called with work and a factor, it returns the work's objective.
     """
 
     def __init__(self, parameters: Mapping[str, Parameter]) -> None:
@@ -36,20 +36,20 @@ def total_loss(world: World, rows: Tensor) -> float:
 
 @contextmanager
 def together(world: World) -> Iterator[None]:
-    """For a block in which a library communicates: all hosts meet before it, and a lost rank is a RankError in it."""
+    """For a block in which a library communicates: all hosts meet before it, and a lost rank raises RankError in it."""
     what = "a step of the score network"
     meet(world, world.device, what)
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-            raise  # no memory, a wrong shape: this rank's own
+            raise  # out of memory, a wrong shape: this rank's own error
         with talking(world, what):
             raise
 
 
 def flat(parameters: Mapping[str, Parameter]) -> Tensor:
-    """The gradients that lie at the parameters as one vector `[G]`; they are taken away."""
+    """The parameters' gradients as one vector `[G]`; every `.grad` is set to None."""
     parts = []
     for parameter in parameters.values():
         gradient = parameter.grad

@@ -1,4 +1,4 @@
-"""From `parallel.strategy` to an object: the libraries of a strategy are imported only where it is asked for."""
+"""Builds the strategy that `parallel.strategy` names; its libraries are imported only where it is chosen."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from distvsd.score.strategies.flat import Flat
 
 
 def refuse_missing(options: ParallelConfig) -> None:
-    """Raises BackendError where a strategy's library is not there; on every rank the same, before anything is loaded.
+    """Raises BackendError where the strategy's library is missing; the same on every rank, before anything is loaded.
 
     Does not import deepspeed, which takes seconds.
     """
@@ -35,13 +35,13 @@ def refuse_missing(options: ParallelConfig) -> None:
 
 
 def spreads_network(options: ParallelConfig, world: World) -> bool:
-    """Whether ranks hold parts of the frozen network, so that every call of it is every rank's."""
+    """Whether ranks hold parts of the frozen network, so that every call of it is collective."""
     whole = options.strategy in ("flat", "ddp") or (options.strategy == "deepspeed" and options.zero_stage < 3)
     return world.size > 1 and not whole
 
 
 def choose(options: ParallelConfig, world: World, score: LoraScore, flat: Flat) -> Strategy:
-    """The strategy of the configuration. A rank on its own has nobody to share with: `flat`.
+    """The strategy of the configuration; `flat` for a single rank.
 
     Does not communicate; the strategy does so from `begin` on.
     """

@@ -1,4 +1,4 @@
-"""torch's DistributedDataParallel: the reduction in buckets, under way while the backward pass still runs."""
+"""torch's DistributedDataParallel: gradients are reduced in buckets while the backward pass still runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from distvsd.score.work import Work
 
 
 class Ddp:
-    """DistributedDataParallel around what is trained; the frozen network is every rank's own and is not broadcast."""
+    """DistributedDataParallel around what is trained; each rank has its own frozen network, which is not broadcast."""
 
     def __init__(self, world: World, local: AdapterOptimizer) -> None:
         self._world = world
@@ -30,25 +30,25 @@ class Ddp:
         return self._local
 
     def begin(self) -> None:
-        """Compares and broadcasts what is trained, the first time."""
+        """On the first call, compares and broadcasts what is trained. Collective then."""
         _ = self._wrapped
 
     def calling(self) -> AbstractContextManager[None]:
-        """See `score.base.Strategy`: every rank's own."""
+        """See `score.base.Strategy`. Network calls are local."""
         return nullcontext()
 
     def step(self, work: Work, learning_rate: float) -> StepResult:
-        """See `score.base.Strategy`. What is not finite shows in the sum, so the optimiser comes after it."""
+        """See `score.base.Strategy`. A value that is not finite shows in the sum, which is checked before the step."""
         world, scale = self._world, work.scale
         self.begin()
         fault("reduce")
         with together(world):
-            # It averages over ranks, and the ranks' parts are to be added.
+            # DDP averages over ranks, but the ranks' parts must be summed.
             objective, rows = self._wrapped(work, scale * world.size)
             poison("reduce", objective[None]).sum().backward()
             gradient = flat(self._local.trainable) / scale
             loss = total_loss(world, rows)
-        # The reduced gradient has the same bits on every rank, so each comes to the same answer.
+        # The reduced gradient has the same bits on every rank, so all ranks decide the same.
         usable = math.isfinite(loss) and bool(gradient.isfinite().all())
         if usable:
             self._local.step(gradient, learning_rate)

@@ -25,17 +25,17 @@ from distvsd.score.optimizer import AdapterOptimizer
 from distvsd.score.strategies.base import Trained, together, total_loss
 from distvsd.score.work import Work
 
-# Numbers of a tensor that ZeRO-3 leaves whole on every rank, because gathering it would cost more than it saves.
+# ZeRO-3 leaves tensors of up to this many numbers whole on every rank: gathering them costs more than it saves.
 PERSISTENT = 100_000
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class DeepSpeed:
-    """A DeepSpeedEngine that owns what is trained, from the first step on; before that `local` does.
+    """A DeepSpeedEngine that owns what is trained from `begin` on; before that `local` does.
 
-    It reduces, clips, leaves out what is not finite, and steps by itself, in float32 whatever the network's dtype.
-    network: partitioned by stage 3, whose every call then is collective. config: the stage, and the timeout of the
-    group that DeepSpeed opens.
+    The engine itself reduces, clips, leaves out steps that are not finite, and steps, in float32 whatever the network's
+    dtype. network: stage 3 partitions it, and every call of it is then collective. config: the stage, and the timeout
+    of the group that DeepSpeed opens.
     """
 
     def __init__(self, world: World, config: ParallelConfig, network: nn.Module, local: AdapterOptimizer) -> None:
@@ -52,13 +52,13 @@ class DeepSpeed:
         return self
 
     def begin(self) -> None:
-        """Hands the parameters over, with the moments of a resumed run, the first time."""
+        """On the first call, hands the parameters to DeepSpeed, with the moments of a resumed run. Collective then."""
         if self._engine is None:
             with together(self._world):
                 self._engine = self._opened()
 
     def calling(self) -> AbstractContextManager[None]:
-        """See `score.base.Strategy`: every rank's with stage 3."""
+        """See `score.base.Strategy`. Network calls are collective with stage 3."""
         return together(self._world) if self._stage == 3 else nullcontext()
 
     def step(self, work: Work, learning_rate: float) -> StepResult:
@@ -68,7 +68,7 @@ class DeepSpeed:
         fault("reduce")
         with together(self._world):
             engine.optimizer.override_loss_scale(work.scale)
-            # It averages over ranks, and the ranks' parts are to be added.
+            # DeepSpeed averages over ranks, but the ranks' parts must be summed.
             objective, rows = engine(work, float(self._world.size))
             loss = total_loss(self._world, rows)
             objective = poison("reduce", objective[None]).sum()
@@ -141,9 +141,9 @@ class DeepSpeed:
         config = self._config(sum(parameter.numel() for parameter in trained))
         model = Spread(self._network) if self._stage == 3 else Trained(local.trainable)
         if self._stage == 3:
-            # Tensor by tensor from where it lies; the engine would first put all of it on the device.
+            # Partitions tensor by tensor; the engine would first put the whole network on the device.
             deepspeed.zero.Init(module=model, config_dict_or_path=config)
-            for buffer in model.buffers():  # which it leaves where they are
+            for buffer in model.buffers():  # Init does not move them
                 buffer.data = buffer.data.to(self._world.device)
         engine, *_ = deepspeed.initialize(
             model=model,
@@ -151,7 +151,7 @@ class DeepSpeed:
             config=config,
             dist_init_required=False,
         )
-        # The group is DeepSpeed's own copy of the world's, with a patience of half an hour.
+        # The group is DeepSpeed's own copy of the world's, with a default timeout of half an hour.
         patience = device_timeout(self._timeout_s) if self._world.device.type == "cuda" else self._timeout_s
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=patience), engine.data_parallel_group)
         if moments:
@@ -166,7 +166,7 @@ class DeepSpeed:
             "zero_optimization": {
                 "stage": self._stage,
                 "overlap_comm": False,
-                # Allocated whole; the default is for half a billion numbers.
+                # Buckets are allocated in full; the default is half a billion numbers.
                 "reduce_bucket_size": num_trained,
                 "allgather_bucket_size": num_trained,
                 "stage3_param_persistence_threshold": PERSISTENT,
@@ -174,7 +174,7 @@ class DeepSpeed:
         }
 
     def _hand_over(self, engine: Any, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Puts whole moments into the parts that this rank keeps; AdamW would make empty ones in its first step."""
+        """Copies whole moments into the parts that this rank keeps; AdamW would start with zeros in its first step."""
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         zero, adamw = engine.optimizer, engine.optimizer.optimizer
@@ -194,7 +194,7 @@ class DeepSpeed:
                     safe_set_local_optimizer_state(parameter, self._part(whole, parameter), moment)
 
     def _part(self, whole: Tensor, parameter: Any) -> Tensor:
-        """What this rank keeps of a tensor that belongs to a parameter: all ranks keep equally much, with padding."""
+        """This rank's part of a tensor that belongs to a parameter: all parts are equally long, with padding."""
         length = parameter.ds_tensor.numel()
         padding = length * self._world.size - whole.numel()
         padded = torch.nn.functional.pad(whole.flatten(), (0, padding))
@@ -203,24 +203,25 @@ class DeepSpeed:
 
 def _imported(device: str) -> Any:
     if device == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when it is imported; it would look for a GPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read at import; without it DeepSpeed looks for a GPU
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     found = deepspeed.get_accelerator().device_name()
     if found != device:
         raise BackendError(
-            f"this run computes on {device} and DeepSpeed on {found}: another package imported it before the run could "
-            f"say so; start with DS_ACCELERATOR={device} in the environment, or set parallel.strategy=flat"
+            f"this run computes on {device} and DeepSpeed on {found}: another package imported DeepSpeed before the "
+            f"run chose its device; start with DS_ACCELERATOR={device} in the environment, or set "
+            "parallel.strategy=flat"
         )
     if device == "cpu":
-        # Else it compiles its own sum for one machine's CPUs at the first run: two minutes, and a C++ compiler.
+        # Else it compiles its own CPU reduction for one machine at the first run: two minutes, and a C++ compiler.
         deepspeed.ops.__compatible_ops__ = {}
     return deepspeed
 
 
 class Spread(nn.Module):
-    """The whole network, for stage 3 to partition; its modules are called as ever, and gather themselves."""
+    """The whole network, for stage 3 to partition; its modules are called as usual and gather their own parameters."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The default: every rank holds everything and one flat reduction adds the gradients up."""
+"""The default: every rank holds everything, and one reduction of a flat vector sums the gradients."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Flat:
         """Nothing is spread."""
 
     def calling(self) -> AbstractContextManager[None]:
-        """See `score.base.Strategy`: every rank's own."""
+        """See `score.base.Strategy`. Network calls are local."""
         return nullcontext()
 
     def step(self, work: Work, learning_rate: float) -> StepResult:
-        """See `score.base.Strategy`. Looks at the gradient before it is used; one collective."""
+        """See `score.base.Strategy`. The gradient is checked before it is used; one collective."""
         vectors, rows = work.gradients()
         reduced = self.reduce(vectors, extra_sums=rows[:, None])
         if reduced.usable:

@@ -15,12 +15,12 @@ from distvsd.score.work import Work
 
 
 class Fsdp2:
-    """The frozen network in parts, what is trained whole on every rank and reduced as in `flat`.
+    """The frozen network is sharded; what is trained is whole on every rank and reduced as in `flat`.
 
-    The adapter is a thousandth of the network: cutting it up too would save nothing, and its sum would have another
-    order. Nothing frozen has a gradient, so no gradient is scattered. What is gathered has the same bits but lies
-    elsewhere in memory, which is enough for a kernel to round otherwise: 1e-7, not 0, from `flat`.
-    network: whose blocks are gathered one at a time; every call of it is collective once `begin` was called.
+    The adapter is a thousandth of the network: sharding it too would save nothing and change the order of its sum.
+    Nothing frozen has a gradient, so no gradient is scattered. Gathered parameters have the same bits but other
+    addresses, so that a kernel may round differently: results differ from those of `flat` by 1e-7, not 0.
+    network: its blocks are gathered one at a time; every call of it is collective once `begin` was called.
     """
 
     def __init__(self, world: World, network: nn.Module, local: AdapterOptimizer, flat: Flat) -> None:
@@ -36,9 +36,9 @@ class Fsdp2:
         return self._local
 
     def begin(self) -> None:
-        """Cuts the network up, the first time; every rank has loaded the same, so nothing is sent.
+        """On the first call, shards the network. Every rank has loaded the same one, so no parameter is sent.
 
-        A network that lies in the host's memory comes to the device block by block: only parts of it ever stay there.
+        A network in the host's memory is moved to the device block by block, and only this rank's parts stay there.
         """
         if self._is_spread:
             return
@@ -53,7 +53,7 @@ class Fsdp2:
         self._is_spread = True
 
     def calling(self) -> AbstractContextManager[None]:
-        """See `score.base.Strategy`: every rank's."""
+        """See `score.base.Strategy`. Network calls are collective."""
         return together(self._world)
 
     def step(self, work: Work, learning_rate: float) -> StepResult:

@@ -1,4 +1,4 @@
-"""The gradients that move particles: one file an objective, and the round that they share."""
+"""The gradients that move particles: one file for each objective, and the round that they share."""
 
 from distvsd.vsd.objectives.base import Draws, Objective, Part, Predictions, PriorPart, weighted_difference
 from distvsd.vsd.objectives.distillation import Distillation

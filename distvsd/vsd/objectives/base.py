@@ -1,4 +1,4 @@
-"""What an objective is: the predictions that it needs, and a gradient made of them.
+"""The interface of an objective: the predictions that it needs, and the gradient computed from them.
 
 Shape legend: N rows (views of particles), C latent channels, H x W latent pixels.
 """
@@ -20,11 +20,10 @@ Part = PriorPart | ScorePart
 
 @dataclass(frozen=True)
 class Predictions:
-    """Noise predictions for x_t, each `[N, C, H, W]` float32 without a graph; None where nobody asked.
+    """Noise predictions for x_t, each `[N, C, H, W]` float32 without a graph; None where it was not requested.
 
     conditional, unconditional: the prior with the prompt and with the negative prompt. guided: both combined by the
-    run's guidance. score: the score network, told the camera. score_without_camera: the same network with the camera
-    dropped.
+    run's guidance. score: the score network with the camera. score_without_camera: the same network without it.
     """
 
     conditional: Tensor | None = None
@@ -34,8 +33,7 @@ class Predictions:
     score_without_camera: Tensor | None = None
 
     def of(self, part: Part) -> Tensor:
-        """The prediction of that name. Raises ValueError where it was not asked for: the objective's `needs` lacks
-        it."""
+        """The prediction of that name. Raises ValueError where the objective's `needs` does not name it."""
         found: Tensor | None = getattr(self, part)
         if found is None:
             raise ValueError(f"the objective uses the prediction {part!r} but does not name it in `needs`")
@@ -44,8 +42,8 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Draws:
-    """What the predictions were made for. noise, noisy: `[N, C, H, W]`; times: `[N]`, of `process`. num_views: rows of
-    a particle, which are adjacent."""
+    """The inputs of the predictions. noise, noisy: `[N, C, H, W]`; times: `[N]`, of `process`. num_views: rows of a
+    particle, which are adjacent."""
 
     samples: Samples
     times: Tensor
@@ -56,7 +54,7 @@ class Draws:
 
 
 class Objective(Protocol):
-    """One gradient at the latents. It keeps no state: ranks and resumed runs make it anew from the configuration."""
+    """A gradient at the latents. Without state: each rank and each resumed run builds it from the configuration."""
 
     @property
     def needs(self) -> frozenset[Part]:
@@ -64,7 +62,7 @@ class Objective(Protocol):
         ...
 
     def gradient(self, predictions: Predictions, draws: Draws) -> Tensor:
-        """d loss / d x_0, `[N, C, H, W]` float32. Row i depends on the rows of its particle only.
+        """d loss / d x_0, `[N, C, H, W]` float32. Row i depends only on the rows of its particle.
 
         The Jacobians of the encoder and of the renderer are applied to it later; those of the networks are left out, as
         in Eq. 9 (arXiv 2305.16213). Called on each rank with its own samples; does not communicate.

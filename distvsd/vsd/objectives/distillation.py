@@ -1,4 +1,4 @@
-"""One round of any objective: times and noise are drawn, the networks are asked, the gradient is made.
+"""One round of any objective: draws times and noise, calls the networks, and computes the gradient.
 
 Shape legend: N rows (views of particles), C latent channels, H x W latent pixels.
 """
@@ -31,9 +31,9 @@ AskScore = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation:
-    """Moves latents by an objective. Called on each rank with its own samples only; does not communicate.
+    """An objective's gradient at latents. Called on each rank with its own samples only; does not communicate.
 
-    process: the prior's. score: None where the objective asks no score network; it is called with the prior's times.
+    process: the prior's. score: called with the prior's times; None where the objective needs no score network.
     t_min, t_max: shares of the process's range as functions of the round. num_views: rows of a particle.
     """
 
@@ -50,8 +50,9 @@ class Distillation:
     def __call__(self, samples: Samples, step: int) -> Tensor:
         """The gradient at the latents, float32 `[N, C, H, W]`; zero where a sample is masked.
 
-        Where a network's answer for a row is not finite, so is the gradient of that row, and the particle does not move
-        (`Ensemble.update`). The rows of a particle must be adjacent: draws are keyed by (particle, view, step).
+        Where a network's prediction for a row is not finite, the gradient of that row is not finite either, and the
+        particle does not move (`Ensemble.update`). The rows of a particle must be adjacent: draws are keyed by
+        (particle, view, step).
         """
         if len(samples) == 0:
             return torch.zeros_like(samples.latents)
