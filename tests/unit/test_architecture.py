@@ -195,7 +195,7 @@ def test_no_files_import_each_other_in_a_circle() -> None:
         needs[name].discard(name)
     while free := {name for name, others in needs.items() if not others & needs.keys()}:
         needs = {name: others for name, others in needs.items() if name not in free}
-    # A package's own __init__ only re-exports names of its files, so a circle through it is a circle of those files.
+    # A package's own __init__ gathers names of its files, so a circle through it is a circle of those files.
     assert not needs, "\n".join(
         f"{name} <- {', '.join(sorted(others & needs.keys()))}" for name, others in needs.items()
     )

@@ -75,7 +75,7 @@ def sections(section: Any) -> st.SearchStrategy[Any]:
 
 @st.composite
 def stages(draw: st.DrawFn) -> StageConfig:
-    """A stage that sets some of the fields whose range depends on no other field, in the order of the schema."""
+    """A stage that sets some of the fields whose legal values depend on no other field, in the order of the schema."""
     choices: dict[str, st.SearchStrategy[Any]] = {
         "prior.guidance_scale": st.floats(0, 1000),
         "prior.negative_prompt": TEXTS,

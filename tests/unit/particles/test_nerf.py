@@ -197,7 +197,7 @@ def test_coverage_asks_only_of_objects_that_cover_too_much_or_too_little_of_thei
     # 3 log(0.2 / 0.0501) = 4.1529 and 3 log(0.1 / 0.0251) = 4.1469.
     assert penalty.tolist() == pytest.approx([4.1529, 0, 4.1469], abs=1e-3)
     (gradient,) = torch.autograd.grad(penalty.sum(), opacity)
-    # The derivative on every ray is 3 / (4 * 0.0501) and -3 / (4 * 0.0251).
+    # The derivative on every ray: 3 / (4 * 0.0501) in row 0, 0 in row 1, -3 / (4 * 0.0251) in row 2.
     expected = torch.tensor([14.970, 0.0, -29.880])
     torch.testing.assert_close(gradient.reshape(3, 4), expected[:, None].expand(3, 4), rtol=1e-3, atol=0)
 

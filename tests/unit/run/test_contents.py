@@ -1,4 +1,4 @@
-"""`distvsd verify` and a resume accept and refuse the same checkpoints, whoever signed them."""
+"""A resume reads what `distvsd verify` calls sound, whoever signed it; both refuse what no resume can read."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def test_a_rank_that_was_continued_is_waited_for_again() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 100])
 def test_one_lost_rank_ends_all_in_a_few_looks_although_each_looks_at_few(size: int) -> None:
-    """Each of n ranks looks at the log2 n ranks 2^k places ahead; after log2 n looks all have ended."""
+    """Each of n ranks looks at the log2 n ranks 2^k places ahead; after as many looks all have ended."""
     gone = {size // 2}
     looks = 0
     while len(gone) < size:

@@ -1,4 +1,4 @@
-"""A signal is a request, noted once and obeyed after the round; only a second one ends the process at once."""
+"""A signal is a request, noted once and obeyed after the round; the same signal sent again later ends the process."""
 
 from __future__ import annotations
 
