@@ -1,6 +1,6 @@
-"""Which room may import which, read from the source: `docs/architecture.md` draws the table that is written down here.
+"""Which room may import which, checked in the source; `docs/architecture.md` draws the table that is written here.
 
-Lazy imports count like the others: a direction is about what a room knows, not about when it loads it.
+Lazy imports count like the others: the table is about dependence, not about the time of loading.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "distvsd"
 
-# For every room. A name with a dot is one module of a room, and nothing else of it.
+# Every room may import FOR_ALL. A name with a dot is that module of a room only.
 FOR_ALL = {"errors", "faults", "config"}
 INNER: dict[str, set[str]] = {
     "errors": set(),
@@ -76,7 +76,7 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "imageio_ffmpeg": ("looking",),
 }
 NO_TORCH = ("config", "errors", "cli", "arguments", "commands", "train", "__main__", "__init__")
-# torch and what is small may be imported with a module; these make `import` slow, or may be missing.
+# Packages that are slow to import or may be missing. torch and small packages may be imported with a module.
 LAZY = {
     "accelerate",
     "deepspeed",
@@ -94,9 +94,9 @@ LAZY = {
 
 @dataclass(frozen=True)
 class Import:
-    """module imports target; both dotted, those of the package without `distvsd.`. lazy: not with the module.
+    """`module` imports `target`: dotted names, those of the package without `distvsd.`.
 
-    for_checkers: only a type checker reads it.
+    lazy: not run when the module is loaded. own: of the package. for_checkers: only a type checker reads it.
     """
 
     module: str
@@ -138,7 +138,7 @@ def imports_of(path: Path) -> Iterator[Import]:
 
 
 def late_blocks(tree: ast.AST) -> Iterator[ast.AST]:
-    """What does not run with the module: functions, and what only a type checker reads."""
+    """Blocks that do not run when the module is loaded: functions, and what only a type checker reads."""
     for node in ast.walk(tree):
         for_checkers = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
         if for_checkers or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -181,7 +181,7 @@ def test_the_table_itself_has_no_way_back() -> None:
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:
-    """Lazy imports count, and what only a type checker reads does not: such a file does not depend on the other."""
+    """Lazy imports count. Imports that only a type checker reads do not, because the file runs without them."""
     modules = {".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py")}
     modules = {name.removesuffix(".__init__") for name in modules}
     needs: dict[str, set[str]] = {name: set() for name in modules}
@@ -195,14 +195,14 @@ def test_no_files_import_each_other_in_a_circle() -> None:
         needs[name].discard(name)
     while free := {name for name, others in needs.items() if not others & needs.keys()}:
         needs = {name: others for name, others in needs.items() if name not in free}
-    # A package's own __init__ gathers what its files offer; a circle through it would be one of its files'.
+    # A package's own __init__ gathers names of its files, so a circle through it is a circle of those files.
     assert not needs, "\n".join(
         f"{name} <- {', '.join(sorted(others & needs.keys()))}" for name, others in needs.items()
     )
 
 
 def test_the_kind_of_particle_is_asked_for_in_at_most_two_files() -> None:
-    """Elsewhere the particle's members answer, so that a new kind is a new file."""
+    """Elsewhere the code uses the particle's members, so a new kind needs only a new file."""
     asking = {
         path.relative_to(PACKAGE).as_posix()
         for path in PACKAGE.rglob("*.py")
@@ -274,7 +274,7 @@ def test_public_names_are_those_of_the_package() -> None:
 
 @pytest.mark.parametrize("first", ["import distvsd", "import distvsd.run.train", "from distvsd.run.train import train"])
 def test_train_can_be_called_although_a_module_has_its_name(first: str) -> None:
-    """In any order of imports, and again: a submodule takes the place of a name in its package when it is loaded."""
+    """In any order of imports, and repeatedly. Loading a submodule replaces the same name in its package."""
     program = f"{first}\nimport distvsd, inspect\nfor _ in 'ab': print(*inspect.signature(distvsd.train).parameters)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.splitlines() == ["config resume custom"] * 2

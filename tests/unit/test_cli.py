@@ -1,4 +1,4 @@
-"""The command line as a caller sees it: exit codes, what goes to which stream, and where the work is handed to."""
+"""The command line as a caller sees it: exit codes, output streams, and the functions that it calls."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def config(tmp_path: Path) -> str:
 
 @pytest.fixture
 def room(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Stands a module with the given functions in the place of a room that the command line calls."""
+    """Replaces a room that the command line calls by a module with the given functions."""
 
     def place(name: str, **functions: Any) -> None:
         module = types.ModuleType(name)
@@ -76,7 +76,7 @@ def test_only_the_first_rank_prints_a_mistake_but_every_rank_ends_with_2(config:
 
 
 def test_a_rank_left_over_in_the_environment_silences_nothing(config: str) -> None:
-    """Only a launcher makes a second rank: RANK alone, or with a world that nobody can meet in, does not."""
+    """Only a launcher makes a second rank: RANK alone, in a world of one, or without a valid number does not."""
     for environment in ({"RANK": "1"}, {"RANK": "1", "WORLD_SIZE": "1"}, {"RANK": "x", "WORLD_SIZE": "2"}):
         done = shell("train", config, "particles.cuont=3", **environment)
         assert done.returncode == 2 and "did you mean particles.count?" in done.stderr

@@ -66,7 +66,7 @@ def test_the_sampler_of_the_page_takes_clearer_places_than_the_orbit_it_draws_fr
         places = sampler.sample(0, ids, 0, 2, ball).extrinsics[..., :3, 3]
         crowded = float((ball(places) > 0.5).float().mean())
         assert crowded <= most
-    assert crowded > 0.3  # of the plain orbit
+    assert crowded > 0.3  # of the last sampler, the plain orbit
     assert len(parameters(example, "seen")) == 2
 
 

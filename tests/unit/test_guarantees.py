@@ -1,4 +1,4 @@
-"""docs/guarantees.md is what the marked tests are, and every guarantee has one."""
+"""docs/guarantees.md lists exactly the marked tests, and every guarantee has one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def guarantees() -> ModuleType:
-    """tests/guarantees.py, which is no part of a package."""
+    """tests/guarantees.py, loaded by its path because it is in no package."""
     spec = importlib.util.spec_from_file_location("guarantees_page", ROOT / "tests" / "guarantees.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -63,6 +63,6 @@ def test_a_result_is_the_worst_of_its_cases_and_a_figure_is_said_once(guarantees
 
 
 def _blocks(text: str) -> list[tuple[str, str]]:
-    """The part of the page below each guarantee."""
+    """(number, text) of each guarantee on the page."""
     parts = re.split(r"^\*\*(G\d+)\. ", text, flags=re.MULTILINE)
     return list(zip(parts[1::2], parts[2::2], strict=True))

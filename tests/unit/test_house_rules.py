@@ -1,4 +1,4 @@
-"""Rules of the house that a reader of a change would otherwise have to remember; each is read from the source."""
+"""House rules that a reviewer would otherwise have to remember, checked in the source."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_no_function_is_longer_than_a_screen() -> None:
 
 
 def test_no_class_is_made_with_more_than_six_positional_arguments() -> None:
-    """Of more, two that are swapped pass the type checker."""
+    """With more, two swapped arguments of one type are easily missed, and the type checker accepts them."""
     classes = {node.name for _, node in nodes(ast.ClassDef)}  # type: ignore[attr-defined]
     wrong = []
     for place, node in nodes(ast.Call):
@@ -67,7 +67,7 @@ def test_no_class_is_made_with_more_than_six_positional_arguments() -> None:
 
 
 def test_the_kind_of_particle_is_asked_for_where_particles_are_made_and_nowhere_else() -> None:
-    """Everywhere else a particle's own members answer."""
+    """Everywhere else the code uses a particle's own members."""
     wrong = [
         place for place, node in nodes(ast.Attribute, "run/build.py") if ast.unparse(node).endswith("particles.kind")
     ]
@@ -95,7 +95,7 @@ def test_nothing_that_is_read_can_run_code() -> None:
         wrong += [f"{place} {name}" for name in names if name.split(".")[0] in UNSAFE_MODULES]
     calls = {"torch.load", "torch.save", "yaml.load", "yaml.unsafe_load", "eval", "exec"}
     wrong += [place for place, node in nodes(ast.Call) if ast.unparse(node.func) in calls]  # type: ignore[attr-defined]
-    # multiprocessing sends objects between a test's own processes.
+    # Exempt: there multiprocessing sends objects between a test's own processes.
     refuse([place for place in wrong if not place.startswith("distvsd/testing/ranks.py")])
 
 
@@ -131,7 +131,7 @@ def test_annotations_cost_nothing_when_a_module_loads() -> None:
 
 
 def test_nothing_is_left_for_later() -> None:
-    """No note to oneself, and no body that does nothing where something was promised."""
+    """No notes for later, and no NotImplementedError."""
     note = re.compile(r"#.*\b(TODO|FIXME|XXX|HACK)\b")
     lines = [(path, n, line) for path in SOURCES for n, line in enumerate(path.read_text().splitlines(), 1)]
     wrong = [f"{path.relative_to(ROOT)}:{n}" for path, n, line in lines if note.search(line)]

@@ -1,4 +1,4 @@
-"""A sampler that reads the field of each particle, as an adaptive one does: cameras never stand inside matter."""
+"""An adaptive sampler, which reads the field of each particle: no camera is placed inside matter."""
 
 from dataclasses import dataclass
 
@@ -17,8 +17,8 @@ LIMIT = 0.5
 
 @dataclass(frozen=True)
 class FreeSpaceSampler:
-    """Looks at the origin from the first of some drawn positions at which the density is at most `limit`, or from the
-    one where it is least."""
+    """Draws `tries` positions and takes the first at which the density is at most `limit`, or else the least dense one.
+    The camera looks at the origin."""
 
     reach: float = 0.6
     limit: float = LIMIT
@@ -68,7 +68,7 @@ def positions(views):
 def test_the_ensemble_gives_each_particle_its_own_present_field_without_a_graph():
     particles = shard(NERF, [4, 9], sampler=FreeSpaceSampler(), views=3)
     [before] = particles.render(0, 4)
-    # The density at the centre is 10 in both; in particle 9 it now is at most softplus(10 - 30).
+    # The density at the centre is 10 in both; this lowers it to at most softplus(10 - 30) in particle 9.
     particles.parameters_of(9)["decoder_bias"][0] -= 30.0
     [after] = particles.render(0, 4)
     assert not after.cameras.extrinsics.requires_grad

@@ -1,4 +1,4 @@
-"""Cameras: where they stand, what their rays hit, and that their draws belong to their particle."""
+"""Cameras: their poses, their rays, and draws that depend on the particle and the round only."""
 
 import math
 

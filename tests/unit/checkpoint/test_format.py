@@ -1,4 +1,4 @@
-"""The manifest finds every change of itself and refuses what a hostile one could say; digests see content only."""
+"""Every change of a manifest is found, a hostile manifest is refused, and digests depend on content only."""
 
 from __future__ import annotations
 

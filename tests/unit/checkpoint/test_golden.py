@@ -1,4 +1,4 @@
-"""A checkpoint that an earlier program wrote, kept as a file: today's program must go on reading it, bit for bit."""
+"""A checkpoint that an earlier version wrote, kept as a file: the current version must read it bit for bit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distvsd.checkpoint import Saver, newest, verify_run
 from distvsd.parallel.world import World
 
 GOLDEN = Path(__file__).parent / "golden"
-# As `distvsd verify --digest` of the program that wrote it said.
+# Printed by `distvsd verify --digest` of the version that wrote it.
 DIGEST = """\
 particle/000000 8d9e8dad359528da85b11a6c91d3cabd33cc23641762229c289973c0a1d3e8b4
 particle/000003 1473a326abba5f676d65d48982e7a6c1277e9881af1c2d4917725a1fe3bc5cf6

@@ -1,4 +1,4 @@
-"""A snapshot is the state at one moment, whatever happens to the state after, in memory that is used again."""
+"""A snapshot holds the state of one moment, whatever changes afterwards, and reuses its memory."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_the_next_snapshot_uses_the_same_memory_where_the_shape_is_the_same() ->
 
 
 def test_a_stream_may_hand_out_the_same_memory_for_one_file_after_the_other() -> None:
-    """A store that keeps particles elsewhere has room for one on the device."""
+    """A store that keeps its particles off the device may have room there for only one."""
     room = torch.zeros(3)
 
     def stream() -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -84,7 +84,7 @@ def test_what_a_writer_met_is_raised_to_who_asks() -> None:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_writer_that_was_ended_has_no_result() -> None:
     def work() -> dict[str, Any]:
-        raise SystemExit(3)  # ends a thread without a word
+        raise SystemExit(3)  # ends a thread silently
 
     with pytest.raises(CheckpointError, match="writer"):
         Writer(work).result()

@@ -1,4 +1,4 @@
-"""What lies on the disk is published whole or not at all, and nothing damaged is ever taken for sound."""
+"""A checkpoint is published whole or not at all, and a damaged one is never taken for sound."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def test_names_that_only_look_like_checkpoints_are_ignored(save: Save, tmp_path:
 
 @pytest.mark.guarantee("G4")
 def test_no_checkpoint_is_none_and_only_unsound_ones_are_an_error(save: Save, tmp_path: Path) -> None:
-    """Where there are checkpoints and none is sound, nothing starts from nothing: it is an error."""
+    """Where checkpoints exist and none is sound, a run does not start anew: it is an error."""
     assert newest(tmp_path / "checkpoints") is None
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         verify_run(tmp_path)
@@ -300,7 +300,7 @@ def test_the_checkpoint_just_published_is_never_pruned(save: Save, tmp_path: Pat
 def test_a_failed_delete_is_a_warning(
     save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An old checkpoint that cannot be deleted is a warning and no failed save."""
+    """An old checkpoint that cannot be deleted causes a warning and no failed save."""
 
     def fail(folder: Path) -> None:
         raise OSError(13, "Permission denied")
@@ -314,7 +314,7 @@ def test_a_failed_delete_is_a_warning(
 
 @pytest.mark.guarantee("G6")
 def test_pruning_waits_for_the_publication(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No old checkpoint is deleted for one that was not published."""
+    """No old checkpoint is deleted unless the new one was published."""
     save(1, 2, 3)
     monkeypatch.setattr(
         store, "sync_folder", lambda folder: (_ for _ in ()).throw(OSError(28, "No space left on device"))
@@ -330,7 +330,7 @@ def test_pruning_waits_for_the_publication(save: Save, tmp_path: Path, monkeypat
 def test_a_checkpoint_that_cannot_be_verified_in_its_place_is_taken_back(
     save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, occupied: bool
 ) -> None:
-    """Old checkpoints go only after the new one was verified where it was published; else it is taken back."""
+    """Old checkpoints are deleted only after the new one was verified in its place; if damaged there, it is removed."""
     save(1, 2, 3)
     new = 3 if occupied else 4
     before = verify_run(tmp_path, digest=True)
@@ -403,7 +403,7 @@ def test_a_run_whose_checkpoints_cannot_fit_is_refused_before_it_starts(save: Sa
     free = shutil.disk_usage(tmp_path).free
     store.reserve(folder, 2**20, keep=2)
     with pytest.raises(CheckpointError, match=rf"{2 * free} bytes .* 2 more.* \d+ are free"):
-        store.reserve(folder, free, keep=2)  # one is there: two more, while the third is written
+        store.reserve(folder, free, keep=2)  # one exists; two more must fit, because three exist while one is written
     assert [path.name for path in folder.iterdir()] == ["step-00000001"]
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, resource.RLIM_INFINITY))
     try:
@@ -422,7 +422,7 @@ def test_a_vanished_file_is_noticed_before_the_manifest_is_written(
     def elsewhere(staging: Path, file: str, data: bytes) -> FileEntry:
         entry = write(staging, file, data)
         if file == "particles/000001.safetensors":
-            (staging / file).unlink()  # as if this rank's folder were on its own machine
+            (staging / file).unlink()  # as if this rank wrote to a disk of its own machine
         return entry
 
     monkeypatch.setattr(store, "write_file", elsewhere)

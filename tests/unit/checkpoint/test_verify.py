@@ -1,4 +1,4 @@
-"""`verify --digest` speaks of the state alone."""
+"""`verify --digest` depends on the state alone."""
 
 from __future__ import annotations
 

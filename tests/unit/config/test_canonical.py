@@ -1,4 +1,4 @@
-"""The canonical form: what is written reads back to the same, and the digest follows the mathematics."""
+"""The canonical form: a written configuration reads back equal, and the digest covers what changes the mathematics."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def sections(section: Any) -> st.SearchStrategy[Any]:
 
 @st.composite
 def stages(draw: st.DrawFn) -> StageConfig:
-    """A stage with some of the fields that stand in no relation to others, in the order of the schema."""
+    """A stage that sets some of the fields whose legal values depend on no other field, in the order of the schema."""
     choices: dict[str, st.SearchStrategy[Any]] = {
         "prior.guidance_scale": st.floats(0, 1000),
         "prior.negative_prompt": TEXTS,
@@ -162,8 +162,8 @@ def test_what_a_terminal_would_not_show_is_written_as_an_escape(tmp_path: Path, 
 
 
 def test_the_largest_configuration_that_is_accepted_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its texts are of the characters that take most room in YAML, its lists and schedules as long as may be. All
-    limits are a twentieth, to save time."""
+    """Texts of the characters that take most bytes in YAML, and the longest lists and schedules. All limits are a
+    twentieth of the real ones, to save time."""
     for module, names in ((document, ("MAX_BYTES", "MAX_VALUES")), (values_module, LIMITS)):
         for name in names:
             monkeypatch.setattr(module, name, getattr(module, name) // 20)

@@ -1,4 +1,4 @@
-"""The configurations that come with the project load, and are what their names say."""
+"""The project's own configurations load and match their names."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def test_prolificdreamer_has_the_papers_numbers() -> None:
     assert config.schedule.rounds == 25_000
     assert [config.objective.t_max.at(round) for round in (4999, 5000)] == [0.98, 0.5]
     assert [config.render.resolution_at(round) for round in (4999, 5000)] == [64, 512]
-    # All else that the paper fixes is what the defaults are.
+    # The paper's other settings are the defaults.
     nerf = config.particles.nerf
     assert replace(nerf, density_noise=0.0, entropy=0.0, entropy_of="opacity") == Config().particles.nerf
     assert (nerf.density_noise, nerf.entropy, nerf.entropy_of) == (1, 10, "weights")
     assert (config.score.init, config.score.betas, config.score.eps) == ("normal", (0.9, 0.999), 1e-8)
-    # Renders of 64 pixels are seen as what Stable Diffusion knows: images of 512.
+    # Renders of 64 pixels are enlarged to 512, the size that Stable Diffusion was trained at.
     assert [config.encoded_edge(resolution, 512) for resolution in (64, 512)] == [512, 512]

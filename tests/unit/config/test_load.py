@@ -1,4 +1,4 @@
-"""Reading right configurations: defaults, layers, number forms, texts."""
+"""Reading valid configurations: defaults, layers, number forms, texts."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import pytest
 from distvsd.config import document, load_config
 from distvsd.errors import ConfigError
 
-# (text, line of the mistake, what the message must hold beside the place)
+# (text, line of the mistake, what the message must contain besides the place)
 BAD = [
     ("particle: {count: 3}", 1, ["unknown key particle;", "did you mean particles?"]),
     ("particles:\n  cuont: 3", 2, ["unknown key particles.cuont", "did you mean particles.count?"]),
@@ -275,7 +275,7 @@ def test_of_very_many_mistakes_the_first_are_listed_and_the_rest_counted(tmp_pat
     path = tmp_path / "run.yaml"
     path.write_text("".join(f"unknown{i}: 1\n" for i in range(3000)) + "unknown0: 1\n" * 200)
     message = refusal(path)
-    # 200 keys that are there twice, 20 of the 3000 unknown ones, and the number of the others.
+    # 200 duplicate keys, 20 of the 3000 unknown keys, and the number of the others.
     assert message.startswith("221 mistakes") and "and 121 more" in message and len(message) < 20_000
 
 
@@ -321,12 +321,12 @@ def test_what_is_no_regular_file_is_refused_without_waiting_for_it(tmp_path: Pat
 def test_a_file_that_is_too_large_is_refused_with_the_limit_and_not_read(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     with path.open("wb") as stream:
-        stream.truncate(2**42)  # without a block of it on the disk
+        stream.truncate(2**42)  # sparse: it takes no block of the disk
     assert "16 MiB" in refusal(path)
 
 
 def test_many_aliases_do_not_grow(tmp_path: Path) -> None:
-    # A list of lists of lists, ten references each: 10^12 texts if it were copied out.
+    # Nested lists of ten references each: 10^12 texts if the aliases were expanded.
     lines = ["x0: &x0 [a]"] + [f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 10)}]" for i in range(1, 13)]
     path = tmp_path / "run.yaml"
     path.write_text("\n".join(lines) + "\nprompt: *x12\n")

@@ -1,4 +1,4 @@
-"""The reference of all fields comes from the schema, and no field is without its text."""
+"""The reference of all fields comes from the schema, and every field has a text."""
 
 from __future__ import annotations
 

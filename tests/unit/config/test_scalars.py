@@ -1,4 +1,4 @@
-"""Scalars: the values that YAML 1.1 gives them, and for every other text a refusal instead of an exception."""
+"""Scalars get the values of YAML 1.1; every other text is refused without an exception."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DIGITS = "0123456789abcdefxXoO_+-.:eE InNfA\u0665\n"
 
 
 def by_pyyaml(text: str) -> object:
-    """What another implementation of YAML 1.1 makes of a plain scalar."""
+    """A plain scalar as PyYAML, another implementation of YAML 1.1, reads it."""
     return yaml.safe_load(text)
 
 
@@ -68,7 +68,7 @@ def test_no_text_with_any_tag_raises(name: str, text: str) -> None:
 
 @given(st.text(st.characters(), max_size=40))
 def test_characters_above_ffff_may_be_pairs_of_surrogates(text: str) -> None:
-    """As JSON writes them; the pairs by the formula of the Unicode standard, section 3.9."""
+    """JSON writes such pairs. They follow the formula of the Unicode standard, section 3.9."""
     pairs = "".join(
         character
         if ord(character) < 0x10000

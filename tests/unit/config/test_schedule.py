@@ -1,4 +1,4 @@
-"""Numbers that depend on the round, expected values worked out by hand."""
+"""Numbers that depend on the round, with expected values worked out by hand."""
 
 from __future__ import annotations
 

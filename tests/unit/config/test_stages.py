@@ -82,7 +82,7 @@ def test_the_difference_of_two_configurations_names_the_stage(tmp_path: Path) ->
     assert diff(config, other) == [("stages.1.schedule.rounds", 4, 5), ("stages.2.score.rank", None, 2)]
 
 
-# (stages, line of the mistake, what the message must hold beside the place)
+# (stages, line of the mistake, what the message must contain besides the place)
 BAD = [
     ("stages: 3", 1, ["stages is 3", "a list"]),
     ("stages: {1: {name: a}}", 1, ["stages.1 is not there"]),

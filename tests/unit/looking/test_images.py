@@ -1,4 +1,4 @@
-"""Contact sheets have their geometry, show their pixels, and turntables can be read back."""
+"""Contact sheets have the right geometry and pixels, and turntables can be read back."""
 
 import math
 import resource

@@ -1,4 +1,4 @@
-"""What prompts promise, and how views vote."""
+"""The labels that a prompt names, and the vote over views."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Measuring a prior: one that draws exactly what its captions say scores full marks, one that errs is found out."""
+"""Measuring a prior: one that draws exactly its captions gets full scores, and the errors of another are found."""
 
 import types
 

@@ -42,7 +42,7 @@ def test_the_shift_of_an_autoencoder_is_taken_off_before_the_scale(own_pipeline:
     config.write_text(config.read_text().replace('"shift_factor": null', '"shift_factor": 0.5'))
     prior = load_prior(str(folder), [""])
     torch.testing.assert_close(prior.encode(images), plain - 0.5 * 0.18215)
-    # Decoding puts it back: the image of the unshifted codec from the unshifted latents.
+    # Decoding adds the shift back, so the image equals that of the unshifted codec from the unshifted latents.
     torch.testing.assert_close(prior.decode(plain - 0.5 * 0.18215), unshifted.decode(plain), rtol=1e-4, atol=1e-5)
 
 

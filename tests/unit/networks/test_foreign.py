@@ -1,5 +1,4 @@
-"""Folders that somebody else wrote: nothing in them is run, nothing outside them is opened, and whatever is wrong with
-them is a message."""
+"""Untrusted folders: nothing in them is run, nothing outside them is opened, and every fault is an error message."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ HANG_S = 60
 
 @pytest.fixture(autouse=True)
 def _no_hang() -> Iterator[None]:
-    """Opening a FIFO waits for ever."""
+    """Fails a test that hangs, as one that opens a FIFO would."""
 
     def ring(number: int, frame: FrameType | None) -> None:
         raise TimeoutError(f"no answer after {HANG_S} s")
@@ -42,7 +41,7 @@ def _no_hang() -> Iterator[None]:
 
 
 def refusal(folder: Path) -> str:
-    """What `load_prior` says; `describe` may find less, as it builds no network, but must end in a message too."""
+    """The error message of `load_prior`. `describe` builds no network, so it may pass; its error has a message too."""
     try:
         describe_prior.describe(str(folder))
     except PriorError as error:
@@ -57,7 +56,7 @@ def change(path: Path, **values: Any) -> None:
 
 
 class Payload:
-    """What a pickle does when somebody loads it: leaves a mark."""
+    """An object that writes the file `mark` when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -88,7 +87,7 @@ def test_an_index_that_names_a_pickle_is_refused_and_nothing_is_unpickled(
 def test_a_pickle_under_the_name_of_safetensors_is_refused(
     file: str, own_pipeline: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """A weight file is what its content says, not what its name says."""
+    """The format of a weight file is judged by its content, not by its name."""
     folder, mark = own_pipeline("sd15"), tmp_path / "mark"
     (folder / file).write_bytes(pickle.dumps(Payload(mark)))
     assert f"{file} cannot be read as safetensors" in refusal(folder)
@@ -119,7 +118,7 @@ def test_an_index_without_files_is_refused(weight_map: Any, own_pipeline: Callab
 
 
 def test_an_index_that_names_a_tensor_no_shard_holds_is_refused(own_pipeline: Callable[..., Path]) -> None:
-    """diffusers believes the index, and would leave that tensor as it was drawn at random."""
+    """diffusers trusts the index and would leave that tensor at its random initial values."""
     folder = own_pipeline("sd15")
     weights = load_file(folder / UNET)
     (folder / UNET).unlink()
@@ -158,7 +157,7 @@ def test_what_is_no_regular_file_is_refused_and_never_waited_for(own_pipeline: C
         makers: list[Callable[[Path], object]] = [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")]
         for make in makers:
             make(folder / file)
-            if file.name not in ("special_tokens_map.json", "tokenizer_config.json"):  # a tokenizer can do without
+            if file.name not in ("special_tokens_map.json", "tokenizer_config.json"):  # a tokenizer loads without these
                 assert str(folder) in refusal(folder)
             if (folder / file).is_dir():
                 (folder / file).rmdir()
@@ -290,7 +289,7 @@ def test_a_token_that_the_text_encoder_does_not_know_is_refused_with_both_number
 def test_a_length_of_texts_that_no_encoder_has_is_refused(length: Any, own_pipeline: Callable[..., Path]) -> None:
     folder = own_pipeline("sd15")
     change(folder / "tokenizer/tokenizer_config.json", model_max_length=length)
-    if length in (HUGE, None):  # the encoder's own length holds
+    if length in (HUGE, None):  # the encoder's own length is used
         assert load_prior(str(folder), ["a red cube"]).texts.negative(1).text.shape[1] == 77
     else:
         assert "token" in refusal(folder)
@@ -314,7 +313,7 @@ def test_a_prior_that_is_not_there_or_does_not_fit_is_wrong_usage(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Exit code 2: a queue that sees it need not try again."""
+    """Exit code 2 tells a job queue not to try again."""
     folder = own_pipeline("sd15") if is_damaged else tmp_path / "nowhere"
     if is_damaged:
         (folder / UNET).write_bytes(b"x")

@@ -19,7 +19,7 @@ from distvsd.networks.identity import Identity
 from distvsd.prior import Pipeline, load_prior
 
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-# What the version before `v2:` gave for the embedded prior, as its checkpoints hold it.
+# The embedded prior's identity by the rule before `v2:`, as older checkpoints have it.
 EMBEDDED_BEFORE = "464c8935029e2f9b48823b6b854c39ce08a44f87a68311456cb4002cff481c82"
 
 
@@ -89,7 +89,7 @@ def test_every_file_and_every_setting_of_a_pipeline_counts(layout: str, own_pipe
             file.write_bytes(version)
             try:
                 after = identity(folder)
-            except PriorError:  # refused is as good
+            except PriorError:  # a refusal counts as noticed
                 after = ""
             assert after != before, f"{file}: {version[:200]!r}"
             counted += 1
@@ -178,7 +178,7 @@ def test_a_real_adapter_is_refused_and_not_applied(own_pipeline: Callable[..., P
 def test_what_lies_beside_the_files_that_are_loaded_changes_neither_them_nor_the_identity(
     own_pipeline: Callable[..., Path],
 ) -> None:
-    """Files that the libraries know and would open, or prefer, by their names, here with rubbish in them."""
+    """The libraries would open or prefer files of these names; here they contain rubbish."""
     folder = own_pipeline("sd15")
     whole, before = loaded(folder), identity(folder)
     for component, stem in STEMS.items():
@@ -225,7 +225,7 @@ def test_the_files_are_hashed_once_however_often_the_identity_is_asked_for(own_p
 
 
 def identity_before_versions(folder: Path) -> str:
-    """The rule of the checkpoints that hold 64 hex digits, written down again."""
+    """The rule of older checkpoints, whose identity is 64 hex digits, implemented again."""
     digest = hashlib.sha256()
     files = {"scheduler": "scheduler_config.json", "text_encoder": "config.json", "unet": "config.json"}
     for component, name in sorted((files | {"vae": "config.json"}).items()):

@@ -81,7 +81,7 @@ def test_the_text_encoder_is_freed_before_the_prior_is_returned(
         return model
 
     monkeypatch.setattr(distvsd.networks.text, "load_model", load_and_watch)
-    # Without the collector, so that it is freed at once and not at some later time.
+    # The garbage collector is off, to test that it is freed at once and not at some later time.
     gc.disable()
     try:
         prior = load_prior(str(shared_pipeline("shapes")), ["a red cube"])
@@ -129,7 +129,7 @@ def test_a_long_prompt_warns_with_both_token_counts_and_a_short_one_does_not(
     shared_pipeline: Callable[..., Path],
 ) -> None:
     folder = str(shared_pipeline("sd15"))
-    # 90 words of one token each, with the marks of begin and end: 92.
+    # 90 words of one token each, plus the begin and end tokens: 92.
     with pytest.warns(UserWarning, match=r"reads 77 tokens.*has 92 tokens"):
         load_prior(folder, [" ".join(["red"] * 90)], view_dependent=False)
     with warnings.catch_warnings():

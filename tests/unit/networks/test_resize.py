@@ -1,4 +1,4 @@
-"""Renders come to the UNet at the size it was trained at."""
+"""Renders are resized to the size that the UNet was trained at."""
 
 from __future__ import annotations
 

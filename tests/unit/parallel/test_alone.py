@@ -42,7 +42,7 @@ def test_a_failure_is_the_very_error_that_was_raised() -> None:
 
 
 def test_the_timeout_of_devices_leaves_the_hosts_time_to_say_who_is_silent() -> None:
-    """A gather may start a whole timeout before a host waits for it, and looking for the silent takes seconds."""
+    """A gather may start a whole timeout before a host waits for it, and finding the silent rank takes seconds."""
     for timeout_s in (0.5, 120.0, 86_400.0):
         assert collectives.device_timeout(timeout_s) >= 2 * timeout_s + 30
 

@@ -1,4 +1,4 @@
-"""What launchers leave in the environment, and which of their worlds are refused (recorded from accelerate 1.15)."""
+"""The environment that launchers set, and which of their worlds are refused (recorded from accelerate 1.15)."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_accelerate_with_gpu_processes_and_no_gpu_is_refused_with_the_right_comm
 
 @pytest.mark.guarantee("G31")
 def test_deepspeed_of_accelerate_is_refused_for_our_own() -> None:
-    """accelerate's own DeepSpeed, whose group would be another, is refused with the way to the program's."""
+    """accelerate's own DeepSpeed, which would open another group, is refused; the message names the program's own."""
     configured = TORCHRUN | ACCELERATE | {"ACCELERATE_USE_DEEPSPEED": "true"}
     with pytest.raises(RankError, match=r"launch/accelerate/deepspeed\.yaml.*parallel\.strategy=deepspeed"):
         read_launch(configured, has_cuda=True)
@@ -82,7 +82,7 @@ def test_half_an_environment_is_refused_by_name() -> None:
 
 @pytest.mark.guarantee("G31")
 def test_three_counts_of_the_world_must_agree() -> None:
-    """The launcher's, torch's and accelerate's number of ranks must be one number."""
+    """The launcher's, torch's and accelerate's number of ranks must be equal."""
     refuse_other_world(4, 4, 4)
     for counts in ((4, 1, 1), (4, 4, 1), (2, 4, 4)):
         with pytest.raises(RankError, match=r"WORLD_SIZE is \d, torch\.distributed counts \d"):

@@ -27,7 +27,7 @@ SMALL = NerfConfig(
 def image(
     shape: tuple[int, int, int] = (3, 4, 4), rate: Callable[[int], float] = lambda step: 0.1, **fields: Any
 ) -> ImageParticle:
-    """Pixels, or latents where the shape has no three channels."""
+    """Pixels where the shape has three channels, else latents."""
     space = "pixel" if shape[0] == 3 else "latent"
     return ImageParticle(config=ImageConfig(space=space, **fields), shape=shape, learning_rate=rate)
 
@@ -46,6 +46,6 @@ def shard(
     health: HealthConfig = PATIENT,
     **fields: Any,
 ) -> Ensemble:
-    """fields: of `particles` in the configuration."""
+    """fields: those of `particles` in the configuration."""
     config = ParticlesConfig(health=health, **fields)
     return Ensemble(Resident(particle, ids, config, seed=7, source=source), sampler, config)

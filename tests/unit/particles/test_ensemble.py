@@ -15,7 +15,7 @@ def ensemble(ids=(0, 1, 2), micro_batch=0):
 
 
 def move(particles, step, poison=None):
-    """One update towards zero; returns it."""
+    """Makes one update towards zero and returns it; the gradient of the rows `poison` is NaN."""
     views = particles.render(step, 4)
     latents = torch.cat([view.rendered.images.flatten(0, 1) for view in views])
     gradient = latents.detach().clone()

@@ -30,7 +30,7 @@ def voxels(ids=IDS, **fields):
 
 
 def move(particles, step, poison=False):
-    """One update towards black; with `poison` all gradients are NaN."""
+    """Makes one update towards black and returns it; with `poison` all gradients are NaN."""
     views = particles.render(step, 8)
     latents = torch.cat([view.rendered.images.flatten(0, 1) for view in views])
     gradient = latents.detach() * (math.nan if poison else 1)

@@ -1,4 +1,4 @@
-"""What happens to a particle that keeps failing, and that a resume in the middle of it changes nothing."""
+"""What happens to a particle that keeps failing; a resume at any point changes nothing."""
 
 import math
 
@@ -22,7 +22,7 @@ def ensemble(ids=(0, 1, 2), micro_batch=0, particle=IMAGES, views=1, **limits):
 
 
 def move(particles, step, poison=(), gradient_of=lambda latents: latents):
-    """One update towards zero in which the gradients of `poison` are NaN."""
+    """Makes one update towards zero and returns it; the gradients of the particles `poison` are NaN."""
     begin_round(step)
     views = particles.render(step, 4)
     latents = torch.cat([view.rendered.images.flatten(0, 1) for view in views])
@@ -37,7 +37,7 @@ def copy_of(particles, particle_id):
 
 
 def present_of(particles, particle_id):
-    """Its present state alone."""
+    """The particle's present state, without its good one."""
     return {name: value for name, value in copy_of(particles, particle_id).items() if not name.startswith("good/")}
 
 
@@ -68,7 +68,7 @@ def test_a_particle_goes_back_to_where_it_was_marked_good_and_moves_more_slowly_
     twin = ensemble((1,))
     twin.load_state(1, good)
     move(particles, 4), move(twin, 4)
-    # The same moments and the same gradient: the change differs by the factor on the rate alone.
+    # Moments and gradient are the same, so the changes differ only by the factor on the rate.
     changes = [state["param/image"] - good["param/image"] for state in (present_of(particles, 1), present_of(twin, 1))]
     torch.testing.assert_close(changes[0], 0.25 * changes[1], rtol=1e-5, atol=1e-8)
 
@@ -109,8 +109,8 @@ def test_a_quarantined_particle_keeps_its_last_good_state_and_the_others_move_on
 
 @pytest.mark.parametrize("save_after", range(10))
 def test_a_resume_at_any_point_of_a_streak_ends_with_the_same_bits(save_after):
-    """Rounds 0 to 10; states are marked good after 3 and 7. The particle fails in 4 to 6 and is put back in 5; it fails
-    again in 8 and 9 and is given up in 9. Nothing is saved in the run that is not interrupted."""
+    """Rounds 0 to 10; states are marked good after 3 and 7. The particle fails in 4 to 6 and is restored in 5; it fails
+    again in 8 and 9 and is quarantined in 9. The run that is not interrupted saves nothing."""
     poison = [[], [], [], [], [1], [1], [1], [], [1], [1], []]
     whole, resumed = ensemble(good_every=4), ensemble((2, 1, 0), micro_batch=1, good_every=4)
     for step, struck in enumerate(poison):
@@ -198,7 +198,7 @@ def test_a_manifest_without_health_means_a_particle_that_never_failed():
 
 
 def test_a_gradient_whose_square_overflows_counts_as_not_finite():
-    """The second moment would become infinite and the particle stand still for ever, with no NaN to be seen."""
+    """The second moment would become infinite, and the particle would never move again, without any NaN."""
     particles = ensemble()
     update = move(particles, 0, gradient_of=lambda latents: torch.where(latents == latents[1], 1e20, latents))
     assert update.unhealthy == [1] and update.healthy == [0, 2]
@@ -206,7 +206,7 @@ def test_a_gradient_whose_square_overflows_counts_as_not_finite():
 
 
 def test_a_nan_that_the_backward_pass_swallows_is_seen_all_the_same():
-    """Latents of one view that are not finite, where the encoder's derivative there is zero."""
+    """The latents of one view are not finite, and the encoder's derivative there is zero."""
     particles = ensemble(views=2)
     views = particles.render(0, 4)
     images = torch.cat([view.rendered.images.flatten(0, 1) for view in views])

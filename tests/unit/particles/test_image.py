@@ -54,7 +54,7 @@ def test_latents_that_begin_in_colours_are_the_encoded_plain_pictures_under_thei
     latents = dataclasses.replace(coloured, encode=encode).init(0, IDS)["image"]
     pixels = image(init_scale=0.0, init_color=0.3).init(0, IDS)["image"]
     torch.testing.assert_close(latents - noise, encode(pixels[:, :, :1, :1]))
-    assert len({round(float(color), 4) for color in pixels[:, :, 0, 0].flatten()}) == 6  # none like another
+    assert len({round(float(color), 4) for color in pixels[:, :, 0, 0].flatten()}) == 6  # all different
     with pytest.raises(ValueError, match="need `encode`"):
         coloured.init(0, IDS)
 

@@ -1,4 +1,4 @@
-"""Radiance-field particles: their start, their pictures, their gradients, and that they do not see each other."""
+"""Radiance-field particles: initial state, renders, gradients, and independence of each other."""
 
 import dataclasses
 import math
@@ -146,7 +146,7 @@ def test_backgrounds_are_plain_in_the_asked_share_and_learned_otherwise():
 
 
 def drawn(opacity):
-    """What a render gives to the penalty: opacity `[P, V, H, W, 1]`, all of it in one sample a ray."""
+    """The input of the penalty for an opacity `[P, V, H, W, 1]`, with one sample a ray."""
     weights = opacity
     return Composited(torch.zeros(*opacity.shape[:-1], 3), opacity, weights, torch.zeros_like(weights))
 
@@ -168,13 +168,13 @@ def test_the_papers_entropy_is_the_bits_of_each_samples_weight():
     rendered = Composited(torch.zeros(1, 1, 1, 2, 3), opacity, weights.reshape(1, 1, 1, 2, 4), torch.zeros(4))
     penalty = replace(NERF, entropy=10.0, entropy_of="weights").penalty(rendered, 1)
     assert penalty.item() == pytest.approx(10 * expected, abs=1e-4)
-    # Of the rays' opacities, 3/4 and 1, in nats: (0.562335 + 1.2513e-4) / 2.
+    # The entropy of the rays' opacities, 3/4 and 1, in nats: (0.562335 + 1.2513e-4) / 2.
     of_rays = replace(NERF, entropy=10.0).penalty(rendered, 1)
     assert of_rays.item() == pytest.approx(10 * (0.562335 + 1.2513e-4) / 2, abs=1e-4)
 
 
 def test_sparsity_clears_fog_and_neither_thins_what_is_solid_nor_lets_a_particle_fade():
-    # A quarter of the rays solid, a quarter fog, the rest clear; beside it the same, ten times fainter.
+    # Row 0: a quarter of the rays solid, a quarter fog, the rest clear. Row 1: the same, ten times fainter.
     rays = torch.tensor([1.0, 0.1, 0.0, 0.0])
     opacity = torch.stack((rays, rays / 10)).reshape(2, 1, 2, 2, 1).requires_grad_()
     penalty = replace(NERF, sparsity=2.0).penalty(drawn(opacity), 2)
@@ -184,20 +184,20 @@ def test_sparsity_clears_fog_and_neither_thins_what_is_solid_nor_lets_a_particle
     solid, fog, *_ = gradient[0].flatten()
     # 2 / (4 * 0.50259) * (1 - o * 0.275 / 0.2526): -0.0882 for solid rays, 0.8865 for fog.
     assert (solid.item(), fog.item()) == pytest.approx((-0.0882, 0.8865), abs=1e-3)
-    # Ten times fainter: 2 * 0.0275 / sqrt(0.002525 + 0.0001) = 1.0735, where a mean would fall to a tenth.
+    # Ten times fainter: 2 * 0.0275 / sqrt(0.002525 + 0.0001) = 1.0735; a plain mean would fall to a tenth.
     assert penalty[1].item() == pytest.approx(1.0735, abs=1e-4)
     assert replace(NERF, sparsity=2.0).penalty(drawn(torch.zeros(1, 1, 2, 2, 1)), 1).item() == 0
 
 
 def test_coverage_asks_only_of_objects_that_cover_too_much_or_too_little_of_their_view():
-    # Covered on average: 0.95, 0.6 and 0.025.
+    # Mean coverage: 0.95, 0.6 and 0.025.
     rays = [[1.0, 0.9, 0.9, 1.0], [1.0, 1.0, 0.4, 0.0], [0.05, 0.05, 0.0, 0.0]]
     opacity = torch.tensor(rays).reshape(3, 1, 2, 2, 1).requires_grad_()
     penalty = replace(NERF, coverage=3.0, coverage_range=(0.1, 0.8)).penalty(drawn(opacity), 3)
     # 3 log(0.2 / 0.0501) = 4.1529 and 3 log(0.1 / 0.0251) = 4.1469.
     assert penalty.tolist() == pytest.approx([4.1529, 0, 4.1469], abs=1e-3)
     (gradient,) = torch.autograd.grad(penalty.sum(), opacity)
-    # 3 / (4 * 0.0501) on every ray, and -3 / (4 * 0.0251).
+    # The derivative on every ray: 3 / (4 * 0.0501) in row 0, 0 in row 1, -3 / (4 * 0.0251) in row 2.
     expected = torch.tensor([14.970, 0.0, -29.880])
     torch.testing.assert_close(gradient.reshape(3, 4), expected[:, None].expand(3, 4), rtol=1e-3, atol=0)
 

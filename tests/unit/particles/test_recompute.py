@@ -1,4 +1,4 @@
-"""Renders that are thrown away and computed again: the same bits, and less kept between the two passes."""
+"""Recomputed renders: the same bits, and less memory kept between the forward and the backward pass."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def ensemble(recompute: bool, micro_batch: int = 1) -> Ensemble:
 
 
 def update(particles: Ensemble, step: int) -> tuple[list[int], int]:
-    """One round towards a fixed picture: who moved, and the bytes kept from the render to the backward pass."""
+    """One round towards a fixed image: the ids that moved, and the bytes kept from the render to the backward pass."""
     kept: dict[int, int] = {}
 
     def count(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Stores: what a round leases is all that it touches, and a split stays for the rest of the run."""
+"""Stores: a round touches only the groups that it leases, and a split group stays split for the rest of the run."""
 
 import math
 
@@ -13,8 +13,8 @@ ROUNDS = 6
 
 
 class Turns(Resident):
-    """Even ids take part in even rounds and odd ids in odd ones. The numbers of those that rest are elsewhere: on the
-    device they are NaN."""
+    """Even ids take part in even rounds and odd ids in odd ones. The state of the others is kept elsewhere, and
+    their numbers on the device are NaN."""
 
     def __init__(self, particle, ids):
         super().__init__(particle, ids, ParticlesConfig(micro_batch=1), seed=7)

@@ -1,4 +1,4 @@
-"""What a checkpoint must hold of a particle is known without making one."""
+"""The tensors that a checkpoint must hold of a particle are known without making one."""
 
 import dataclasses
 from pathlib import Path
@@ -65,5 +65,5 @@ def test_a_good_state_beside_the_present_one_is_held_against_the_same():
     both["good/adam_v/image"] = both["good/adam_v/image"] - 1
     with pytest.raises(CheckpointError, match="good/adam_v/image has values"):
         read_particle(3, saved, both, {"good": "beside"})
-    # What is not read is not looked at.
+    # A good state that is not read is not checked.
     assert read_particle(3, saved, both, {"good": "initial"})[1] == "initial"

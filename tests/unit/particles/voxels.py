@@ -19,7 +19,7 @@ EDGE, BOUND, SAMPLES = 6, 0.6, 12
 
 @dataclass(frozen=True)
 class TintedVoxels:
-    """A density on EDGE^3 vertices, read from the field of the stage before, in one trained colour."""
+    """A frozen density on EDGE^3 vertices, read from the previous stage's field, with one trained colour."""
 
     rate: float = 0.1
     is_latent: bool = False

@@ -1,6 +1,6 @@
-"""The configurations of public models, for counting what `distvsd plan --as` says of them.
+"""The configurations of public models, to check the sizes that `distvsd plan --as` gives.
 
-As the models' own repositories publish them (config.json of each component), without fields that no size depends on.
+Each is the config.json of a component in the model's own repository, without fields that no size depends on.
 sd-1.5: stable-diffusion-v1-5. sd-2.1: stabilityai/stable-diffusion-2-1. sdxl: stabilityai/stable-diffusion-xl-base-1.0.
 sd-3: stabilityai/stable-diffusion-3-medium-diffusers, whose third text encoder is that of google/t5-v1_1-xxl.
 """

@@ -1,4 +1,4 @@
-"""What a run takes at least, compared with what its parts really take; and the refusal of what cannot fit."""
+"""The least memory that a run needs, compared with what its parts take, and the refusal of runs that cannot fit."""
 
 from __future__ import annotations
 

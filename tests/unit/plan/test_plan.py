@@ -53,7 +53,7 @@ UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 
 @cache
 def unet_weights(depths: Any) -> bytes:
-    """The file of a network of that configuration; its values are zeros that nobody must read."""
+    """The weight file of a UNet of that configuration; its values are zeros, which a plan must not read."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
@@ -63,7 +63,7 @@ def unet_weights(depths: Any) -> bytes:
 
 @pytest.fixture
 def prior(tmp_path: Path) -> str:
-    """A folder with a pipeline's configuration files, and weight files of which nobody must read more than headers."""
+    """A pipeline's configuration and weight files; of the latter a plan must read only the headers."""
     files: dict[str, Any] = {
         "model_index.json": {"text_encoder": ["transformers", "CLIPTextModel"]},
         "unet/config.json": {"_class_name": "UNet2DConditionModel", **UNET},
@@ -131,7 +131,7 @@ def test_a_plan_of_any_size_takes_the_time_and_the_room_of_a_small_one(prior: st
 def test_a_checkpoint_holds_a_particle_twice_where_a_save_falls_between_two_good_states(
     rounds: int, every: int
 ) -> None:
-    """Played through: good states after every 50 rounds, saves after every `every` and at the end."""
+    """Compared with a simulation: good states after every 50 rounds, saves after every `every` and at the end."""
     saves = [done for done in range(1, rounds + 1) if done == rounds or (every and done % every == 0)]
     between = [done for done in saves if done > 50 and done % 50]
     assert most_copies(rounds, every, 50) == (2 if between else 1)
@@ -150,7 +150,7 @@ def test_ranks_without_particles_are_counted(prior: str) -> None:
 def test_many_ranks_are_shown_by_node(prior: str) -> None:
     text = draw(plan_run(config(prior, particles={"count": 100}), nodes=16, gpus_per_node=8))
     lines = [line.split() for line in text.splitlines() if line.startswith("  node ")]
-    # 128 ranks, a particle each from the first on: 12 whole nodes, 4 particles on the next, none on the last three.
+    # 128 ranks, the first 100 with a particle each: 12 full nodes, 4 particles on the next, none on the last three.
     assert len(lines) == 16
     assert lines[1] == ["node", "1", "ranks", "8-15", "particles", "8-15", "(8)"]
     assert lines[12] == ["node", "12", "ranks", "96-103", "particles", "96-99", "(4)"]
@@ -302,13 +302,14 @@ def test_every_strategy_has_its_bytes_and_the_configurations_decides(prior: str)
     values = 4 * plan["score"]["parameters"]
     whole = len(unet_weights(1))
     part = -(-whole // 4)
-    # Trained: values, gradient, two moments, and buckets in ddp and DeepSpeed; there a
-    # fourth of the moments and of values of its own, then of the gradient, then of all.
+    # Trained: values, gradient and two moments; ddp and DeepSpeed add a bucket. With DeepSpeed each of the four ranks
+    # has a fourth of the moments and of a second copy of the values (stage 1), also of the gradient (stage 2), and
+    # also of the values (stage 3).
     assert [row["base"] for row in rows.values()] == [whole, whole, part, whole, whole, part]
     trained = [4, 5, 4, 3 + 3 / 4, 2 + 4 / 4, 1 + 5 / 4]
     assert [row["trained"] for row in rows.values()] == [share * values for share in trained]
-    # Two steps, in each a sum in a ring and with DeepSpeed the new values; a spread network comes for the prior, the
-    # score, and twice for each step: 6 times what the other three ranks hold.
+    # Each of the two steps sends a ring sum, and with DeepSpeed also the new values. A sharded network is gathered for
+    # the prior, for the score, and twice for each step: 6 times what the other three ranks hold.
     once = 2 * 3 * values // 4
     spread = 6 * 3 * whole // 4
     sent = [2 * once, 2 * once, 2 * once + spread, 3 * once, 3 * once, 3 * once + spread]
@@ -346,7 +347,7 @@ def test_replayed_samples_are_trained_on_too(prior: str) -> None:
 
 
 def test_steps_on_a_part_of_a_rounds_renders_cost_that_part(prior: str) -> None:
-    # Eight renders, two steps of four each, and as many replayed ones, on two ranks: what one step on all would cost.
+    # Two steps on two ranks, each with four of eight renders and four replayed samples: the cost of one step on all.
     run = config(prior, score={"batch_size": 4, "replay_share": 0.5, "steps_per_round": 2})
     assert plan_run(run, nodes=2)["unet"]["score_training"] == 8
 
@@ -357,7 +358,7 @@ def test_a_checkpoint_holds_values_and_moments_and_the_replay(prior: str) -> Non
     assert checkpoint["particles"] == 5 * 3 * (3 * 64 * 64) * 4
     assert checkpoint["score"] == 3 * (4 * 3 * 944) * 4  # an image has no camera
     assert checkpoint["replay"] == 2 * 5 * (48 * 16 * 16 + 21) * 4
-    # Nothing is replayed, so that of many samples a round 64 are kept, for the lag.
+    # Nothing is replayed, so only 64 samples a round are kept, for the lag.
     many = config(prior, particles={"kind": "image", "count": 500}, score={"replay_rounds": 2})
     assert plan_run(many)["checkpoint"]["replay"] == 2 * 64 * (48 * 16 * 16 + 21) * 4
     assert checkpoint["total"] == checkpoint["particles"] + checkpoint["score"] + checkpoint["replay"]
@@ -421,7 +422,7 @@ def test_a_frozen_number_has_no_gradient_and_no_moments_and_is_saved_once(prior:
 
 
 class HalfFrozen:
-    """As much of a particle as a plan asks."""
+    """The members of a particle that a plan uses."""
 
     is_latent = False
 
@@ -430,7 +431,7 @@ class HalfFrozen:
 
 
 def test_planning_loads_no_library_of_networks() -> None:
-    """Which would take longer than the plan."""
+    """Importing one would take longer than the plan."""
     program = (
         "import sys; from distvsd.cli import main; main(['plan', 'configs/smoke.yaml']);"
         "sys.exit(str(sorted({'diffusers', 'transformers', 'peft', 'accelerate'} & set(sys.modules))))"

@@ -1,4 +1,4 @@
-"""What a failure costs, compared with failures that strike at every moment of a run that is played through."""
+"""The cost of a failure, compared with a simulated run that fails at every moment."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def config(every: int, asynchronous: bool, **schedule: Any) -> Config:
 def played(every: int, asynchronous: bool, round_s: float, write_s: float) -> tuple[list[float], list[float]]:
     """Rounds and seconds lost by failures at moments spread evenly over a long stretch of a run.
 
-    The clock goes round by round, as the trainer does: a save that has ended is published after a round, a save that
-    is due waits for the one before, and in the foreground for itself. Seconds count from the moment of the state that
-    is left, but not the pause in which it was saved in the foreground.
+    The simulation goes round by round, as the trainer does. A background save that has ended is published after a
+    round. A save that is due waits until the one before has ended; in the foreground the rounds also wait for the save
+    itself. Seconds count from the moment of the published state, without the pause of a foreground save.
     """
     clock = 0.0
-    work = [(0.0, 0)]  # corners: the clock, and the rounds done by then
-    published = [(0.0, 0, 0.0)]  # the clock, the rounds that are safe, the moment after which all is lost
-    writing: tuple[int, float, float] | None = None  # the rounds, when it will be written, the moment of its state
+    work = [(0.0, 0)]  # points of a piecewise linear curve: the clock, the rounds done by then
+    published = [(0.0, 0, 0.0)]  # the clock, the rounds that are safe, the moment of their state
+    writing: tuple[int, float, float] | None = None  # the rounds, when it will be written, the moment of their state
     for completed in range(1, ROUNDS + 1):
         clock += round_s
         work.append((clock, completed))
@@ -74,8 +74,8 @@ def played(every: int, asynchronous: bool, round_s: float, write_s: float) -> tu
     ("asynchronous", "write_s"), [(False, 30.0), (True, 0.5), (True, 30.0), (True, 79.0), (True, 130.0)]
 )
 def test_a_failure_loses_what_a_run_that_is_played_through_loses(asynchronous: bool, write_s: float) -> None:
-    """Saves every 40 rounds of 2 s: in the foreground, and in the background for a part of a round, for 15 rounds, for
-    almost all of the 40, and for longer, so that the rounds wait."""
+    """Saves every 40 rounds of 2 s: in the foreground; and in the background, lasting part of a round, 15 rounds,
+    almost 40 rounds, and more than 40 rounds, so that the rounds wait."""
     every, round_s = 40, 2.0
     run, assumed = config(every, asynchronous), Assumptions(round_s=round_s, restart_s=100.0, node_mtbf_days=10)
     times = disk_times(run, int(write_s * 1e9 / 2), 5_000_000_000, assumed)
@@ -83,7 +83,7 @@ def test_a_failure_loses_what_a_run_that_is_played_through_loses(asynchronous: b
     assert times["stall_s"] == (write_s if not asynchronous else max(0.0, write_s - every * round_s))
     found = failures(run, 4, times, assumed)
     rounds, seconds = played(every, asynchronous, round_s, write_s)
-    again_s = 40 + 100 + 5  # the timeout that notices, the restart, the loading
+    again_s = 40 + 100 + 5  # the timeout that notices the failure, the restart, the loading
     assert found["rounds_average"] == pytest.approx(sum(rounds) / len(rounds), rel=0.01)
     assert found["rounds_most"] == pytest.approx(max(rounds), abs=0.2)
     assert found["minutes_average"] * 60 - again_s == pytest.approx(sum(seconds) / len(seconds), rel=0.01)

@@ -1,4 +1,4 @@
-"""The sizes of public models, counted again by the classes that they are made of."""
+"""The sizes of public models, counted again on instances of the models' own classes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PAPER = Path(__file__).parents[3] / "configs" / "prolificdreamer.yaml"
 
 
 def made(model: str, part: str) -> torch.nn.Module:
-    """A component as its own class makes it from its configuration, without memory."""
+    """A component made by its own class from its configuration, on the meta device."""
     import diffusers
     import transformers
 
@@ -38,7 +38,7 @@ def made(model: str, part: str) -> torch.nn.Module:
 
 
 def numbers(network: torch.nn.Module) -> int:
-    """Parameters, and the tables that are saved with them; a tensor with two names once."""
+    """The number of parameters and saved buffers; a tensor with two names counts once."""
     saved = network.state_dict(keep_vars=True).values()
     return sum({id(value): value.numel() for value in saved}.values())
 

@@ -31,7 +31,7 @@ def draw(channels: int) -> Tensor:
 
 
 def ask(prior: Pipeline, noisy: Tensor, scale: float, *parts: Any, t: Tensor = TIMESTEPS) -> Tensor:
-    """The one part that is asked for, the guided prediction unless named."""
+    """The part that is named, by default the guided prediction."""
     wanted = frozenset(parts or ("guided",))
     condition = prior.condition(IDS[: len(noisy)], VIEWS[: len(noisy)])
     found = prior.ask(noisy, t[: len(noisy)], condition, wanted, ClassifierFree(scale))
@@ -39,7 +39,7 @@ def ask(prior: Pipeline, noisy: Tensor, scale: float, *parts: Any, t: Tensor = T
 
 
 def batches(prior: Pipeline) -> list[int]:
-    """The sizes of the UNet's batches from now on."""
+    """A list that gets the batch size of every UNet call from now on."""
     sizes: list[int] = []
     prior.denoiser.module.register_forward_pre_hook(lambda module, arguments: sizes.append(len(arguments[0])))
     return sizes
@@ -83,7 +83,7 @@ def test_eps_equals_guidance_written_out_sample_by_sample(
     eps = ask(prior, noisy, 7.5)
     assert eps.dtype == torch.float32
     assert not eps.requires_grad
-    # At t = 20 an x0-prediction is divided by a small sigma, hence relative to the size of the result.
+    # At t = 20 an x0-prediction is divided by a small sigma, hence a tolerance relative to the size of the result.
     wanted = written_out(prior.folder.path, noisy, 7.5, prediction)
     torch.testing.assert_close(eps.double(), wanted, rtol=2e-4, atol=2e-5 * float(wanted.abs().max()))
 
@@ -98,7 +98,7 @@ def test_guidance_runs_one_call_of_twice_the_batch_and_scale_one_runs_half_of_it
     conditional = ask(prior, noisy, 1.0)
     unconditional = ask(prior, noisy, 0.0)
     assert sizes == [8, 4, 4]
-    # The two halves are what larger scales are made of.
+    # Larger scales combine these two predictions.
     together = ask(prior, noisy, 3.0)
     torch.testing.assert_close(together, unconditional + 3 * (conditional - unconditional), rtol=1e-4, atol=1e-5)
 

@@ -9,7 +9,7 @@ from distvsd.prior.prompts import VIEWS, PromptTable, view_index, view_indices, 
 
 
 class Encoder:
-    """Gives text number i the embedding i everywhere, and remembers the texts."""
+    """Embeds text number i as the constant i, and records the texts."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []

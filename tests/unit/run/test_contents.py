@@ -1,4 +1,4 @@
-"""What `distvsd verify` calls sound a resume reads, whoever signed it; what no resume can read is refused by both."""
+"""A resume reads what `distvsd verify` calls sound, whoever signed it; both refuse what no resume can read."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ Change = Callable[[dict[str, Any], Path], object]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, prior: Path) -> tuple[Config, Run]:
-    """A run of two rounds, and parts into which it can be restored."""
+    """A finished run of two rounds, and a newly built run into which it can be restored."""
     config = small_config(tmp_path_factory.mktemp("finished") / "run", prior, **{"schedule.rounds": 2})
     train(config)
     return config, build_run(config, ALONE, lambda done: False)
 
 
 def altered(config: Config, folder: Path, *changes: Change) -> Path:
-    """A copy of a run whose checkpoint a stranger changed and signed."""
+    """A copy of the run whose checkpoint was changed and signed again."""
     run = folder / "run"
     shutil.copytree(config.run.dir, run)
     checkpoint = run / "checkpoints" / "step-00000002"
@@ -54,7 +54,7 @@ def tensors(file: str, change: Callable[[dict[str, Tensor]], object]) -> Change:
 
 
 def filled(file: str, ending: str, value: float) -> Change:
-    """Every number of the first tensor whose name ends so."""
+    """Sets every number of the first tensor whose name ends in `ending`."""
     return tensors(file, lambda found: found[first(found, ending)].fill_(value))
 
 
@@ -210,7 +210,7 @@ def test_a_configuration_in_the_manifest_that_no_run_can_have_is_a_problem(
 
 
 def away(run: Path, prior: Path) -> None:
-    """The run's prior is not where its configuration says."""
+    """Makes the run's configuration name a prior that does not exist."""
     path = run / "config.yaml"
     path.write_text(path.read_text().replace(str(prior), str(prior / "nowhere")))
 
@@ -219,7 +219,7 @@ def away(run: Path, prior: Path) -> None:
 def test_without_its_prior_a_checkpoint_is_held_against_itself_and_what_was_left_out_is_said(
     finished: tuple[Config, Run], tmp_path: Path, prior: Path, caplog: pytest.LogCaptureFixture, is_there: bool
 ) -> None:
-    """The prior is gone, or another one lies in its place."""
+    """The prior is missing, or another one is in its place."""
     config, _ = finished
     run = altered(config, tmp_path)
     if is_there:

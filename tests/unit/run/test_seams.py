@@ -1,4 +1,4 @@
-"""Things that are added without a change to any room; see docs/extending.md for whole examples of each."""
+"""Extensions that change no file of the package; see docs/extending.md for whole examples of each."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def latents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    """Those of two particles after 50 rounds with the embedded prior, `[2, C, h, w]`, by objective and process."""
+    """The latents `[2, C, h, w]` of two particles after 50 rounds with the embedded prior, by objective and process."""
     found = {}
     for kind in ("sds", "vsd"):
         for process, custom in (("diffusion", Custom()), ("flow", Custom(denoiser=as_flow))):
@@ -48,23 +48,23 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
 
 
 def difference(one: Tensor, other: Tensor) -> float:
-    """Root mean square of the difference over that of the values."""
+    """Root mean square of the difference over that of `one`."""
     return float((one - other).square().mean().sqrt() / one.square().mean().sqrt())
 
 
 def test_particles_of_a_flow_model_are_those_of_the_diffusion_model_that_it_is_made_of(
     latents: dict[str, Tensor],
 ) -> None:
-    """With SDS, whose gradient is a function of eps and w(t): the change of variables leaves both as they are, so the
-    particles are equal but for rounding, which 50 steps of Adam enlarge."""
+    """The gradient of SDS depends on eps and w(t) only. The change of variables keeps both, so the particles are equal
+    up to rounding, which 50 steps of Adam enlarge."""
     assert difference(latents["sds diffusion"], latents["sds flow"]) < 1e-3
-    # So that the bound says something: the two particles, which differ in their draws only, are far apart.
+    # The bound means something: two particles that differ only in their draws are far apart.
     assert difference(*latents["sds diffusion"]) > 0.1
 
 
 def test_vsd_with_a_flow_model_differs_by_how_the_score_network_weighs_its_losses(latents: dict[str, Tensor]) -> None:
-    """The adapter's loss has other weights over time, so it learns a little differently, and the particles end near
-    those of the diffusion model: nearer than those of another objective."""
+    """The adapter's loss has other weights over time, so the particles differ a little from those of the diffusion
+    model, but less than those of another objective do."""
     away = difference(latents["vsd diffusion"], latents["vsd flow"])
     assert 0 < away < 0.5 * difference(latents["vsd diffusion"], latents["sds diffusion"])
 
@@ -81,14 +81,14 @@ def test_the_score_networks_loss_under_flow_is_the_diffusions_in_other_units(tmp
         noise = torch.sin(torch.arange(samples.latents.numel())).view_as(samples.latents)
         losses.append(score.loss(samples, times, noise, torch.ones(2, dtype=torch.bool)).detach())
         _, sigma = score.process.alpha_sigma(times)
-    # The embedded prior predicts x_0. For one x_s an error e in x_0 is one of -(1 - s) / s e in eps, so of -e / s in v.
+    # The embedded prior predicts x_0. For a given x_s an error e in x_0 means -(1 - s) / s e in eps, hence -e / s in v.
     torch.testing.assert_close(losses[1], losses[0] / sigma.square(), rtol=1e-3, atol=1e-5)
 
 
 def test_a_run_without_a_score_network_goes_on_from_a_checkpoint_that_holds_one(
     tmp_path: Path, configured: Callable[..., Config]
 ) -> None:
-    """Older versions saved an adapter with SDS too, which nobody had trained."""
+    """Older versions also saved an adapter with SDS, which was never trained."""
     train(configured(schedule__rounds=2, objective__kind="vsd"))
     assert train(configured(schedule__rounds=4, objective__kind="sds"), "must") == 0
 

@@ -1,4 +1,4 @@
-"""Runs of several stages: what they write, what one hands over to the next, and where they go on."""
+"""Runs of several stages: what they write, what one hands over to the next, and where a resume continues."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def staged(run: Path, prior: Path, *more: str, **changes: Any) -> Config:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, prior: Path) -> Config:
-    """The same, trained without a stop; not to be written to."""
+    """The run of `configured`, trained without a stop; tests must not write to it."""
     config = staged(tmp_path_factory.mktemp("whole") / "run", prior)
     assert train(config) == 0
     return config
@@ -57,7 +57,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, prior: Path) -> Config:
 
 @pytest.fixture
 def finished(whole: Config, configured: Callable[..., Config]) -> Config:
-    """A copy of it."""
+    """A copy of `whole`, which the test may change."""
     config = configured()
     shutil.copytree(whole.run.dir, config.run.dir)
     return config
@@ -260,7 +260,7 @@ def test_verifying_finds_damage_in_any_stage(finished: Config) -> None:
 
 
 def test_latent_images_go_from_one_objective_to_another(configured: Callable[..., Config]) -> None:
-    """The first stage trains no score network, and the kind needs the prior to be read."""
+    """The first stage trains no score network, and reading latent images needs the prior."""
     stages = "[{name: sds, objective: {kind: sds}}, {name: vsd}]"
     kind = {"particles__kind": "image", "particles__image__space": "latent", "particles__image__init_color": 0.2}
     config = configured("run", f"stages={stages}", **kind, schedule__rounds=1, render__resolution=64)

@@ -43,7 +43,7 @@ METRICS = {
     "round", "time_s", "updates_per_s", "score_loss", "score_steps_skipped", "lag", "healthy", "resolution", "t_max",
     "phase_s", "quarantined", "save_stall_s", "save_failures", "imbalance",
 }  # fmt: skip
-# The identity of the embedded prior in checkpoints of before there were versions of the rule.
+# The embedded prior's identity in checkpoints from before the rule had versions.
 EMBEDDED_BEFORE = "464c8935029e2f9b48823b6b854c39ce08a44f87a68311456cb4002cff481c82"
 PHASES = {"render", "encode", "exchange", "objective", "update"}
 
@@ -85,7 +85,7 @@ def digest_of(config: Config) -> str:
 
 
 def built_with(monkeypatch: pytest.MonkeyPatch, change: Callable[[Run], None]) -> None:
-    """Every run from now on is changed just after it is built."""
+    """Applies `change` to every run that is built from now on."""
 
     def build(*arguments: Any, **more: Any) -> Run:
         run = build_run(*arguments, **more)
@@ -96,7 +96,7 @@ def built_with(monkeypatch: pytest.MonkeyPatch, change: Callable[[Run], None]) -
 
 
 def poison(run: Run) -> None:
-    """One number of particle 1 is lost."""
+    """Sets one parameter of particle 1 to NaN."""
     run.ensemble.parameters_of(1)["grid0"].view(-1)[5] = math.nan
 
 
@@ -135,7 +135,7 @@ def test_every_objective_moves_every_kind_of_particle(
 
 
 def test_vsd_without_guidance_starts_at_zero_and_not_later(configured: Callable[..., Config]) -> None:
-    """The untrained score network is the prior, so that Eq. 9 vanishes until it has learnt the renders."""
+    """The untrained score network equals the prior, so the gradient of Eq. 9 is zero before the first score step."""
     config = configured(prior__guidance_scale=1, prior__view_dependent="false", score__learning_rate=0.01)
     run = build_run(config, ALONE, lambda done: False)
     gradients = []
@@ -154,7 +154,7 @@ def test_vsd_without_guidance_starts_at_zero_and_not_later(configured: Callable[
 def test_a_score_that_is_never_shown_a_camera_is_never_asked_with_one(
     configured: Callable[..., Config], changes: dict[str, Any]
 ) -> None:
-    """An image looks the same from everywhere; and a camera that training always drops means nothing to the network."""
+    """An image looks the same from every camera; a network trained with all cameras dropped has never used one."""
     run = build_run(configured(**changes, score__learning_rate=0.01), ALONE, lambda done: False)
     for step in (0, 1):
         run.loop.round(step)
@@ -183,7 +183,7 @@ def test_a_render_is_encoded_at_the_edge_that_the_prior_was_trained_at(
     torch.testing.assert_close(samples.latents, run.prior.encode(enlarged), rtol=0, atol=1e-5)
     (gradient,) = torch.autograd.grad(samples.latents.square().sum(), views[0].rendered.images)
     assert gradient.isfinite().all() and (gradient != 0).flatten(1).any(1).all()
-    # What a rank without particles gives to the exchange has the same width.
+    # A rank without particles contributes latents of the same shape to the exchange.
     assert run.loop.encode([], 16).latents.shape[1:] == samples.latents.shape[1:]
 
 
@@ -238,7 +238,7 @@ def test_a_micro_batch_bounds_every_call_of_the_unet_and_changes_only_rounding(
 
 
 def test_a_run_goes_on_with_recomputed_renders_as_if_nothing_had_changed(configured: Callable[..., Config]) -> None:
-    """Who ran out of memory continues the same run with particles.recompute, and gets the same bits."""
+    """A run that ran out of memory can be continued with particles.recompute, and ends with the same bits."""
     whole = configured("whole", schedule__rounds=4, checkpoint__every=2)
     train(whole)
     settings = {"schedule__rounds": 4, "checkpoint__every": 2, "checkpoint__asynchronous": "false"}
@@ -277,7 +277,7 @@ def test_any_prompt_trains_and_writes_inside_its_run_directory_only(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "run"]
     assert not list(here.iterdir())
     assert load_config(tmp_path / "run" / "config.yaml").prompt == HOSTILE[name]
-    assert train(config) == 0  # found again, although its prompt went through a file
+    assert train(config) == 0  # the same run, although its prompt went through a file
 
 
 def test_a_finished_run_is_complete_on_the_disk(configured: Callable[..., Config]) -> None:
@@ -344,7 +344,7 @@ def test_a_run_that_died_goes_on_and_logs_no_round_twice(
 def test_events_of_health_are_written_once_each_across_a_resume(
     configured: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also those between two lines of metrics, when a checkpoint falls between the lines."""
+    """Also events between two lines of metrics, when a checkpoint is saved between those lines."""
     config = configured(schedule__rounds=5, checkpoint__every=2, log__every=3, checkpoint__asynchronous="false")
     with monkeypatch.context() as patched, injected("eio@round:step=3"), pytest.raises(OSError):
         built_with(patched, poison)
@@ -370,7 +370,7 @@ def test_a_particle_that_is_not_finite_is_counted_and_disturbs_nobody(
 
 
 def test_the_neighbours_of_a_lost_particle_move_as_if_it_were_sound(configured: Callable[..., Config]) -> None:
-    """In the first round to the last bit; later the shared score has seen fewer renders."""
+    """Bit for bit in the first round; later the shared score network was trained on fewer renders."""
     config = configured(particles__count=3)
     sound, lost = (build_run(config, ALONE, lambda done: False) for _ in range(2))
     poison(lost)
@@ -465,7 +465,7 @@ def test_resuming_against_another_prior_or_count_is_refused(
 def test_a_checkpoint_with_an_identity_of_the_older_rule_is_resumed(
     configured: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a version wrote it that hashed files by another rule: 64 hex digits, and nothing before them."""
+    """An older version hashed files by another rule and wrote 64 hex digits without a prefix."""
     config = configured(prior__path="shapes", schedule__rounds=1)
 
     def stored() -> str:

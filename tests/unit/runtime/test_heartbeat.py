@@ -1,4 +1,4 @@
-"""Signs of life: who is where, who fell silent, and what a worker does when its launcher died."""
+"""Heartbeats: where each rank is, which ranks fell silent, and what a worker does when its launcher died."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 @contextmanager
 def rank_1(folder: Path, then: Callable[[], None]) -> Iterator[int]:
-    """A process that beats as rank 1, in the render of round 7, and has done `then`; its pid."""
+    """Starts a process that beats as rank 1 in phase render of round 7 and then calls `then`; yields its pid."""
     reader, writer = os.pipe()
 
     def live() -> None:
@@ -65,7 +65,7 @@ def rank_1(folder: Path, then: Callable[[], None]) -> Iterator[int]:
 
 
 def put(folder: Path, rank: int, **changes: Any) -> None:
-    """The file of a rank that is not ours."""
+    """Writes another rank's heartbeat file."""
     record = {"rank": rank, "host": "elsewhere", "pid": 17, "start": "5", "round": 7, "phase": "score", "beats": 3}
     folder.mkdir(exist_ok=True)
     (folder / f"rank-{rank:05d}.json").write_text(json.dumps(record | {"ended": ""} | changes))
@@ -144,7 +144,7 @@ def test_ranks_that_all_beat_in_one_place_are_no_news(tmp_path: Path) -> None:
 
 
 def test_hosts_between_which_nothing_passes_are_named(tmp_path: Path) -> None:
-    """The other host's rank waits in the same place, or has given up: what a cut network leaves on a shared disk."""
+    """With the network cut, the shared disk shows that the other host's rank waits in the same phase or ended."""
     with heartbeat(tmp_path) as beating:
         beating.at(7, "score")
         put(tmp_path, 1, ended=f"{RankError.__name__}: rank 1 of 2 lost the others")
@@ -236,7 +236,7 @@ def test_a_record_that_is_being_written_is_read_again(tmp_path: Path) -> None:
 
 
 def test_a_rank_beats_on_where_no_new_file_can_be_made(tmp_path: Path) -> None:
-    """As on a full disk: the file is written over in place, and so is a shorter or longer one of an earlier run."""
+    """As on a full disk: the file is overwritten in place, also a shorter or longer one of an earlier run."""
     put(tmp_path, 0, ended="x" * 700)
     before = (tmp_path / "rank-00000.json").stat().st_ino
     with heartbeat(tmp_path):

@@ -1,4 +1,4 @@
-"""Which process is the launcher of a rank, told from real families of processes; and the end of a rank that lost it.
+"""Finding a rank's launcher in real process trees, and the end of a rank whose launcher died.
 
 Whole launchers are killed in tests/launchers/test_orphans.py.
 """
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[3]
 RANK_OF_ONE = {"RANK": "0", "WORLD_SIZE": "1"}
 FORK = multiprocessing.get_context("fork")
 MARKS = ("RANK", "WORLD_SIZE", "TORCHELASTIC_", "ACCELERATE_", "OMPI_", "SLURM_")
-# Once its parent has died, if it is to wait for that, it says what it takes for its launcher.
+# Prints the launcher that it finds. If AFTER is the pid of its parent, it first waits for the death of the parent.
 FIND = """
 import json, os, sys, time
 from distvsd.runtime.launcher import find_launcher
@@ -42,8 +42,8 @@ def without_marks() -> dict[str, str]:
 
 
 def shell(folder: Path, script: str, **variables: str) -> tuple[Any, int]:
-    """What `$FIND` in a script of a shell finds, and the shell's pid. `true` at its end keeps the shell from giving its
-    place to the last command."""
+    """Runs a shell script that calls `$FIND`: what that found, and the shell's pid. `true` at the end keeps the shell
+    from replacing itself by the last command."""
     (folder / "find.py").write_text(FIND)
     shell = subprocess.Popen(
         ["/bin/sh", "-c", f"{script}; true"],
@@ -52,7 +52,7 @@ def shell(folder: Path, script: str, **variables: str) -> tuple[Any, int]:
         text=True,
         start_new_session=True,
     )
-    said, _ = shell.communicate(timeout=60)  # also of a process that the shell has left behind
+    said, _ = shell.communicate(timeout=60)  # waits also for a process that outlives the shell
     return json.loads(said), shell.pid
 
 
@@ -77,7 +77,7 @@ def test_shells_between_a_launcher_and_its_rank_belong_to_it(tmp_path: Path) -> 
 
 
 def test_a_rank_from_the_environment_that_a_shell_itself_was_started_in_comes_from_above(tmp_path: Path) -> None:
-    """As in the pod of a cluster, where the number is set for everything: the shell is not the launcher."""
+    """As in the pod of a cluster, where RANK is set for every process: the shell is not the launcher."""
     found, pid = shell(tmp_path, "$FIND", RANK="0", WORLD_SIZE="2")
     assert found == [pid, os.getpid(), False]
 
@@ -98,15 +98,15 @@ def test_nohup_makes_a_rank_stay_only_where_it_was_meant_for_the_rank(
     "start", ["RANK=0 WORLD_SIZE=1 $FIND", "TORCHELASTIC_RUN_ID=a setsid $FIND"], ids=["in its session", "leading one"]
 )
 def test_a_launcher_that_died_before_its_rank_looked_for_it_is_known_to_be_dead(tmp_path: Path, start: str) -> None:
-    """The parent is by then whoever adopts orphans, and that one lives."""
+    """By then the parent is the process that adopts orphans, which is alive."""
     found, pid = shell(tmp_path, f"export AFTER=$$; {start} & kill -9 $$")
     assert found[0] != pid and found[-1] is True
 
 
 def orphaned(folder: Path, marks: dict[str, str], busy_s: float = 0.0, takes_s: float = 0.0, spare: bool = True) -> int:
-    """Ends the parent of a process that is watched; returns the pipe into which that one writes when it is told to end.
+    """Kills the parent of a process that watches it; returns the pipe into which the process writes when asked to end.
 
-    For `busy_s` it is somewhere new again and again, then at a place where it says it may be for `takes_s`.
+    For `busy_s` the process reports progress, then a phase that may take `takes_s`.
     """
     reader, writer = os.pipe()
 
@@ -143,7 +143,7 @@ def test_a_rank_that_lost_its_launcher_is_asked_once_if_it_trains_and_ends(tmp_p
     reader = orphaned(tmp_path, RANK_OF_ONE, spare=spare)
     began = time.monotonic()
     said = b""
-    while block := os.read(reader, 100):  # its end comes when the last process that holds the pipe has ended
+    while block := os.read(reader, 100):  # end of file: the last process that holds the pipe has ended
         said += block
     assert said == (b"orphan;" if spare else b"")
     assert time.monotonic() - began < 15
@@ -163,7 +163,7 @@ def test_it_has_its_grace_after_the_last_progress_and_as_long_as_its_save_may_ta
 
 
 def test_without_a_launcher_the_end_of_the_parent_is_nothing(tmp_path: Path) -> None:
-    """As with nohup: the shell ends, the run goes on."""
+    """As with nohup: the shell ends, and the run goes on."""
     reader = orphaned(tmp_path, {})
     assert not select.select([reader], [], [], 1.0)[0]
     os.kill(json.loads((tmp_path / "rank-00000.json").read_text())["pid"], signal.SIGKILL)
@@ -172,7 +172,7 @@ def test_without_a_launcher_the_end_of_the_parent_is_nothing(tmp_path: Path) -> 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only there the end of a thread ends the children it started")
 def test_the_end_of_a_thread_of_the_launcher_is_not_its_end(tmp_path: Path) -> None:
-    """A rank that a helper thread has started outlives that thread, and not the launcher."""
+    """A rank that a helper thread of the launcher has started outlives the thread, but not the launcher."""
     (tmp_path / "rank.py").write_text(
         "import sys, time\nfrom distvsd.runtime.launcher import watch_from_the_start\n"
         "watch_from_the_start()\nprint('watching', flush=True)\ntime.sleep(60)\n"

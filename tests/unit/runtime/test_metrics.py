@@ -50,7 +50,7 @@ def test_what_is_not_json_is_refused_and_writes_nothing(tmp_path: Path, value: A
 
 @pytest.mark.guarantee("G29")
 def test_a_resumed_run_has_no_round_twice_and_none_missing(tmp_path: Path) -> None:
-    """A file cut to what the checkpoint counted has every round once, also after half a line."""
+    """A file cut to the length in the checkpoint has every round once, also where it ended in half a line."""
     path = tmp_path / "metrics.jsonl"
     with JsonLines(path) as metrics:
         for round in range(10):
@@ -59,7 +59,7 @@ def test_a_resumed_run_has_no_round_twice_and_none_missing(tmp_path: Path) -> No
         for round in range(10, 15):
             metrics.append({"round": round})
     with path.open("ab") as stream:
-        stream.write(b'{"round": 1')  # the power went in the middle of a line
+        stream.write(b'{"round": 1')  # a power cut in the middle of a line
     with JsonLines(path, keep_bytes=saved) as metrics:
         assert metrics.bytes == saved
         for round in range(10, 20):

@@ -89,7 +89,7 @@ def test_the_lock_names_its_holder_and_goes_with_it(tmp_path: Path) -> None:
 @pytest.mark.guarantee("G34")
 @pytest.mark.parametrize("form", ["host:pid", "host:pid:start"])
 def test_a_living_holder_is_refused_by_name(tmp_path: Path, form: str) -> None:
-    """A directory held by a living process is refused, with who holds it."""
+    """A directory held by a living process is refused, and the message names the holder."""
     path = tmp_path / "run.lock"
     code = (
         "import sys; from pathlib import Path; from distvsd.runtime.paths import RunLock; "
@@ -104,7 +104,7 @@ def test_a_living_holder_is_refused_by_name(tmp_path: Path, form: str) -> None:
             RunLock(path).acquire()
         RunLock(path).release()
         assert path.exists(), "only the holder gives a lock back"
-        holder.kill()  # not reaped: a zombie holds nothing
+        holder.kill()  # not reaped: a zombie holds no lock
         os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)
         with RunLock(path):
             assert path.read_text().split(":")[1] == str(os.getpid())
@@ -169,7 +169,7 @@ def test_of_many_jobs_on_a_fresh_directory_one_gets_the_lock(tmp_path: Path) -> 
 
 
 def _race(path: Path, jobs: int) -> tuple[list[int], int]:
-    """Forked jobs that all acquire at one moment and stay alive until all have tried."""
+    """Forks jobs that acquire at one moment and live until all have tried: (pids with the lock, number refused)."""
     start_read, start_write = os.pipe()
     told_read, told_write = os.pipe()
     end_read, end_write = os.pipe()
@@ -235,8 +235,8 @@ def test_a_failed_write_leaves_the_old_text_and_no_rest(tmp_path: Path, monkeypa
 def test_a_holder_on_another_host_or_in_another_container_keeps_the_lock_while_its_ranks_beat(
     tmp_path: Path, holder: str
 ) -> None:
-    """A holder on another host, or in another container of the same name, where its pid says nothing, keeps its lock
-    while its ranks beat, and loses it when they are silent."""
+    """A holder on another host, or in another container of the same host name, cannot be found by its pid. It keeps its
+    lock while its ranks beat, and loses it when they are silent."""
     lock, beats = tmp_path / "run.lock", tmp_path / "heartbeats"
     beats.mkdir()
     lock.write_text(holder)

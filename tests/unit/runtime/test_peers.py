@@ -1,4 +1,4 @@
-"""Which rank is lost, for one that waits longer than any timeout: signs of life against seconds that pass here."""
+"""Which rank is lost, as judged by a rank that waits for it: heartbeats against a simulated clock."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Sign:
 
 
 def lost_after(sign: Sign | None, timeout_s: float, beats_every_s: float = 1e9) -> float | None:
-    """How many seconds rank 0 of 2 looks at a sign before it gives up; None if it does not within ten minutes."""
+    """How many seconds rank 0 of 2 looks at a sign before it gives up; None if that takes more than ten minutes."""
     peers = Peers(0, 2, timeout_s)
     for second in range(600):
         now = sign and replace(sign, beats=sign.beats + int(second / beats_every_s))
@@ -60,7 +60,7 @@ def test_a_rank_that_was_continued_is_waited_for_again() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 100])
 def test_one_lost_rank_ends_all_in_a_few_looks_although_each_looks_at_few(size: int) -> None:
-    """2^k places ahead: n ranks look at log2 n others, and as many looks are enough for all to hear."""
+    """Each of n ranks looks at the log2 n ranks 2^k places ahead; after as many looks all have ended."""
     gone = {size // 2}
     looks = 0
     while len(gone) < size:

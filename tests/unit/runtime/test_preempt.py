@@ -1,4 +1,4 @@
-"""Signals are requests: noted once, obeyed after the round; only somebody who insists ends the process."""
+"""A signal is a request, noted once and obeyed after the round; the same signal sent again later ends the process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SMOKE = str(ROOT / "configs/smoke.yaml")
 
 
 class Clock:
-    """Seconds that pass only when told to."""
+    """A clock that the test sets."""
 
     now = 0.0
 
@@ -55,7 +55,7 @@ def test_the_same_signal_forwarded_by_a_launcher_a_moment_later_is_one_request()
 
 
 def test_signals_of_different_kinds_are_not_somebody_insisting() -> None:
-    """Slurm warns with SIGUSR1 and sends SIGTERM minutes later, while the state may still be being saved."""
+    """Slurm warns with SIGUSR1 and sends SIGTERM minutes later, when the save may still be running."""
     clock = Clock()
     with Preemption(clock) as preemption:
         send(signal.SIGUSR1)
@@ -114,7 +114,7 @@ def test_on_another_thread_it_leaves_signals_alone_and_takes_requests() -> None:
 
 
 def said_and_ended(process: subprocess.Popen[str], name: str) -> None:
-    """One line, which names the signal and says that the same command starts it, and the code of what can go on."""
+    """The error output is one line with the signal and the advice to use the same command; the exit code is 3."""
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 3, errors
     assert re.fullmatch(rf"distvsd: .*{name}.* the same command .*\n", errors), errors
@@ -123,8 +123,8 @@ def said_and_ended(process: subprocess.Popen[str], name: str) -> None:
 @pytest.mark.guarantee("G24")
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_a_signal_before_training_has_begun_ends_with_3_and_one_line(tmp_path: Path, number: signal.Signals) -> None:
-    """SIGTERM, SIGUSR1 and SIGINT while a rank still imports: it ends at once with 3, says so in one line, and has
-    begun nothing."""
+    """SIGTERM, SIGUSR1 or SIGINT while a rank still imports: it ends at once with code 3 and one line, and leaves no
+    run directory."""
     command = [sys.executable, "-m", "distvsd.train", SMOKE, f"run.dir={tmp_path / 'run'}"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     while process.poll() is None and not catches(process.pid, signal.SIGUSR1):  # Python itself catches SIGINT earlier
@@ -142,7 +142,7 @@ def catches(pid: int, number: int) -> bool:
 
 @pytest.mark.parametrize("order", ["during", "before"])
 def test_a_process_that_waits_for_the_others_is_ended_at_once(order: str) -> None:
-    """In a lock, as in torch, the main thread gets to no handler of Python's; a request of a moment before counts."""
+    """While the main thread waits in a lock, as in torch, no Python handler runs. A request just before counts too."""
     wait = "print('in', flush=True); threading.Lock().acquire() and lock.acquire()"
     program = (
         "import os, signal, threading\nfrom distvsd.runtime.preempt import Preemption\n"
@@ -162,7 +162,7 @@ def test_a_process_that_waits_for_the_others_is_ended_at_once(order: str) -> Non
 
 
 def test_what_surrounds_it_hears_of_signals_again() -> None:
-    """Handlers, and the pipe by which an event loop learns of signals, are put back; other threads touch nothing."""
+    """Handlers and an event loop's wakeup pipe are restored; on another thread neither is changed."""
     heard: list[int] = []
 
     async def surround() -> None:

@@ -1,4 +1,4 @@
-"""Names of processes: who is judged from here, and who is not."""
+"""Names of processes, and which processes can be judged from here."""
 
 from __future__ import annotations
 

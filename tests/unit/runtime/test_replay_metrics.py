@@ -1,6 +1,6 @@
-"""A finished run, sent to the real wandb, which keeps it offline; what it keeps is read back from its own files.
+"""A finished run is sent to the real wandb in offline mode and read back from wandb's own files.
 
-What is sent where wandb misbehaves is in tests/faults/test_telemetry.py.
+Sending to a wandb that misbehaves is tested in tests/faults/test_telemetry.py.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def no_settings_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def plain(tmp_path: Path) -> Path:
-    """A run of 3 rounds and 2 particles, evaluated, as it lies on the disk."""
+    """The files of an evaluated run of 3 rounds and 2 particles, without images."""
     run = tmp_path / "run"
     run.mkdir()
     lines = [{"round": number, "score_loss": 1 / number, "lag": None} for number in (1, 2, 3)]
@@ -59,7 +59,7 @@ def plain(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(plain: Path) -> Path:
-    """The same with pictures."""
+    """`plain` with images."""
     views = torch.rand(2, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     save_png(contact_sheet(views), plain, "renders/contact-sheet.png")
     save_png(contact_sheet(views), plain, "renders/round-00000002/particles-000000-000001/contact-sheet.png")
@@ -72,7 +72,7 @@ def test_a_row_has_the_health_and_the_labels_of_a_particle() -> None:
     assert (sound["particle"], sound["events"], sound["last_event"]) == (0, 0, None)
     assert (ill["particle"], ill["events"], ill["last_event"], ill["last_event_round"]) == (1, 2, "quarantined", 3)
     assert (ill["label/color"], ill["expected/color"], ill["opacity"]) == ("blue", "red", 0.25)
-    # A run that was not evaluated has a table of those to which something happened.
+    # Without an evaluation the table has only the particles with events.
     (only,) = particle_rows([], EVENTS)
     assert only == {"particle": 1, "events": 2, "last_event": "quarantined", "last_event_round": 3}
 

@@ -1,4 +1,4 @@
-"""STATUS.json says how a run stands to whoever reads it at any moment."""
+"""STATUS.json has the state of a run and can be read at any moment."""
 
 from __future__ import annotations
 

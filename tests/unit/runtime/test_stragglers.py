@@ -1,4 +1,4 @@
-"""Slow ranks are named when they stay slow, and only for what they are to blame for."""
+"""A rank is named if it stays slow, and only if it is slow for its number of particles."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_of_two_ranks_the_slow_one_is_compared_with_the_fast_one() -> None:
 
 
 def test_a_rank_that_owns_more_particles_is_not_to_blame() -> None:
-    """7 particles on 4 ranks, and on 8 of which one has none: as fast a particle everywhere."""
+    """7 particles on 4 ranks, and on 8 ranks of which one has none: the time per particle is the same everywhere."""
     stragglers = Stragglers([2, 2, 2, 1])
     assert [stragglers.observe([2.0, 2.0, 2.0, 1.0]) for _ in range(4)] == [None] * 4
     assert stragglers.ratio == 1.0

@@ -21,7 +21,7 @@ ONE_SHOT = {
     "help": ["train", "--help"],
     "every field": ["train", "--help-config"],
 }
-READER_LEFT = 128 + 13  # what a shell reports of a process that SIGPIPE has ended
+READER_LEFT = 128 + 13  # what a shell reports of a process killed by SIGPIPE
 PROGRAM = """
 import os, sys
 from distvsd.runtime import streams
@@ -55,7 +55,7 @@ sys.exit(sum(inherited))
 
 @pytest.fixture
 def broken() -> Iterator[int]:
-    """The writing end of a pipe that nobody reads any more."""
+    """The writing end of a pipe whose reading end is closed."""
     reading, writing = os.pipe()
     os.close(reading)
     yield writing
@@ -108,7 +108,7 @@ def test_letters_that_a_terminal_does_not_have_are_escaped_and_a_configuration_i
 
 
 def test_a_training_goes_on_when_nobody_reads_what_it_prints(tmp_path: Path, prior: Path, broken: int) -> None:
-    """Neither its own lines nor what libraries print can be written, and the run is done all the same."""
+    """Nothing that the program or its libraries print can be written, and the run still finishes."""
     arguments = overrides(tmp_path / "run", prior, **{"particles.count": 1, "schedule.rounds": 2, "log.every": 1})
     assert run(["train", str(SMOKE), *arguments], broken, stderr=broken).returncode == 0
     assert json.loads((tmp_path / "run/STATUS.json").read_text())["state"] == "done"

@@ -1,7 +1,7 @@
-"""What is logged reaches wandb, and whatever wandb does instead, the caller goes on at once.
+"""What is logged reaches wandb; if wandb misbehaves, the caller still goes on at once.
 
-Most tests put a stand-in for the wandb package (tests/fakes) before the real one, because only that can be made to
-hang; the real one is used offline, and its own file is read back.
+Most tests use a stand-in for the wandb package (tests/fakes), because only that can be made to hang. The real one is
+used offline, and its own file is read back.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from distvsd.runtime.tracker import Limits, Mode, Tracker, open_tracker
 from tests.wandb_file import history_of, records_of
 
 ROOT = Path(__file__).parents[3]
-# Long enough for a Python to start on a busy machine; what hangs is waited for only in `answer_s`.
+# Long enough to start Python on a busy machine; tests of a wandb that hangs shorten these.
 PATIENT = Limits(ready_s=60, answer_s=60)
 
 Calls = Callable[[], list[dict[str, Any]]]
@@ -39,7 +39,7 @@ def no_settings_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calls:
-    """Puts the stand-in in the place of wandb; returns what it was called with so far."""
+    """Replaces wandb by the stand-in; gives a function that returns the calls so far."""
     path = tmp_path / "calls.jsonl"
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests/fakes"))
     monkeypatch.setenv("FAKE_WANDB_CALLS", str(path))
@@ -73,7 +73,7 @@ def wait_until(holds: Callable[[], object], why: str, limit_s: float = 60.0) -> 
 
 
 def is_gone(pid: int) -> bool:
-    """Whether a process has ended; one that only waits to be reaped has."""
+    """Whether a process has ended; a zombie has."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except OSError:
@@ -216,7 +216,7 @@ def test_without_wandb_the_note_says_what_to_install(
 def test_a_folder_called_wandb_where_the_run_was_started_is_not_the_package(
     tmp_path: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """wandb itself leaves such a folder; Python would import it as a package without content."""
+    """wandb itself leaves such a folder; Python would import it as an empty package."""
     (tmp_path / "wandb").mkdir()
     (tmp_path / "wandb/__init__.py").write_text("raise RuntimeError('the wrong one')")
     monkeypatch.chdir(tmp_path)
@@ -227,7 +227,7 @@ def test_a_folder_called_wandb_where_the_run_was_started_is_not_the_package(
 
 @pytest.fixture
 def server() -> Iterator[Callable[[int], str]]:
-    """Starts servers that answer every request with a status, 0: never; returns the address."""
+    """Starts a server that answers every request with a status, or never if it is 0, and returns its address."""
     servers: list[http.server.ThreadingHTTPServer] = []
     closing = threading.Event()
 
@@ -367,7 +367,7 @@ def test_a_killed_rank_leaves_a_failed_run_and_no_process(tmp_path: Path, calls:
     )
     with rank:
         wait_until(lambda: named(calls, "log"), "the note never arrived")
-        # What a scheduler does to every process of a job does not end wandb before the rank has.
+        # A scheduler sends SIGTERM to every process of a job; wandb's process must not end before the rank.
         os.kill(calls()[0]["pid"], signal.SIGTERM)
         rank.communicate("die\n")
     assert rank.returncode == -signal.SIGKILL

@@ -47,7 +47,7 @@ class Sum:
 
 @dataclass
 class OneRank:
-    """The reduction of a world of one rank, which remembers what it was given."""
+    """The reduction of a world of one rank, which records its inputs."""
 
     gradients: list[Tensor] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""The score network starts as the prior, on the prior's own memory, and never changes it."""
+"""The score network starts equal to the prior, shares the prior's memory, and never changes it."""
 
 from __future__ import annotations
 
@@ -133,13 +133,13 @@ def test_the_first_factor_begins_as_in_the_papers_code_or_as_in_pefts(make_unet,
     spread: dict[str, torch.Tensor] = {}
     for init in ("normal", "kaiming"):
         first = {n: p for n, p in make_score(unet, rank=rank, init=init).trainable.items() if ".lora_A." in n}
-        # Each value in units of the deviation that is due: diffusers' LoRALinearLayer has 1 / rank, peft's kaiming
+        # Each value in units of its expected deviation: diffusers' LoRALinearLayer has 1 / rank, peft's kaiming
         # uniform with a = sqrt(5) has 1 / sqrt(3 inputs).
         due = {n: 1 / rank if init == "normal" else (3 * p.shape[1]) ** -0.5 for n, p in first.items()}
         spread[init] = torch.cat([(p / due[n]).flatten() for n, p in first.items()])
-        # The deviation of n values is known to 1 / sqrt(2 n): five of those.
+        # The deviation of n values has a relative standard error of 1 / sqrt(2 n); five of them are allowed.
         assert abs(spread[init].std().item() - 1) < 5 / (2 * len(spread[init])) ** 0.5
-    # A uniform ends at sqrt(3) deviations; of so many normal values some are beyond 3.
+    # A uniform distribution ends at sqrt(3) deviations; of so many normal values some are beyond 3.
     assert spread["kaiming"].abs().max() <= 3**0.5 * (1 + 1e-6) and spread["normal"].abs().max() > 3
 
 
@@ -150,7 +150,7 @@ def test_without_cameras_there_is_no_camera_network_and_nothing_reads_one(unet, 
     arguments = (batch.noise, batch.times, batch.samples.ids)
     eps = score.eps(*arguments, batch.samples.cameras)
     assert torch.equal(eps, score.eps(*arguments, None))
-    # The same network as one whose camera network still is zero.
+    # It equals a network whose camera network is still zero.
     other = make_score(unet, reads_cameras=True)
     with torch.no_grad():
         for name, parameter in score.trainable.items():

@@ -68,7 +68,7 @@ def test_micro_batches_sum_to_the_whole_batch(unet, make_score, make_batch):
     (whole,), losses = score.gradients(*batch.arguments(), 5.0, [slice(0, 5)])
     pending, part_losses = score.gradients(*batch.arguments(), 5.0, [slice(0, 2), slice(2, 4), slice(4, 5)])
     parts = [next(pending)]
-    assert part_losses[:2].all() and not part_losses[2:].any()  # nothing is computed, and held, before its turn
+    assert part_losses[:2].all() and not part_losses[2:].any()  # each micro-batch is computed only when it is asked for
     parts += pending
     assert len(parts) == 3
     assert (sum(parts) - whole).norm() / whole.norm() < 1e-5

@@ -1,4 +1,4 @@
-"""A score network may learn on another model than the one that teaches, where latents, texts and schedule agree."""
+"""The score network may adapt another model than the prior, if latents, texts and schedule agree."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def test_a_torn_state_is_named():
 def test_lag_is_zero_on_the_same_renders_and_positive_where_the_score_was_fitted_to_the_old_ones(
     unet, make_score, make_batch
 ):
-    # The old renders are all grey 1, the current ones all grey -1: learning the old ones unlearns the current ones.
+    # The old renders are all grey 1, the current ones all grey -1: fitting the old ones raises the loss on the others.
     score, old = make_score(unet, "sample"), make_batch(4)
     old = replace(old, samples=replace(old.samples, latents=torch.ones_like(old.noise)))
     current = replace(old.samples, latents=-old.samples.latents)

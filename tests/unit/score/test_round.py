@@ -20,7 +20,7 @@ from .conftest import OneRank, Sum, draw, training
 
 
 def union_of(count: int, lane: int = 2, size: int = 8) -> Samples:
-    """A render of each of `count` particles, no two unions of different lanes the same."""
+    """One render of each of `count` particles; the renders of another lane differ."""
     return Samples(
         draw(lane, count, 4, size, size),
         draw(lane + 50, count, 16),
@@ -31,7 +31,7 @@ def union_of(count: int, lane: int = 2, size: int = 8) -> Samples:
 
 
 def seen_by(score: LoraScore, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Samples, Tensor, Tensor, Tensor]]:
-    """What every call of `gradients` is given: samples, timesteps, noise, kept cameras."""
+    """A list that gets the arguments of every call of `gradients`: samples, timesteps, noise, kept cameras."""
     calls: list[tuple[Samples, Tensor, Tensor, Tensor]] = []
     original = score.gradients
 
@@ -75,7 +75,7 @@ def test_times_cover_the_whole_range_and_not_that_of_the_particles(unet, make_sc
     step = training(score, OneRank(), steps_per_round=8)
     step.round(union_of(64, size=2), 0)
     times = torch.cat([timesteps for _, timesteps, _, _ in calls])
-    assert times.min() < 5 and times.max() > 94  # of 0..99, 512 draws: missed with probability 1e-11
+    assert times.min() < 5 and times.max() > 94  # of 0..99, 512 draws: fails with probability 1e-11
 
 
 def test_cameras_are_dropped_with_the_given_probability(unet, make_score, monkeypatch) -> None:
@@ -98,10 +98,10 @@ def test_the_steps_of_a_round_deal_its_renders_among_them_anew_each_round(unet, 
         step.round(union, number)
         batches = [samples.ids.tolist() for samples, *_ in calls]
         assert [len(batch) for batch in batches] == [3, 3, 3]
-        # Seven renders in nine places: all of them, and two for a second time, from the start of the order.
+        # Nine places for seven renders: all seven, then the first two of the order again.
         order = [particle for batch in batches for particle in batch]
         assert sorted(order[:7]) == list(range(7)) and order[7:] == order[:2]
-        for samples, *_ in calls:  # whole rows, not only their numbers
+        for samples, *_ in calls:  # whole rows, not only their ids
             assert torch.equal(samples.latents, union.latents[samples.ids])
         dealt.append(order)
     assert dealt[0] != dealt[1]
@@ -146,7 +146,7 @@ def test_the_replayed_share_is_one_of_the_step_and_not_of_the_round(unet, make_s
 
 
 def test_each_rank_trains_on_its_slice_with_the_draws_of_its_rows(unet, make_score, monkeypatch) -> None:
-    """So that what the ranks sum does not depend on how many there are."""
+    """So the sum over ranks does not depend on their number."""
     whole_score, part_score = make_score(unet, shaken=True), make_score(unet, shaken=True)
     whole, part = seen_by(whole_score, monkeypatch), seen_by(part_score, monkeypatch)
     reduces = [OneRank() for _ in range(3)]
@@ -214,7 +214,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(unet, make_score) -> 
 def test_steps_left_out_in_a_row_end_the_run_and_the_text_names_particle_round_and_timestep(
     unet, make_score, monkeypatch
 ) -> None:
-    """Row 5 has finite latents, and a velocity whose square is not."""
+    """Row 5 has finite latents, but the square of its velocity is not finite."""
     score, asked = make_score(unet, "v_prediction", shaken=True), []
     calls = seen_by(score, monkeypatch)
     before, union = flat(score), union_of(6)
@@ -276,7 +276,7 @@ def test_a_gradient_that_overflows_behind_a_finite_loss_is_blamed_on_its_rank(un
 
 
 def test_without_a_share_only_what_the_lag_looks_at_is_kept(unet, make_score) -> None:
-    """The lag must be the same number as with everything kept, which a share of the replay asks for."""
+    """The lag must be the same number as where everything is kept, as a replay share above zero requires."""
     many = Samples.cat([union_of(8, lane=lane, size=2) for lane in range(LAG_SAMPLES // 8 + 3)])
     many.weight[3] = 0.0
     later = Samples.cat([union_of(8, lane=lane + 20, size=2) for lane in range(LAG_SAMPLES // 8 + 3)])
@@ -336,7 +336,7 @@ def test_the_lag_needs_something_older_and_is_zero_for_the_same_renders(unet, ma
 
 
 def test_the_lag_is_positive_for_renders_the_score_was_not_trained_on(unet, make_score) -> None:
-    """Trained long on old renders it knows them better than new ones of the same kind."""
+    """After long training on old renders their loss is lower than that of new renders of the same kind."""
     score = make_score(unet, "v_prediction")
     step = training(score, OneRank(), steps_per_round=4, learning_rate=2e-2)
     for number in range(10):
@@ -359,7 +359,7 @@ def test_the_lag_looks_at_a_bounded_number_of_samples(unet, make_score, monkeypa
 
 
 def test_the_views_of_a_particle_stay_together_in_every_batch(unet, make_score, monkeypatch) -> None:
-    """A multi-view network needs them in one call: dealt, replayed and shared among ranks, they are never cut apart."""
+    """A multi-view network needs them in one call, so batches, replay and the shares of ranks never separate them."""
     score = make_score(unet)
     calls = seen_by(score, monkeypatch)
     union = union_of(12, size=2)
@@ -373,12 +373,12 @@ def test_the_views_of_a_particle_stay_together_in_every_batch(unet, make_score, 
         rows = samples.latents.reshape(-1, 3, *samples.latents.shape[1:])
         whole = union.latents.reshape(4, 3, *union.latents.shape[1:])
         assert all(any(torch.equal(found, particle) for particle in whole) for found in rows)
-    # Two particles of three views fit into a batch of seven rows; half of the step is replayed, a rank leaves one out.
+    # Two particles of three views fit into a batch of seven rows; two more are replayed; the rank omits one.
     assert [len(samples) for samples, *_ in calls[2:]] == [9] * 4
 
 
 def test_the_draws_of_a_render_do_not_depend_on_what_else_is_in_the_batch(unet, make_score, monkeypatch) -> None:
-    """Keyed by particle and view: a union of which parts stay on other ranks gives the same draws."""
+    """They are keyed by particle and view, so a part of the union gives the same draws."""
     score, union = make_score(unet), union_of(6, size=2)
     calls = seen_by(score, monkeypatch)
     training(score, OneRank()).round(union, 4)

@@ -1,4 +1,4 @@
-"""What is saved of the score network: a bit-for-bit resume, and an adapter that peft loads alone."""
+"""The saved score network resumes bit for bit, and peft can load its adapter alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is trained beside a prior, known from the headers of its files, is what a score network trains."""
+"""The trained tensors derived from the headers of a prior's files are those that a score network trains."""
 
 from __future__ import annotations
 

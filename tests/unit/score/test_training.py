@@ -35,7 +35,7 @@ def test_the_first_steps_are_adamw_with_linear_warm_up(unet, make_score):
 
 
 def test_clipping_scales_a_long_gradient_down_and_leaves_a_short_one(unet, make_score):
-    # Decay off; AdamW's second step tells magnitudes apart, its first does not.
+    # Decay off. AdamW's first step does not depend on the gradient's magnitude; its second does.
     length = sum(make_score(unet).num_parameters)
     long, short = draw(9, length), 1e-3 * draw(8, length) / draw(8, length).norm()
     clipped, by_hand = (make_score(unet, weight_decay=0.0, max_grad_norm=limit) for limit in (1.0, 0.0))

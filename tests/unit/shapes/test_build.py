@@ -1,4 +1,4 @@
-"""`distvsd prior build` without its classifier, at a size of seconds."""
+"""`distvsd prior build` without its classifier, at a size that takes seconds."""
 
 from __future__ import annotations
 
@@ -69,13 +69,13 @@ def test_a_build_of_another_configuration_is_not_continued(whole: Path) -> None:
 
 
 def test_a_build_begins_with_another_pipelines_weights_word_by_word(whole: Path, tmp_path: Path) -> None:
-    # The same pipeline under other numbers: "red" and "torus" exchanged in its tokenizer and in its embedding.
+    # The same pipeline with other token numbers: "red" and "torus" exchanged in its tokenizer and in its embedding.
     start = built(tmp_path / "start")
     file = start / "tokenizer" / "tokenizer.json"
     tokenizer = json.loads(file.read_text())
     numbers = tokenizer["model"]["vocab"]
     numbers["red"], numbers["torus"] = numbers["torus"], numbers["red"]
-    del numbers["~"]  # and one that it does not know
+    del numbers["~"]  # and one token is missing
     file.write_text(json.dumps(tokenizer))
     (found,) = (start / "text_encoder").glob("*.safetensors")
     tensors = load_file(found)

@@ -1,4 +1,4 @@
-"""The procedural world: silhouettes against geometry, faces only where they look, rooms, the same bits again."""
+"""The procedural world: silhouettes against geometry, faces seen from the front only, rooms, repeatable bits."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""`check_denoiser` passes every network that can be loaded, and names the rule that another breaks."""
+"""`check_denoiser` accepts every network that can be loaded, and names the rule that a broken one violates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`check_objective` passes what the house has, and names the rule that another breaks."""
+"""`check_objective` accepts the built-in objectives, and names the rule that a broken one violates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The check finds every rule that a user's representation can break, and passes the representations of the house."""
+"""`check_particle` finds every rule that a user's representation violates, and accepts the built-in ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BUSY |= {"entropy": 0.1, "sparsity": 0.1, "coverage": 0.1, "coverage_range": (0.
 
 
 def busy(**fields: Any) -> NerfParticle:
-    """A small field that uses everything a field can do."""
+    """A small field that uses every option of a field."""
     return nerf(dataclasses.replace(SMALL, **(BUSY | fields)))
 
 
@@ -39,7 +39,7 @@ def test_the_representations_of_the_house_conform(particle: Any) -> None:
 
 
 def test_a_part_that_is_never_shown_is_found_unless_it_is_named() -> None:
-    """Every view before a plain colour: the learned background has no gradient, and that may be meant."""
+    """With a plain colour behind every view the learned background has no gradient, which may be intended."""
     hidden = [name for name in busy().init(0, torch.tensor([0])) if name.startswith("background")]
     with pytest.raises(AssertionError, match=r"background_bias0, .* had no gradient in 4 renders"):
         check_particle(busy(random_background=1.0))
@@ -47,7 +47,7 @@ def test_a_part_that_is_never_shown_is_found_unless_it_is_named() -> None:
 
 
 class Broken:
-    """A conforming image, of which a test spoils one method."""
+    """A conforming image; a test spoils one of its methods."""
 
     is_latent = False
     has_views = False
@@ -99,7 +99,7 @@ def images(change: Callable[[Tensor], Tensor]) -> Callable[[Rendered, Parameters
 
 
 def own_generator(values: Tensor, seed: int, ids: Tensor) -> Tensor:
-    """Random, but from a generator that goes on from call to call."""
+    """Adds random numbers from a generator that continues from call to call."""
     return values + torch.rand(values.shape, generator=GENERATOR)
 
 

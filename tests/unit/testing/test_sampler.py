@@ -1,4 +1,4 @@
-"""The check of samplers finds every rule that one can break, and passes the sampler of the house."""
+"""`check_sampler` finds every rule that a sampler violates, and accepts the built-in one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_the_sampler_of_the_house_conforms() -> None:
 
 
 class Spoiled:
-    """The orbit sampler, of which a test spoils something."""
+    """The orbit sampler; a test spoils one part of it."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ def pose(*diagonal: float) -> Callable[[Cameras], Cameras]:
 
 
 def turned_by_the_mean(cameras: Cameras) -> Cameras:
-    """Another field of view if other particles are there."""
+    """A field of view that depends on the other particles."""
     return dataclasses.replace(cameras, fovy=cameras.fovy + 0.1 * cameras.fovy.mean())
 
 

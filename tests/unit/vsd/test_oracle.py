@@ -1,4 +1,4 @@
-"""VSD against a target that is known exactly, in small; `benchmarks/oracle.md` has the figures of the large one."""
+"""VSD against an exactly known target, at a small size; `benchmarks/oracle.md` has the figures at full size."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def test_a_perfect_network_gives_back_the_noise_and_the_sample(process, t):
 
 @pytest.mark.parametrize(("process", "t"), CASES, ids=NAMES)
 def test_guiding_outputs_is_guiding_their_noise(process, t):
-    """Every kind of output is affine in eps for one x_t, which guidance relies on."""
+    """For a given x_t every kind of output is affine in eps; guidance relies on that."""
     one, other = draw()
     noisy = one + other
     mixed = process.to_eps(one + 3 * (other - one), noisy, t)

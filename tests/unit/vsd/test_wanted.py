@@ -1,4 +1,4 @@
-"""What is said of a tensor that is not what it must be."""
+"""The message about a tensor that does not have the required dtype, shape or values."""
 
 from __future__ import annotations
 
