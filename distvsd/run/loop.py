@@ -76,9 +76,7 @@ class Loop:
         # communicates: starts the gather
         exchanged = self.exchange(samples.detached(), step) if self.training else None
         clock.enter("objective")
-        gradient = self.objective(
-            samples, step
-        )  # local unless networks are spread: w(t) (eps_prior - eps_score)
+        gradient = self.objective(samples, step)  # local unless networks are spread: w(t) (eps_prior - eps_score)
         clock.enter("update")
         update = self.ensemble.update(views, samples.latents, gradient, step)  # local: one Adam step a particle
         if self.training is None or exchanged is None:
