@@ -23,7 +23,8 @@ _FLOAT = re.compile(r"\.inf|\.nan|(?:[0-9]+(?::[0-5]?[0-9])*\.?[0-9]*|\.[0-9]+)(
 
 @dataclass(frozen=True)
 class Unread:
-    """What no field takes. said: in words, such as "the date 2026-11-23". is_plain: in quotes it would be a text."""
+    """A value that no field takes. said: the value in words, such as "the date 2026-11-23". is_plain: in quotes it
+    would be a text."""
 
     said: str
     is_plain: bool = False
