@@ -192,7 +192,7 @@ def _refuse_unwritable(path: Path) -> None:
 
 
 def _only_json(json_wanted: bool) -> contextlib.AbstractContextManager[object]:
-    """Keeps standard output free for the object: what rooms and libraries print meanwhile goes to standard error."""
+    """Keeps standard output free for the object: meanwhile packages and libraries print to standard error."""
     return contextlib.redirect_stdout(sys.stderr) if json_wanted else contextlib.nullcontext()
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-MAX_NUMBER = 100  # characters; far below what Python refuses to print, and what a float cannot hold
+MAX_NUMBER = 100  # characters; far fewer than an integer that Python refuses to print, or one too large for a float
 SHOWN = 60  # characters of a text in a message
 
 _CORE = "tag:yaml.org,2002:"

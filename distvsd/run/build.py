@@ -109,8 +109,8 @@ def build_run(
     watch, entered: see `Loop`. source(prior, ids): these particles as the stage before left them; their latents, if
     any, are the prior's.
 
-    Raises PriorError and BackendError where the prior or a backend is missing. Raises ConfigError where the run needs
-    more memory than there is, or where the network would see latents much smaller than those it was trained on.
+    Raises PriorError and BackendError where the prior or a backend cannot be used. Raises ConfigError where the run
+    needs more memory than there is, or where the network would see latents much smaller than those it was trained on.
     """
     _refuse_unfit(config, world)
     refuse_missing(config.parallel)

@@ -31,9 +31,9 @@ Source = Callable[[Latents, Sequence[int]], Handed]
 
 
 def refuse_impossible_hand_overs(config: Config, custom: Custom) -> None:
-    """Raises ConfigError where a stage cannot begin with the particles of the stage before. Called before hours are
-    spent on that stage. Makes no particle; opens the prior's folder where particles are its latents. A custom particle
-    is the same in all stages."""
+    """Raises ConfigError where a stage cannot begin with the particles of the stage before. Called before any stage is
+    trained. Makes no particle; opens the prior's folder where particles are its latents. A custom particle is the same
+    in all stages."""
     if custom.particle is not None:
         return
     nobody = torch.zeros(0, dtype=torch.int64)

@@ -114,7 +114,7 @@ class Trainer:
                 draw_finished(self.parts, self.paths, self.journal)
         except DivergedError:
             with contextlib.suppress(CheckpointError):
-                self._finish()  # all ranks are at the same place: what was being saved is not lost
+                self._finish()  # all ranks stopped at the same place, so a save under way can be completed
             raise
         finally:
             self.journal.close(outcome)

@@ -90,7 +90,7 @@ class _Rank:
         except EOFError:
             self.process.join()
             self.failure = f"died without a word, exit code {self.process.exitcode}"
-            self.failed_at = 0.0  # before the others: what they saw is its consequence
+            self.failed_at = 0.0  # sorts before the other failures, which are its consequence
 
     def end(self) -> None:
         self.process.join(AFTERMATH_S if self.done else 0)
