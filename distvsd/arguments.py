@@ -33,7 +33,7 @@ def number(low: float, high: float) -> Callable[[str], float]:
             value = float(word)
         except ValueError:
             raise ArgumentTypeError(f"{quoted(word)} is not a number") from None
-        if not low <= value <= high:  # nan is not either
+        if not low <= value <= high:  # also refuses nan
             raise ArgumentTypeError(f"{printable(word, DIGITS)} is not at least {low:g} and at most {high:g}")
         return value
 
@@ -41,7 +41,7 @@ def number(low: float, high: float) -> Callable[[str], float]:
 
 
 def text(word: str) -> str:
-    """Any text; a command line may also hold bytes that are none."""
+    """Any text; refuses bytes of the command line that are not UTF-8."""
     try:
         word.encode()
     except UnicodeEncodeError:
@@ -49,7 +49,7 @@ def text(word: str) -> str:
     return word
 
 
-# The limits are there to catch slips: nothing that runs is beyond.
+# These limits catch typing mistakes; no real use exceeds them.
 NODES: Final = whole(1, 10**6)
 RANKS_A_NODE: Final = whole(1, 1024)
 ASSUMPTION: Final = number(1e-9, 1e9)

@@ -1,7 +1,7 @@
-"""The command line. Every command imports the rooms it needs when it runs, so that help is fast.
+"""The command line. Every command imports the packages it needs when it runs, so that help is fast.
 
 Exit codes: 0 done; 2 wrong usage, configuration or prior; 3 preempted, resumable; 130 interrupted from the keyboard (a
-command other than train, or a second time); 141 done, but nobody read the output to its end; 1 anything else.
+command other than train, or a second time); 141 done, but the output was not read to its end; 1 anything else.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from distvsd.runtime.preempt import leave_by_signal, obey_from_the_start
 
 Command = Callable[[argparse.Namespace], int]
 FIRST_RANK_S = 3.0
-INTERRUPTED = 130  # as shells say it: 128 and the number of SIGINT
+INTERRUPTED = 130  # as in shells: 128 plus the number of SIGINT
 
 INTRODUCTION = """\
 distvsd makes 3-D scenes from text by Variational Score Distillation, with many particles on many ranks.
@@ -49,7 +49,7 @@ distvsd makes 3-D scenes from text by Variational Score Distillation, with many 
   distvsd doctor                           what is installed here, and what is missing
   distvsd --help                           all commands; distvsd COMMAND --help explains one"""
 
-# What `distvsd plan` assumes where nobody says: option, unit, meaning.
+# Options that change what `distvsd plan` assumes: option, unit, meaning.
 PLAN_ASSUMPTIONS = (
     ("--round-s", "S", "assumed seconds a round"),
     ("--disk-mb-s", "MB", "assumed megabytes a second of the shared disk, all ranks together"),
@@ -67,7 +67,7 @@ def program(argv: Sequence[str] | None = None) -> NoReturn:
     faulthandler.enable()
     try:
         code = main(argv)
-    except SystemExit as ended:  # argparse, which has said why
+    except SystemExit as ended:  # argparse, which has printed why
         code = ended.code if isinstance(ended.code, int) else 1
     except KeyboardInterrupt:
         print("distvsd: interrupted", file=sys.stderr, flush=True)
@@ -76,10 +76,10 @@ def program(argv: Sequence[str] | None = None) -> NoReturn:
     leave_by_signal()
     if os.environ.get("WORLD_SIZE", "1") != "1":
         if code == ConfigError.exit_code and not is_first_rank():
-            # A launcher ends all when one has ended, and only the first rank says what is wrong.
+            # A launcher ends all ranks when one has ended, and only the first rank prints the error: the others wait.
             time.sleep(FIRST_RANK_S)
-        # gloo's threads let go of the last tensors whenever they come to it; in an interpreter that is being torn down
-        # that aborts the process (seen with torch 2.13), and a finished run would count as failed.
+        # gloo's threads may free the last tensors while the interpreter shuts down. That aborts the process (seen with
+        # torch 2.13), and a finished run would count as failed.
         os._exit(code)
     sys.exit(code)
 
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     if rest:
-        # argparse takes positionals only up to the first option; what follows it are overrides all the same.
+        # argparse takes positionals only up to the first option; those after it are overrides too.
         if not hasattr(args, "overrides") or any(text.startswith("-") for text in rest):
             args.parser.error(f"unrecognized arguments: {printable(' '.join(rest), 300)}")
         args.overrides = [*args.overrides, *rest]
@@ -332,7 +332,8 @@ def _json_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(error: DistvsdError) -> None:
-    """A mistake in the configuration is the same on every rank, so the first one tells it; others name their rank."""
+    """Prints an error. One of configuration or usage is the same on every rank, so only the first rank prints it;
+    another error names its rank."""
     if isinstance(error, ConfigError | UsageError) and not is_first_rank():
         return
     rank = "" if is_first_rank() else f" on rank {os.environ['RANK']}"

@@ -28,7 +28,7 @@ def run_train(args: argparse.Namespace) -> int:
         return 0
     from distvsd.run.train import train
 
-    # Training prints no result. What libraries print goes with the messages, which nobody has to read.
+    # Training prints no result: what libraries print goes to standard error, as the messages do.
     with contextlib.redirect_stdout(sys.stderr):
         return train(config, args.resume)
 
@@ -168,7 +168,7 @@ def _run_directory(args: argparse.Namespace) -> Path:
     run: Path = args.run
     try:
         is_there = run.is_dir()
-    except OSError as error:  # a name that is too long, a folder on the way that may not be looked into
+    except OSError as error:  # a name that is too long, a folder on the path without permission
         raise UsageError(f"{run} cannot be looked at ({error.strerror}); give a run directory") from error
     if not is_there:
         raise UsageError(
@@ -178,7 +178,7 @@ def _run_directory(args: argparse.Namespace) -> Path:
 
 
 def _refuse_unwritable(path: Path) -> None:
-    """Raises UsageError before anything is computed for a file that could not be written then."""
+    """Raises UsageError, before anything is computed, where the file cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         is_new = not path.exists()
@@ -192,7 +192,7 @@ def _refuse_unwritable(path: Path) -> None:
 
 
 def _only_json(json_wanted: bool) -> contextlib.AbstractContextManager[object]:
-    """Keeps standard output free for the object: what rooms and libraries print meanwhile goes to standard error."""
+    """Keeps standard output free for the object: meanwhile packages and libraries print to standard error."""
     return contextlib.redirect_stdout(sys.stderr) if json_wanted else contextlib.nullcontext()
 
 
@@ -208,7 +208,7 @@ def _print_result(result: Mapping[str, Any], as_json: bool) -> None:
 
 
 def _particle_line(detail: Mapping[str, Any]) -> str:
-    """What evaluating found of one particle: its labels, then how many of its views are as the prompt asks."""
+    """One particle's evaluation: its labels, then how many of its views are as the prompt asks."""
     found = " ".join(f"{head} {label}," for head, label in detail["labels"].items())
     views = " ".join(f"{head} {share:.0%}" for head, share in detail["view_accuracy"].items())
     states = "".join(f" {state.upper()}" for state in ("empty", "diverged") if detail[state])
@@ -216,5 +216,5 @@ def _particle_line(detail: Mapping[str, Any]) -> str:
 
 
 def is_first_rank() -> bool:
-    """Whether this process speaks for its launch: one that no launcher started does, whatever RANK says."""
+    """Whether this process reports for its launch. One that no launcher started does, whatever RANK is."""
     return not launched_rank(os.environ)

@@ -1,8 +1,8 @@
 """The stages of a run: a configuration and a run directory each, and the particles that one hands over to the next.
 
-A run without `stages` in its configuration is one stage, and its directory is the run's own. Else stage 2, named fine,
-lives in RUN/stages/2-fine, which is a run directory like any other; RUN itself holds config.yaml, STATUS.json, the lock
-and the heartbeats.
+A run without `stages` in its configuration is one stage, and its directory is the run's own. With stages, stage 2 named
+fine has the directory RUN/stages/2-fine, a run directory like any other. RUN itself holds config.yaml, STATUS.json, the
+lock and the heartbeats.
 """
 
 from __future__ import annotations
@@ -74,14 +74,14 @@ class Stage:
         self.paths.create()
 
     def report(self, state: State, completed: int, message: str = "") -> None:
-        """Writes STATUS.json of the stage and of the run, whose stages are not all done with this one. Rank 0. Raises
+        """Writes STATUS.json of the stage and of the run; the run is done only with its last stage. Rank 0 only. Raises
         RunError. completed: rounds of this stage."""
         self.report_run("running" if state == "done" and self.number < self.count else state, completed, message)
         if self.folder:
             write_status(self.paths.status, state, completed, self.config.schedule.rounds, message)
 
     def report_run(self, state: State, completed: int, message: str = "") -> None:
-        """Writes STATUS.json of the run alone, whose rounds are those of all stages."""
+        """Writes STATUS.json of the run alone; its rounds are those of all stages together. completed: as `report`."""
         rounds = [config.schedule.rounds for config in self.whole.stage_configs]
         write_status(self.run.status, state, sum(rounds[: self.number - 1]) + completed, sum(rounds), message)
 
@@ -128,8 +128,8 @@ def stage_folders(run: Path) -> list[Path]:
 
 
 def newest_stage(run: Path) -> Path:
-    """The directory of the last stage that has a checkpoint, of the first one where none has; the run's own where it
-    has no stages. What looks at a run looks there."""
+    """The directory that commands on a run read: that of the last stage with a checkpoint, or of the first stage where
+    none has one; the run's own where it has no stages."""
     folders = stage_folders(run) or [run]
     return next((folder for folder in reversed(folders) if steps(RunPaths(folder).checkpoints)), folders[0])
 

@@ -18,8 +18,8 @@ BOOKKEEPING = ("run.dir", "particles.recompute", "parallel.timeout_s", "checkpoi
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Every field as plain data, in the order of the schema: what YAML and JSON can hold. `stages` only where there
-    are some, so that a configuration without them reads as it did before there were any."""
+    """Every field as plain data, in the order of the schema: what YAML and JSON can hold. Empty `stages` are left out,
+    so that a configuration without stages reads as in versions before there were any."""
     plain = _plain(config)
     assert isinstance(plain, dict), "a configuration is a mapping"
     if not config.stages:
@@ -36,7 +36,7 @@ def to_yaml(config: Config) -> str:
 
 
 def digest(config: Config) -> str:
-    """SHA-256 of the fields that change the mathematics; not where the run lies, nor what it keeps, logs, waits for."""
+    """SHA-256 of the fields that change the result: all but those of BOOKKEEPING."""
     chosen = {key: value for key, value in _flat(to_dict(config)).items() if not is_bookkeeping(key)}
     text = json.dumps(chosen, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode("ascii")).hexdigest()
@@ -79,8 +79,8 @@ def _yaml_lines(key: str, value: Any, indent: str) -> list[str]:
 def _yaml_value(value: Any) -> str:
     """One line of YAML, whatever the text."""
     # A text of several lines is quoted with escapes, so that it does not depend on indentation. To YAML 1.1 a line also
-    # ends at U+0085, U+2028 and U+2029, which it would read back as a space. What else does not print, such as a mark
-    # that turns the direction of writing, would make a terminal show another text than is there.
+    # ends at U+0085, U+2028 and U+2029, which it would read back as a space. Other characters that do not print, such
+    # as direction marks, would make a terminal show a different text.
     escaped = isinstance(value, str) and not value.isprintable()
     return _dumped(value, '"' if escaped else None, allow_unicode=not escaped)
 

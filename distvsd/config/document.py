@@ -14,7 +14,7 @@ from distvsd.config.scalars import SHOWN, Unread, printable, read_scalar, unknow
 from distvsd.errors import ConfigError
 
 _COLLECTIONS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
-# What may be asked of the reader, in time and memory. A configuration as the program writes it is always within.
+# Limits on the reader's time and memory. A configuration that the program writes is always within them.
 MAX_BYTES = 16 * 2**20
 MAX_VALUES = 40_000  # scalars, lists and mappings, keys too
 MAX_DEPTH = 32  # lists and mappings in each other
@@ -76,7 +76,7 @@ def shown_path(path: Path) -> str:
 
 
 def plain_entry(value: object, where: str) -> Entry:
-    """Plain data as an entry. JSON has texts in the place of the rounds of a schedule; no field's name is a number."""
+    """Plain data as an entry. JSON writes a schedule's rounds as texts; a numeric key is a round, never a field."""
     if isinstance(value, dict):
         return Entry({_round_or_name(key): plain_entry(item, where) for key, item in value.items()}, where)
     return Entry([plain_entry(item, where) for item in value] if isinstance(value, list) else value, where)
@@ -100,8 +100,8 @@ def _read_text(path: Path) -> str:
 
 
 def _read_bytes(path: Path) -> bytes:
-    """The file, or its first `MAX_BYTES` and one. What is no regular file is not opened: a pipe or a device may make
-    the reader wait, or never end."""
+    """The first `MAX_BYTES` + 1 bytes of the file. Only a regular file is opened: a pipe or a device may block the
+    reader, or never end."""
     name = shown_path(path)
     try:
         mode = path.stat().st_mode
@@ -119,7 +119,7 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _opened_at_once(path: str, flags: int) -> int:
-    """Also where a pipe has taken the file's place since it was looked at."""
+    """Opens without blocking, even if a pipe has replaced the file since its kind was checked."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 
@@ -166,7 +166,7 @@ def _compose(text: str, name: str | None) -> yaml.Node | None:
         loader = _Loader(text)
     except yaml.reader.ReaderError as error:
         code = error.character
-        if 0xDC80 <= code <= 0xDCFF:  # how Python hands on a byte of the command line that is not text
+        if 0xDC80 <= code <= 0xDCFF:  # how Python represents a byte of the command line that is not UTF-8
             raise ConfigError(f"byte 0x{code - 0xDC00:02x} is not UTF-8; give the text as UTF-8") from error
         raise ConfigError(
             f"{place(text.count(chr(10), 0, error.position))}is not YAML: character U+{code:04X} is not allowed; "
@@ -183,7 +183,7 @@ def _compose(text: str, name: str | None) -> yaml.Node | None:
         raise ConfigError(
             f"{place(mark.line) if mark else ''}is not YAML: {problem}; quote texts that hold : # [ {{"
         ) from error
-    except (ValueError, OverflowError) as error:  # of chr and int, which the scanner hands any digits
+    except (ValueError, OverflowError) as error:  # from chr and int: the scanner passes them any digits
         raise ConfigError(
             f"{place(loader.get_mark().line)}is not YAML: an escape above U+10FFFF, or the number of a %YAML version "
             "of thousands of digits"

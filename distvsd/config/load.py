@@ -18,7 +18,7 @@ from distvsd.errors import ConfigError
 
 __all__ = ["config_from", "diff", "digest", "dotted_keys", "hints", "is_section", "load_config", "to_dict", "to_yaml"]
 
-# What a message shows; a file of another kind can hold thousands of mistakes.
+# The most that a message shows; a file of another kind can hold thousands of mistakes.
 MAX_MISTAKES = 100
 
 
@@ -37,7 +37,8 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
 
 def config_from(plain: Mapping[str, Any], where: str) -> Config:
-    """The configuration that `to_dict` made plain, also after a way through JSON; where: names it in errors.
+    """The configuration from the plain data of `to_dict`, also after a round trip through JSON. where: its name in
+    errors.
 
     Raises ConfigError as `load_config` does.
     """

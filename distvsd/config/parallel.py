@@ -13,9 +13,9 @@ class ParallelConfig:
     """How ranks work together."""
 
     strategy: Literal["flat", "ddp", "fsdp2", "deepspeed"] = "flat"
-    """How ranks train the score network; flat: one reduction a step, all else whole. Same adapter up to rounding."""
+    """How ranks train the score network (same adapter up to rounding); flat: one reduction a step, nothing split."""
     zero_stage: Annotated[int, Range(1, 3)] = 1
-    """deepspeed only: what ranks hold in parts, 1 the optimiser, 2 the gradient too, 3 the frozen network too."""
+    """deepspeed only: what is split between ranks. 1: the optimiser; 2: the gradient too; 3: the frozen network too."""
     exchange: Literal["all_gather"] = "all_gather"
     """How renders reach the other ranks."""
     numerics: Literal["fast", "exact"] = "fast"

@@ -18,7 +18,7 @@ class ImageConfig:
     init_scale: Weight = 0.1
     """Standard deviation of the noise on the initial values (mid grey, or latents of 0 where init_color is 0)."""
     init_color: Weight = 0.0
-    """Half-width of the uniform RGB by which the plain picture that a particle begins as differs from mid grey."""
+    """A particle begins as a picture of one colour: mid grey plus a uniform RGB offset of this half-width."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class NerfConfig:
     density_noise: Weight = 0.0
     """Standard deviation of the noise added to the density before its activation."""
     entropy: Weight = 0.0
-    """Weight of a binary entropy that pushes what entropy_of names to 0 or 1."""
+    """Weight of a binary entropy that pushes the quantity in entropy_of to 0 or 1."""
     entropy_of: Literal["opacity", "weights"] = "opacity"
     """opacity: of each ray, in nats; weights: of each sample on a ray, in bits, as the paper's code has it."""
     sparsity: Weight = 0.0
@@ -78,7 +78,7 @@ class HealthConfig:
     max_bad: Positive = 10
     """Rounds in a row without a finite gradient after which a particle goes back to its last good state."""
     max_restores: Count = 2
-    """Times a particle goes back before it is quarantined: it stays as it is and takes no part any more."""
+    """Times a particle goes back before it is quarantined: from then on it is frozen and left out of training."""
     restore_rate: Annotated[float, Range(0, 1, above=True)] = 0.5
     """Factor on a particle's learning rates each time it goes back."""
     good_every: Positive = 50
@@ -100,8 +100,8 @@ class ParticlesConfig:
     """Particles per render call on a rank; 0 is all of them. What the backward pass needs of every call is kept until
     the end of the round, unless `recompute` is set."""
     recompute: bool = False
-    """Renders and their encoding are computed again in the backward pass instead of kept: the same bits, with the
-    memory of one render call and not of all, and the time of rendering twice."""
+    """Renders and their encoding are computed again in the backward pass instead of kept. The result has the same bits;
+    memory is that of one render call instead of all, and rendering takes twice the time."""
     learning_rate: Annotated[Schedule, Range(0, 10)] = Schedule(((0, 0.01),))
     """Adam's rate for grids and pixels."""
     network_learning_rate: Annotated[Schedule, Range(0, 10)] = Schedule(((0, 0.001),))

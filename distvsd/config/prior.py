@@ -15,9 +15,9 @@ class PriorConfig:
     path: Annotated[str, PathText()] = "shapes"
     """A diffusers pipeline folder, or `shapes` for the embedded prior."""
     guidance_scale: Annotated[float, Range(0, 1000)] = 7.5
-    """Classifier-free guidance of the prior; 1 is none and halves the UNet's work."""
+    """Classifier-free guidance of the prior; 1 turns it off and halves the UNet's work."""
     view_dependent: bool = True
-    """Whether the prior's prompt names the view the camera has: its side, whether from above, overhead."""
+    """Whether the prior's prompt names the camera's view: the side, from above or not, or overhead."""
     negative_prompt: str = ""
     """Prompt of the unconditional half of the guidance."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"

@@ -12,16 +12,16 @@ from distvsd.config.schema import Config
 from distvsd.config.stages import StageConfig, changed
 from distvsd.config.values import named
 
-# Characters of all stages as JSON: with them a configuration as the program writes it stays within the limits of
+# Most characters of all stages as JSON. This keeps a configuration that the program writes within the limits of
 # `document.py`, whatever the characters.
 MAX_STAGES_TEXT = 2**15
 _NAME_KEY = "name"
 
 
 def read_stages(layers: Sequence[Entry], config: Config, outer: Reader) -> tuple[StageConfig, ...]:
-    """The stages of all layers: the last list, with what overrides change of its stages.
+    """The stages of all layers: the last list, with the overrides applied to its stages.
 
-    config: what the stages change, without them. outer: its reader, which gets the mistakes.
+    config: the configuration that the stages change, itself without stages. outer: its reader, which gets the mistakes.
     """
     stages = []
     for number, entries in enumerate(_merged(layers, outer.mistakes), 1):

@@ -15,7 +15,7 @@ from distvsd.config.schema import Config
 from distvsd.config.stages import may_change
 from distvsd.config.values import Mistake, convert, named, nearest
 
-MAX_UNKNOWN = 20  # keys of one section: a near one is looked for for each
+MAX_UNKNOWN = 20  # keys of one section; for each the nearest known key is searched
 
 
 @cache
@@ -83,7 +83,7 @@ class Reader:
             self.mistakes.append(f"{entry.where}: {self._scope}{key} {mistake}")
 
     def relations(self, config: Config) -> None:
-        """Reports what fields must fulfil together and do not; for a stage, where it changes one of them."""
+        """Reports relations between fields that do not hold; for a stage, only those with a field that it changes."""
         for relation in RELATIONS:
             if self._wrong.intersection(relation.keys) or (self._is_stage and self._read.isdisjoint(relation.keys)):
                 continue

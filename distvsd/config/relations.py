@@ -9,13 +9,13 @@ from distvsd.config.schedule import Schedule
 from distvsd.config.schema import Config
 from distvsd.errors import ConfigError
 
-# What the fixed-point sum of `numerics: exact` can add without wrapping: `parallel.reduce.MAX_ADDENDS`, by a test.
+# The most addends of `numerics: exact` without overflow; a test compares it with `parallel.reduce.MAX_ADDENDS`.
 MOST_EXACT_ROWS = 2**13 - 1
 
 
 @dataclass(frozen=True)
 class Relation:
-    """keys: the dotted fields involved, the first being the one to blame. broken: says what is wrong, or None."""
+    """keys: the dotted fields involved; a mistake is reported at the first. broken: says what is wrong, or None."""
 
     keys: tuple[str, ...]
     broken: Callable[[Config], str | None]
@@ -96,7 +96,7 @@ def _exact_rows(config: Config) -> str | None:
 
 
 def _micro_batch(config: Config) -> str | None:
-    # The libraries' backward pass is one call, and a call of a network in parts must be every rank's.
+    # The libraries' backward pass is one call, and every rank must take part in a call of a split network.
     if config.score.micro_batch == 0 or config.parallel.strategy == "flat":
         return None
     return (
@@ -136,6 +136,6 @@ def refuse_small_latents(config: Config, native: int) -> None:
         return
     raise ConfigError(
         f"the UNet of {config.prior.path} was trained on images of {native} pixels a side, but would see latents of "
-        f"{edge} pixels a side, of which it knows nothing; set render.encode_resolution=native, a render.resolution "
+        f"{edge} pixels a side, too small for it; set render.encode_resolution=native, a render.resolution "
         f"of at least {-(-native // 32) * 8}, or render.small_latents=true if this is what you want"
     )

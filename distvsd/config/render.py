@@ -19,7 +19,7 @@ class RenderConfig:
     """native: renders are resized to the edge that the prior was trained at before they are encoded; render: they are
     encoded as they are. Particles that are latents are not encoded."""
     small_latents: bool = False
-    """Allows latents with less than a quarter of the edge that the prior was trained at; it draws nothing there."""
+    """Allows latents with less than a quarter of the edge that the prior was trained at; those images are useless."""
     backend: Literal["auto", "torch", "nerfacc"] = "auto"
     """auto takes the fastest installed one that supports parallel.numerics."""
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-MAX_NUMBER = 100  # characters; far below what Python refuses to print, and what a float cannot hold
+MAX_NUMBER = 100  # characters; far fewer than an integer that Python refuses to print, or one too large for a float
 SHOWN = 60  # characters of a text in a message
 
 _CORE = "tag:yaml.org,2002:"
@@ -23,7 +23,8 @@ _FLOAT = re.compile(r"\.inf|\.nan|(?:[0-9]+(?::[0-5]?[0-9])*\.?[0-9]*|\.[0-9]+)(
 
 @dataclass(frozen=True)
 class Unread:
-    """What no field takes. said: in words, such as "the date 2026-11-23". is_plain: in quotes it would be a text."""
+    """A value that no field takes. said: the value in words, such as "the date 2026-11-23". is_plain: in quotes it
+    would be a text."""
 
     said: str
     is_plain: bool = False

@@ -49,8 +49,9 @@ class Config:
     log: LogConfig = LogConfig()
     """What is reported while training."""
     stages: tuple[StageConfig, ...] = ()
-    """Stages that follow each other, each with a name and the fields that it changes; none is one stage. Each begins
-    with the particles of the one before and a new score network. `stages.1.schedule.rounds=50` is for the first."""
+    """Stages that follow each other, each with a name and the fields that it changes; an empty list is a run of one
+    stage. Each begins with the particles of the stage before and a new score network. As an override:
+    `stages.1.schedule.rounds=50` for the first."""
 
     @property
     def stage_configs(self) -> tuple[Config, ...]:
@@ -66,8 +67,8 @@ class Config:
 
     @property
     def reads_cameras(self) -> bool:
-        """Whether the score network is told the camera: an image looks the same from all, and a camera that is always
-        dropped would train nothing but an offset."""
+        """Whether the score network gets the camera. Not for images, which look the same from every camera; nor where
+        the camera is always dropped, because its embedding would then learn only an offset."""
         return self.particles.kind != "image" and self.score.camera_drop < 1
 
     @property

@@ -14,8 +14,8 @@ class ScoreConfig:
 
     base: str = ""
     """A diffusers pipeline folder whose network is adapted; empty: the prior's. It must have the prior's latents, text
-    encoder and noise schedule, and may predict something else. The paper teaches with SD 2.1 base and learns on SD
-    2.1."""
+    encoder and noise schedule, but may have another prediction type. The paper uses SD 2.1 base as the prior and SD 2.1
+    here."""
     rank: Annotated[int, Range(1, 1024)] = 4
     """Rank of the adapter."""
     init: Literal["normal", "kaiming"] = "normal"
@@ -44,14 +44,15 @@ class ScoreConfig:
     replay_share: Annotated[float, Range(0, 0.99)] = 0.0
     """Share of each score batch drawn from the replay; above 0 needs replay_rounds."""
     micro_batch: Count = 0
-    """Samples a call of either UNet, for the particles' gradient and in the score's training; 0 is all of a rank's at
-    once, fewer need less memory. Needs parallel.strategy flat; numerics exact takes one particle a call in any case."""
+    """Samples per call of either UNet, for the particles' gradient and in the score's training; fewer need less memory.
+    0: all samples of a rank in one call; any other value needs parallel.strategy flat. numerics exact always takes one
+    particle a call."""
     learning_rate_scaling: Literal["none", "sqrt", "linear"] = "none"
-    """How the rate grows with the samples of a step over one."""
+    """How the learning rate grows with the samples of a step, relative to one sample."""
     max_grad_norm: Weight = 0.0
     """Gradients are clipped to this norm; 0 is off."""
     max_skipped: Positive = 20
-    """Optimiser steps in a row left out because a gradient was not finite, after which the run ends."""
+    """The run ends after this many optimiser steps in a row were skipped because a gradient was not finite."""
 
     def fresh(self, particles: int, views: int) -> int:
         """Of a round's particles, how many a step trains on: whole ones, with all their views."""

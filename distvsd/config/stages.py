@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 
 from distvsd.config.ranges import FolderName
 
-# Sections and fields that a stage may change, and what of them it may not: ranks and ids stay from stage to stage.
+# Sections and fields that a stage may change, and fields in them that it may not: ids stay from stage to stage.
 _CHANGEABLE = ("objective", "particles", "cameras", "render", "score", "schedule")
 _CHANGEABLE_FIELDS = ("prior.guidance_scale", "prior.view_dependent", "prior.negative_prompt")
 _FIXED = ("particles.count",)
@@ -36,7 +36,7 @@ def may_change(key: str) -> bool:
 
 
 def changed(section: Section, changes: Mapping[str, Any]) -> Section:
-    """A section, with its inner sections, in which the fields with these dotted keys have these values."""
+    """A copy of a section in which the fields with these dotted keys, also in inner sections, have these values."""
     values: dict[str, Any] = {}
     inner: dict[str, dict[str, Any]] = {}
     for key, value in changes.items():

@@ -14,7 +14,7 @@ from distvsd.config.ranges import FolderName, Increasing, PathText, Range
 from distvsd.config.scalars import SHOWN, Unread, printable, quoted
 from distvsd.config.schedule import Schedule
 
-# With these a configuration as the program writes it stays within the limits of `document.py`, whatever the characters.
+# These keep a configuration that the program writes within the limits of `document.py`, whatever the characters.
 MAX_TEXT = 100_000  # characters of one text
 MAX_PROMPTS, MAX_PROMPT_CHARACTERS = 20_000, 1_000_000  # of a list of prompts
 MAX_POINTS = 1000  # of a schedule
@@ -73,7 +73,7 @@ def named(value: object) -> str:
 
 def nearest(name: str, known: Sequence[str]) -> str:
     """The known name most like this one, or an empty text."""
-    if len(name) > 100:  # no name is like that, and comparing takes time
+    if len(name) > 100:  # no known name is that long, and comparing takes time
         return ""
     found = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return found[0] if found else ""

@@ -1,6 +1,7 @@
-"""What the particles of a run are worth: labels against the prompt, empty and diverged ones, diversity.
+"""Evaluates the particles of a run: labels against the prompt, empty and diverged particles, diversity.
 
-Written to `evaluation.json` in the run's directory. Needs no rank but one, and no network of the run but its particles.
+Written to `evaluation.json` in the run's directory. Needs one rank only, and loads no network of the run but its
+particles.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from distvsd.runtime import inside
 from distvsd.runtime.paths import RunPaths
 from distvsd.shapes.classifier import SCENES, Classifier, Predictions, load_classifier
 
-# Mean opacity over all views below which nothing, above which only fog is there: of 80 objects the largest covered 0.47
-# of its views, and two fogs 0.97 and 0.98.
+# Mean opacity over all views: below the first a particle is empty, above the second it is only fog. Of 80 objects the
+# largest covered 0.47 of its views; two fogs covered 0.97 and 0.98.
 EMPTY_OPACITY, FOG_OPACITY = 0.01, 0.9
 
 
@@ -122,7 +123,7 @@ def _labels(reading: Readings, turns: Tensor) -> dict[str, int]:
 def _detail(i: int, opened: Opened, reading: Readings, expected: Expected, turns: Tensor) -> dict[str, Any]:
     config, solid = opened.config, opened.particle.has_views
     labels = _labels(reading, turns)
-    # Only of pictures of the shapes world can the classifier say that nothing is in them.
+    # The classifier can tell that an image is empty only for images of the shapes world.
     known_world = config.prior.path == "shapes" or bool(expected.known())
     nothing = known_world and labels["scene"] == SCENES.index("neither")
     # Inside a room every ray ends on a wall: there a full opacity is right.

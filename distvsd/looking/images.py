@@ -24,7 +24,7 @@ PAPER = (24, 24, 24)
 TEXT = (225, 225, 225)
 FONT_SIZE = 13
 LINE_CHARACTERS, MAX_LINES = 22, 5  # of a label
-SMALL_CELL, LARGE_CELL = 128, 256  # cells are enlarged to about the first where few, and never larger than the second
+SMALL_CELL, LARGE_CELL = 128, 256  # few cells are enlarged to about the first; no cell is larger than the second
 FEW_CELLS = 256
 VIDEO_EDGE = 384
 FRAMES_PER_SECOND = 18
@@ -34,7 +34,7 @@ def contact_sheet(images: Tensor, labels: Sequence[str] | None = None) -> Image:
     """A picture of images `[P, V, 3, H, W]` in [0, 1]: a row a particle, a column a view, the labels on the left.
 
     Where there is one view only, the particles fill a square grid in reading order and labels stand below each.
-    Small images are enlarged, and not finite values are shown in magenta.
+    Small images are enlarged. Values that are not finite are shown in magenta.
     """
     from PIL import Image, ImageDraw
 
@@ -126,7 +126,7 @@ def turntable(frames: Tensor, root: Path, name: str) -> Path:
     pixels = b"".join(to_image(frame).resize((width, height), _filter(scale)).tobytes() for frame in frames)
     given = f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {FRAMES_PER_SECOND} -i -"
     with inside.replacing(root, name) as stream:
-        # Its own calls of ffmpeg would open a path, and hide whether ffmpeg could write all of it.
+        # imageio's own calls of ffmpeg would open a path, and hide whether ffmpeg could write all of the file.
         wanted = f"-an -c:v libx264 -crf 10 -pix_fmt yuv420p -f mp4 /dev/fd/{stream.fileno()}"
         done = subprocess.run(
             [program, "-y", "-v", "error", *given.split(), *wanted.split()],
@@ -162,7 +162,7 @@ def _wrapped(label: str, width: int | None) -> str:
 
 
 def _label_room(texts: Sequence[str], beside: bool) -> tuple[int, int]:
-    """Pixels left of all rows, and below every cell, that the labels take."""
+    """Pixels that the labels take: left of all rows, and below every cell."""
     from PIL import Image, ImageDraw
 
     if not texts:

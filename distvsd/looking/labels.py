@@ -1,4 +1,4 @@
-"""What a prompt says must be seen, and what the classifier's readings of several views say is there."""
+"""The labels that a prompt asks for, and the labels that the classifier reads from several views."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Expected:
 
 
 def expected_labels(prompt: str) -> Expected:
-    """Reads the words of the shapes world out of any text; a text without them, `an object` too, expects nothing.
+    """Finds the words of the shapes world in any text; a text without them, such as `an object`, expects nothing.
 
     The shape is the first one named, the colour the one before it or after `something`. An object that is described
     without a face must show none; with one, a text that names another view than the front leaves the face open.

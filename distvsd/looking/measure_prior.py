@@ -28,7 +28,7 @@ UNET_BATCH, UNET_REPEATS = 8, 5
 class Level:
     """One level of captions: `captions` are used in turn, `heads` are those whose labels every caption determines.
 
-    guided: False where the distribution itself is looked at, which guidance sharpens on purpose.
+    guided: False where the distribution itself is measured, because guidance sharpens it.
     """
 
     name: str
@@ -48,9 +48,9 @@ def measure_prior(
 ) -> dict[str, Any]:
     """Draws `samples` ancestral samples for each of `levels()` and counts how many show what their caption says.
 
-    Result: `{level: {head: share right, ...}}`, for the object level, which is drawn without guidance, the modes
-    present of 30 and the total variation from uniform instead, and `unet_ms_per_image` of a single core. Raises
-    PriorError where the prior cannot be loaded.
+    Result: `{level: {head: share right, ...}}`, and `unet_ms_per_image` on a single core. The object level is drawn
+    without guidance and has the modes present of 30 and the total variation from uniform instead. Raises PriorError
+    where the prior cannot be loaded.
     """
     chosen = levels()
     captions = [caption for level in chosen for caption in level.captions]

@@ -1,4 +1,4 @@
-"""The particles of a run on disk, for looking at them: what evaluating and rendering open."""
+"""Opens the particles of a run on disk, to evaluate or render them."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def load_particles(
 
     device: None for a GPU if there is one. most: loads only so many particles, the first ones; None for all. custom:
     the parts that it was trained with. Raises RunError where the folder is no run, CheckpointError where it has no
-    sound checkpoint yet, ConfigError where its config.yaml is none.
+    sound checkpoint yet, ConfigError where its config.yaml is no valid configuration.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     paths = RunPaths(Path(run_dir))
@@ -98,10 +98,10 @@ def load_particles(
 
 
 def compare_with_saved(paths: RunPaths, config: Config, checkpoint: reader.Checkpoint) -> None:
-    """Holds a run's config.yaml against the configuration that its checkpoint was saved with.
+    """Compares a run's config.yaml with the configuration that its checkpoint was saved with.
 
-    Other values are a warning, because a run that was just resumed with changed values looks so. Another number of
-    particles raises CheckpointError.
+    Other values only give a warning, because a run that was just resumed with changed values has them too. Another
+    number of particles raises CheckpointError.
     """
     manifest = checkpoint.manifest
     try:

@@ -1,7 +1,7 @@
-"""What many ranks cost: every strategy of the score network, saves, and failures by assumptions that the plan prints.
+"""What many ranks cost: each strategy of the score network, saves, and failures under assumptions that the plan prints.
 
-How many rounds a failure loses follows from how a save happens (docs/checkpoint-format.md): what is lost is everything
-after the newest published checkpoint, and in the background a checkpoint is published some rounds after its state.
+A failure loses all rounds after the newest published checkpoint (docs/checkpoint-format.md). A save in the background
+publishes its checkpoint some rounds after the state that it holds.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ DAY_S, HOUR_S, MINUTE_S = 86_400, 3_600, 60
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What no configuration says. disk_mb_s: 10^6 bytes a second that the shared disk takes, or gives, for all ranks
-    together. round_s: seconds a round. restart_s: from the end of a job to its first round but for the loading of the
-    checkpoint: queue, imports, weights. node_mtbf_days: mean time between failures of one node.
+    """What no configuration says. disk_mb_s: bandwidth of the shared disk, to write or to read, for all ranks together,
+    in 10^6 bytes a second. round_s: seconds a round. restart_s: seconds from the end of a job to its first round,
+    without loading the checkpoint: queue, imports, weights. node_mtbf_days: mean time between failures of one node.
     """
 
     disk_mb_s: float = 1000.0
@@ -33,11 +33,12 @@ class Assumptions:
 def strategies(
     config: Config, base: int | None, trained: int | None, reduced: int | None, passes: int, world: int
 ) -> list[dict[str, Any]]:
-    """A row for each `parallel.strategy`, in bytes of a rank: the frozen UNet, what is trained with all that training
-    it keeps, sent a round. No rows where something is unknown.
+    """A row for each `parallel.strategy`, in bytes per rank: the frozen UNet; the trained values with their gradients
+    and optimiser state; what is sent in a round. No rows where something is unknown.
 
-    base: bytes of the whole UNet. trained: numbers. reduced: bytes that the flat sum reduces. passes: calls of the UNet
-    a round without a backward pass. The blocks of a spread UNet that are gathered at the moment come on top.
+    base: bytes of the whole UNet. trained: how many values are trained. reduced: bytes that the flat sum reduces.
+    passes: calls of the UNet in a round without a backward pass. The blocks of a spread UNet that are gathered during a
+    call come on top.
     """
     if base is None or trained is None or reduced is None:
         return []
@@ -47,11 +48,11 @@ def strategies(
     if chosen == "deepspeed":
         chosen = f"{chosen}-{config.parallel.zero_stage}"
     steps = config.score.steps_per_round
-    # What a ring moves out of, and into, each rank: twice this share of a sum, once of what is only gathered.
+    # In a ring each rank sends, and receives, others / world of the bytes: twice for a sum, once for a gather.
     others = world - 1
     flat_sum, values_sum = steps * 2 * others * reduced // world, steps * 2 * others * values // world
-    zero_sum = steps * 3 * others * values // world  # the sum, and the new values from those who stepped
-    # A spread network is gathered for each call, and again in a backward pass.
+    zero_sum = steps * 3 * others * values // world  # the sum, and the new values from the ranks that stepped
+    # A spread network is gathered for each call, and again in its backward pass.
     gathered = (passes + 2 * steps) * others * base // world
     # Values, gradient, two moments; ddp and DeepSpeed have buckets beside them, DeepSpeed's optimiser its own values.
     rows = (
@@ -67,7 +68,7 @@ def strategies(
 
 
 def disk_times(config: Config, saved: int | None, loaded: int | None, assumed: Assumptions) -> dict[str, float | None]:
-    """Seconds: `write_s` of a save, which is read back; `load_s` of a resume; `stall_s` of the rounds for each save.
+    """Seconds. `write_s`: to write a save and read it back. `load_s`: to resume. `stall_s`: the rounds wait for a save.
 
     saved: bytes of a checkpoint. loaded: bytes that all ranks read to resume. None where they are unknown.
     """
@@ -84,7 +85,7 @@ def failures(config: Config, nodes: int, times: Mapping[str, float | None], assu
     """What a failure loses on average and at most, how many are expected, and the run's hours without and with them.
 
     times: of `disk_times`; where one is unknown, what depends on it is None. A failure comes at any moment with the
-    same probability. `hours_with_failures` is also None where failures take more time than there is.
+    same probability. `hours_with_failures` is also None where failures take so much time that the run never ends.
     """
     a_day = nodes / assumed.node_mtbf_days
     write_s, load_s, stall_s = times["write_s"], times["load_s"], times["stall_s"]

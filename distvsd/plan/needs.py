@@ -1,4 +1,4 @@
-"""What a run must hold at least, worked out before anything of it is made."""
+"""The least memory that a run needs, computed before anything is allocated."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ TRAINED_COPIES = 4  # of a trained number: its value, its gradient, Adam's two m
 
 
 def particle_bytes(particle: Particle, config: Config) -> int:
-    """Of one particle in training."""
+    """Bytes of one particle in training."""
     cost = particle.cost(config.final_resolution)
     return FLOAT_BYTES * (TRAINED_COPIES * cost.trained + cost.frozen)
 
 
 def refuse_too_large(config: Config, particle: Particle, latents: int, particles: int, room: int, where: str) -> None:
-    """Raises ConfigError if a rank with so many particles surely takes more than the `room` bytes of its `where`.
+    """Raises ConfigError if a rank with this many particles certainly needs more than `room` bytes.
 
-    The other arguments are those of `least_memory`.
+    where: what has the room, for the message. The other arguments are those of `least_memory`.
     """
     needs = least_memory(config, particle, latents, particles)
     if sum(needs.values()) > room:
@@ -36,12 +36,12 @@ def _gib(size: int) -> str:
 
 
 def least_memory(config: Config, particle: Particle, latents: int, particles: int) -> dict[str, int]:
-    """Bytes that a rank with so many particles has on its device at once, by what they are for; activations, the prior
-    and the score network come on top.
+    """Bytes that a rank with this many particles has on its device at once, by purpose; activations, the prior and the
+    score network come on top.
 
-    particle: of the run's kind. latents: numbers of one sample's latents at the smallest resolution. Of the renders,
-    those of one call are there as pictures, and all of a round as latents: of all ranks where a score network trains on
-    them.
+    particle: of the run's kind. latents: how many numbers one sample's latents have at the smallest resolution. The
+    renders of one call are held as pictures, and all renders of a round as latents: those of all ranks where a score
+    network trains on them.
     """
     views = config.particles.views
     size = min(config.render.corners(config.schedule.rounds))

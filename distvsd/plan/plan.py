@@ -82,8 +82,8 @@ def make_plan(
 
 
 def _owners(particles: int, world: int) -> list[dict[str, Any]]:
-    """Ranks from the first to the last that own `each` particles each, one after the other from `first` on; shares are
-    of two sizes at most, so these are one row or two for any world."""
+    """One row per size of share, so one or two rows for any world: the first and the last of the ranks that own `each`
+    particles each, and the `first` particle of the first of them. Their particles are consecutive."""
     small, longer = divmod(particles, world)
     rows = [
         {"ranks": [0, longer - 1], "first": 0, "each": small + 1},
@@ -130,7 +130,7 @@ def _passes(config: Config, needs: Collection[Part]) -> tuple[int, int]:
 def _rank_memory(
     particle: Mapping[str, Any], chosen: Mapping[str, Any], prior: PriorSizes, largest_shard: int
 ) -> dict[str, Any]:
-    """The frozen UNet is the prior's and the score network's; what else the prior has, every rank holds whole."""
+    """The prior and the score network share the frozen UNet. Every rank holds the rest of the prior whole."""
     particles = None if particle["training"] is None else particle["training"] * largest_shard
     frozen = None
     if chosen["base"] is not None and prior.weight_bytes is not None and prior.unet_bytes is not None:
@@ -143,7 +143,7 @@ def _rank_memory(
 def _unet_samples(config: Config, needs: Collection[Part], largest_shard: int, world: int) -> dict[str, int]:
     """Samples through the UNet a round on the busiest rank: the prior, the score network, and its training.
 
-    The score trains on all ranks' samples and on replayed ones, cut into equal slices whoever rendered them.
+    The score trains on all ranks' samples and on replayed ones, in equal slices whichever rank rendered them.
     """
     views = config.particles.views
     local, (prior, score) = largest_shard * views, _passes(config, needs)
@@ -176,8 +176,8 @@ def _phase(config: Config, prior: PriorSizes, round: int, largest_shard: int, wo
 
 
 def _wire(phases: list[dict[str, Any]], chosen: Mapping[str, Any], world: int) -> dict[str, Any]:
-    """Bytes a round at its largest, renders and gradients together: what a rank sends, which is what it receives, and
-    what all of them send. Both collectives are rings, so that a machine's link carries as much as one rank of it."""
+    """Bytes of the largest round, renders and gradients together: what a rank sends, which equals what it receives, and
+    what all ranks send. Both collectives are rings, so a machine's link carries as much as one of its ranks."""
     sent = [phase["sent_a_round"] for phase in phases] + [chosen["sent_a_round"]]
     rank = None if None in sent else max(sent[:-1]) + sent[-1]
     return {"rank": rank, "all": None if rank is None else world * rank}
@@ -186,10 +186,10 @@ def _wire(phases: list[dict[str, Any]], chosen: Mapping[str, Any], world: int) -
 def _checkpoint(
     config: Config, particle: Mapping[str, Any], score: Mapping[str, Any], phases: list[dict[str, Any]], world: int
 ) -> dict[str, Any]:
-    """Of the largest: values and two moments of every particle, perhaps its good state too, in which nothing frozen is
-    repeated, and of the score network; and the replay.
+    """Bytes of the largest checkpoint: values and two moments of every particle and of the score network; the replay;
+    and perhaps every particle's good state, which does not repeat frozen values.
 
-    loaded: what a resume reads. Each file is hashed by one rank; then its owner reads a particle, every rank the score.
+    loaded: what a resume reads. One rank hashes each file; then the owner reads a particle, and all ranks the score.
     """
     copies = most_copies(config.schedule.rounds, config.checkpoint.every, config.particles.health.good_every)
     particles = None

@@ -1,4 +1,4 @@
-"""What a plan must know of the prior: from its folder, or from the published sizes of a public model."""
+"""The sizes of the prior that a plan needs: from its folder, or the published ones of a public model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 class PriorSizes:
     """latent_channels; downscale: image pixels a side of a latent pixel; resolution: pixels a side that the network was
     trained at. weight_bytes: of all files, unet_bytes: of the network's alone. adapter_parameters, camera_parameters:
-    trained beside it. None where the prior is not here, and problem says why. path: what it is called.
+    trained beside it. None where the prior is not here; problem then says why. path: its name in the plan.
     """
 
     path: str
@@ -42,7 +42,7 @@ class PriorSizes:
 
 
 def prior_sizes(config: Config, published: str | None = None) -> PriorSizes:
-    """Of prior.path, or of a public model by its name in `PUBLISHED`. Reads configurations and headers, no weights."""
+    """Sizes of prior.path, or of a public model by its name in `PUBLISHED`. Reads configurations and headers only."""
     if published is not None:
         return _published(config, PUBLISHED[published])
     try:

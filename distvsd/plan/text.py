@@ -22,7 +22,7 @@ ASSUMED = {
 
 
 def draw(plan: Mapping[str, Any]) -> str:
-    """All of a plan that a person wants to see; of a run with stages one after the other."""
+    """The plan as lines of text; for a run with stages one plan after the other."""
     if "stages" not in plan:
         return "\n".join(_lines(plan))
     stages = plan["stages"]
@@ -79,7 +79,7 @@ def _lines(plan: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _owners(owners: Sequence[Mapping[str, Any]], idle: int, per_node: int) -> Iterator[str]:
-    """A line a rank, or a line a node where those are too many: particles of a node follow each other."""
+    """A line per rank, or a line per node where those are too many: a node's particles are consecutive."""
     world = owners[-1]["ranks"][1] + 1
     a_line = 1 if world <= MAX_LINES else per_node
     for first in range(0, world, a_line)[:MAX_LINES]:

@@ -1,4 +1,4 @@
-"""From a configuration to the objects of a run: the only place that knows every concrete class."""
+"""Makes the objects of a run from its configuration: the only file that names every concrete class."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ from distvsd.vsd.samples import Samples
 
 @dataclass(frozen=True, kw_only=True)
 class Custom:
-    """Parts that the caller makes, in place of those that the configuration names; None leaves a part to it.
+    """Parts that the caller makes; None: the part is made from the configuration.
 
     The same on every rank and at every resume: a checkpoint holds the names of their classes only. denoiser: wraps the
     network that was loaded.
@@ -71,7 +71,7 @@ class Custom:
 class Run:
     """The parts of one rank of a run, wired together; `loop.run` is the algorithm.
 
-    training: of the score network; None where the objective needs none. custom: what the caller made of it.
+    training: trains the score network; None where the objective needs none. custom: the parts that the caller made.
     """
 
     config: Config
@@ -96,7 +96,7 @@ class Run:
 
 
 class Latents(Protocol):
-    """What particles that are latents need of the prior; see `prior.base.Prior`."""
+    """The part of a prior that latent particles use; see `prior.base.Prior`."""
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]: ...
 
@@ -113,10 +113,11 @@ def build_run(
 ) -> Run:
     """Loads the prior and makes this rank's particles. Every rank calls it; it does not communicate.
 
-    watch, entered: see `Loop`. source: gives these particles of the stage before, whose latents are the prior's.
+    watch, entered: see `Loop`. source(prior, ids): these particles as the stage before left them; their latents, if
+    any, are the prior's.
 
-    Raises PriorError and BackendError where the configuration asks for what is not there, and ConfigError where it asks
-    for more memory than there is, or where the network would see latents much smaller than those it was trained on.
+    Raises PriorError and BackendError where the prior or a backend cannot be used. Raises ConfigError where the run
+    needs more memory than there is, or where the network would see latents much smaller than those it was trained on.
     """
     objective = custom.objective or make_objective(config)
     learns = bool(objective.needs & set(get_args(ScorePart)))
@@ -134,9 +135,9 @@ def build_run(
         config.prior.view_dependent and _has_views(config, custom),  # an image has no side
         config.prior.dtype,
         world.device,
-        # One particle a call makes its arithmetic independent of who else is on the rank, to the last bit.
+        # With one particle a call, no bit of a particle depends on which others are on its rank.
         micro_batch=views if exact else config.score.micro_batch,
-        # A network that is cut up may be one that fits on no device: it waits in the host's memory.
+        # A network that is split over ranks may not fit on one device, so it is loaded into the host's memory.
         unet_device="cpu" if shares_network and spreads_network(config.parallel, world) else None,
     )
     if custom.denoiser is not None:
@@ -145,7 +146,7 @@ def build_run(
     if learns:
         training = _score_training(config, world, prior, custom)
         if shares_network and spreads_network(config.parallel, world):
-            # A second module tree would hold all of the network.
+            # A second module tree would hold the whole network again.
             prior = replace(prior, denoiser=training.score.without_adapter())
     assigned = owners(config.particles.count, world.size)
     own = assigned[world.rank]
@@ -286,8 +287,8 @@ def make_ensemble(
     blank: bool = False,
     custom: Custom = Custom(),
 ) -> Ensemble:
-    """Fresh particles `ids` of this configuration. prior: whose latents they are, where they are latents. source: what
-    the stage before hands over, rows in the order of `ids`. blank: see `Resident`.
+    """Fresh particles `ids` of this configuration. prior: needed for latent particles only. source: what the stage
+    before hands over, rows in the order of `ids`. blank: see `Resident`.
 
     Raises ConfigError where the particles cannot begin from the source.
     """
@@ -301,7 +302,7 @@ def make_ensemble(
 
 @dataclass(frozen=True)
 class _Shape:
-    """As much of a prior as the shape of a particle depends on."""
+    """Stands in for a prior where only the shape of a particle matters."""
 
     shape: tuple[int, int, int]
 
@@ -313,7 +314,7 @@ class _Shape:
 
 
 def blank_particle(config: Config, latents: tuple[int, int, int] | None) -> Particle:
-    """The kind of particle of this configuration, for its sizes: it needs no prior, and is not for rendering.
+    """The kind of particle of this configuration, for its sizes only: needs no prior, and is not for rendering.
 
     latents: the shape of an image in latents in the last round, which `Config.are_latents` need.
     """

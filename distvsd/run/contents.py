@@ -1,8 +1,8 @@
-"""What the files of a checkpoint must hold so that a run can go on from it: what a resume and `distvsd verify` ask.
+"""What the files of a checkpoint must hold so that a run can continue: checked by a resume and by `distvsd verify`.
 
-The rooms that read a file say what must be in it (`particles.stored`, `score.stored`, `score.replay`); here that is put
-together for one configuration. A resume has its own network and prior. `distvsd verify` has the configuration in the
-manifest, and asks the prior of the run's config.yaml for shapes, which are in the headers of its files.
+The packages that read a file define what must be in it (`particles.stored`, `score.stored`, `score.replay`). This
+module combines those rules for one configuration. A resume has its own network and prior. `distvsd verify` takes the
+configuration from the manifest, and shapes from the file headers of the prior that the run's config.yaml names.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _log = logging.getLogger("distvsd")
 
 @dataclass(frozen=True)
 class Contents:
-    """See `checkpoint.reader.Contents`. config: of who reads. trainable: shapes of what its score network trains.
+    """See `checkpoint.reader.Contents`. config: the reader's. trainable: shapes of the score network's trained tensors.
 
-    particle: of the run; None to make one of the configuration. prior: None where it is not there; then latents may
-    have any shape. kept: most rounds in the replay buffer; a resume takes any number and keeps the newest.
+    particle: the run's kind; None: made from the configuration. prior: None where it is missing; then latents may have
+    any shape. kept: most rounds allowed in the replay buffer; a resume takes any number and keeps the newest.
     """
 
     config: Config
@@ -106,10 +106,10 @@ def refuse_other_particles(manifest: Manifest, count: int) -> None:
 
 
 def verify(run: Path, digest: bool = False) -> list[str]:
-    """`checkpoint.verify.verify_run`, for which a checkpoint is sound if a resume with its own configuration reads it.
+    """Runs `checkpoint.verify.verify_run`. A checkpoint is sound if a resume with its own configuration can read it.
 
-    Of a run with stages, all that have a checkpoint: their lines begin with the stage, `2-fine/`, and the last line of
-    the digest is of all stages. What needs the prior is left out where the prior is not there, with a warning.
+    In a run with stages, verifies all that have a checkpoint: their lines begin with the stage, `2-fine/`, and the last
+    line of the digest covers all stages. Without the prior, the checks that need it are skipped with a warning.
     """
     stages = [folder for folder in stage_folders(run) if steps(RunPaths(folder).checkpoints)]
     if not stages:
@@ -129,12 +129,12 @@ def verify(run: Path, digest: bool = False) -> list[str]:
 
 
 class _Judge:
-    """What is wrong with the checkpoints of a run, each seen with the configuration in its manifest."""
+    """Finds what is wrong with the checkpoints of a run, each judged by the configuration in its manifest."""
 
     def __init__(self, run: Path) -> None:
         self._prior: PipelineFolder | None = None
         try:
-            # Of the run, and not of a manifest: a checkpoint must not make anything outside of it be opened.
+            # The path is the run's, not a manifest's: a checkpoint must not be able to have other files opened.
             config = load_config(RunPaths(run).config)
             prior = open_folder(config.prior.path)
             base = open_folder(config.score.base) if config.score.base else prior
@@ -184,7 +184,7 @@ class _Judge:
 
 
 def _unet_of(checkpoint: Checkpoint) -> stored.Shapes:
-    """As the checkpoint's own adapter says, for want of the prior."""
+    """Shapes of the UNet, derived from the checkpoint's own adapter because the prior is missing."""
     has_camera = stored.CAMERA_FILE in checkpoint.manifest.files
     camera = checkpoint.read(stored.CAMERA_FILE) if has_camera else {}
     return stored.unet_like(checkpoint.read(stored.ADAPTER_FILE), camera)

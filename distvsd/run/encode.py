@@ -1,4 +1,4 @@
-"""From renders to what the networks see: latents with the graph to the particles, and what belongs to each."""
+"""Encodes renders for the networks: latents with the graph to the particles, and the data that goes with each."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Encoder:
         )
 
     def _none(self, edge: int) -> Samples:
-        """What a rank without particles gives to the exchange: no rows, of the width that the others' rows have."""
+        """The samples of a rank without particles: zero rows, as wide as the rows of the other ranks."""
         device = self._prior.device
         empty = torch.zeros(0, dtype=torch.int64, device=device)
         return Samples(

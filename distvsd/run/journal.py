@@ -1,6 +1,6 @@
 """What a run reports while it trains: metrics.jsonl, health.jsonl, the progress line, stragglers, Weights and Biases.
 
-Rank 0 writes; the others only give their numbers, all in one gather a logged round. Reports never end a run.
+Rank 0 writes; the others only send their numbers, in one gather per logged round. A failed report never ends a run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from distvsd.runtime.progress import Progress
 from distvsd.runtime.stragglers import Stragglers
 from distvsd.runtime.tracker import Outcome, Tracker, open_tracker
 
-# Measured before a rank waits for another: in what follows them every rank looks as slow as the slowest.
+# The phases in which no rank waits for another. In the other phases every rank looks as slow as the slowest.
 LOCAL_PHASES = ("render", "encode", "objective", "update")
 EVENTS = {
     "unhealthy": "gradient not finite",
@@ -38,7 +38,7 @@ class Journal:
     def __init__(
         self, config: Config, world: World, paths: RunPaths, first: int, metrics_bytes: int, health_bytes: int | None
     ) -> None:
-        """first: the round the run begins or continues with. *_bytes: what of the files belongs to rounds before."""
+        """first: the round the run begins or continues with. *_bytes: length of each file up to that round."""
         self._config, self._world = config, world
         is_first = world.rank == 0
         self.progress = Progress(config.schedule.rounds, config.particles.count, config.log.every, is_first)
@@ -66,7 +66,7 @@ class Journal:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
 
     def stalled(self, seconds: float) -> None:
-        """The loop stood still for a checkpoint."""
+        """Notes the seconds for which the loop stopped for a checkpoint."""
         self._stall += seconds
 
     def settle(self) -> None:

@@ -1,6 +1,6 @@
 """The algorithm. One round: render, ask the prior and the score, move the particles, train the score on all renders.
 
-It knows no package of the field and no process group: what communicates is handed in as callables.
+It imports no diffusion library and uses no process group: what communicates is passed in as callables.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class Round:
 
 @dataclass(frozen=True)
 class Loop:
-    """The parts of a run on one rank; what may communicate is handed in as callables.
+    """The parts of a run on one rank; what may communicate is passed in as callables.
 
     encode(views, resolution): this rank's renders as samples, with the graph to the particles. objective(samples,
     step): the gradient at the latents, see `vsd.objectives.Distillation`. exchange(samples, step): starts the gather of
     all ranks' samples (communicates). exclude(union, ids): the union with weight 0 for the particles that any rank
     names (communicates). training is None where no score network is learnt (SDS). watch(round): returns True to stop;
-    every rank must return the same. entered(step, phase): told where the rank is.
+    every rank must return the same. entered(step, phase): called at the start of each phase.
     """
 
     ensemble: Ensemble
@@ -83,7 +83,7 @@ class Loop:
             return Round(step, update, None, None, clock.stop())
         clock.enter("exchange")
         union = exchanged.wait()  # communicates: the samples of all ranks
-        union = self.exclude(union, update.absent)  # communicates: what did not move does not train the score
+        union = self.exclude(union, update.absent)  # communicates: a particle that did not move is not trained on
         clock.enter("score")
         lag = self.training.lag(union, step) if self.lag_due(step) else None  # local unless networks are spread
         fit = self.training.round(union, step)  # communicates: K flat reductions

@@ -1,4 +1,4 @@
-"""Contact sheets while a stage trains and when it is done. A run is never ended by a picture that cannot be drawn."""
+"""Contact sheets while a stage trains and when it is done. A picture that cannot be drawn never ends a run."""
 
 from __future__ import annotations
 

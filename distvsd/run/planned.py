@@ -1,4 +1,4 @@
-"""The plan of a run: of each of its stages, with a particle of the stage's kind that holds no values."""
+"""The plan of a run: one for each stage, made with a particle of the stage's kind that holds no values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def plan_run(
     assumed: Assumptions | None = None,
     published: str | None = None,
 ) -> dict[str, Any]:
-    """`plan.plan.make_plan` of the run; of one with stages `{"stages": [...]}`, a plan with its `name` for each.
+    """`plan.plan.make_plan` of the run. For a run with stages `{"stages": [...]}`: a plan with its `name` for each.
 
     published: plans for the public model of that name (`plan.published.PUBLISHED`) instead of prior.path.
     """

@@ -31,9 +31,9 @@ Source = Callable[[Latents, Sequence[int]], Handed]
 
 
 def refuse_impossible_hand_overs(config: Config, custom: Custom) -> None:
-    """Raises ConfigError where a stage cannot begin with the particles of the one before: before hours are spent on
-    those. Makes no particle; opens the prior's folder where particles are its latents. A custom particle is the same in
-    all stages."""
+    """Raises ConfigError where a stage cannot begin with the particles of the stage before. Called before any stage is
+    trained. Makes no particle; opens the prior's folder where particles are its latents. A custom particle is the same
+    in all stages."""
     if custom.particle is not None:
         return
     nobody = torch.zeros(0, dtype=torch.int64)
@@ -52,8 +52,8 @@ def _blank(config: Config) -> Particle:
 
 
 def source_of(stage: Stage, world: World, custom: Custom) -> Source | None:
-    """What gives this rank's particles of the stage before; None for the first stage. Collective: the checkpoint is
-    read, and verified by all ranks together. Raises CheckpointError where there is none."""
+    """Returns the function that gives this rank's particles as the stage before left them; None for the first stage.
+    Collective: all ranks read and verify the checkpoint together. Raises CheckpointError where there is none."""
     if stage.number == 1:
         return None
     before = Stage(stage.whole, stage.number - 1)
@@ -75,7 +75,8 @@ def source_of(stage: Stage, world: World, custom: Custom) -> Source | None:
 def resume(parts: Run, saver: Saver) -> tuple[int, int, int | None]:
     """Restores the newest sound checkpoint into the parts; collective.
 
-    Returns the rounds completed by then and its lengths of metrics.jsonl and health.jsonl; zeros where there is none.
+    Returns what the checkpoint records: rounds completed, and the lengths of metrics.jsonl and health.jsonl in bytes.
+    Zeros where there is none.
     """
     trainable = parts.training.score.trainable if parts.training else {}
     shapes = {name: parameter.shape for name, parameter in trainable.items()}
@@ -127,10 +128,10 @@ def _listed(parts: Mapping[str, str]) -> str:
 
 
 def largest_part(parts: Run) -> int:
-    """Bytes of this rank's part of the largest checkpoint that is due, at the start of a run; the score network, which
-    all ranks hold, counts on rank 0.
+    """Bytes of this rank's part of the largest checkpoint that the run will write; called at its start. The score
+    network, which all ranks hold, counts on rank 0 only.
 
-    A score that is trained gets AdamW's two moments of every parameter, and its replay fills up. Local.
+    A trained score network has AdamW's two moments of every parameter, and a full replay. Local.
     """
     config, rounds = parts.config, parts.config.schedule.rounds
     copies = most_copies(rounds, config.checkpoint.every, config.particles.health.good_every)
@@ -147,6 +148,6 @@ def largest_part(parts: Run) -> int:
 
 
 def _row_bytes(parts: Run, resolution: int) -> int:
-    """Of one sample of that resolution, taken from a batch without any."""
+    """Bytes of one sample at that resolution, taken from the columns of an empty batch."""
     columns = vars(parts.loop.encode([], resolution)).values()
     return sum(column.element_size() * math.prod(column.shape[1:]) for column in columns)

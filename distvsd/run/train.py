@@ -56,7 +56,7 @@ def train(config: Config, resume: Resume = "auto", custom: Custom = Custom()) ->
 
 @dataclass(frozen=True)
 class _Process:
-    """What a rank has of its machine for the whole run."""
+    """What a rank keeps for the whole run, whatever the stage."""
 
     world: World
     preemption: Preemption
@@ -66,8 +66,8 @@ class _Process:
 
 
 def _newest_begun(world: World, stages: list[Stage]) -> int:
-    """Index of the stage to go on with: the last one that has a checkpoint, or the first. As rank 0 sees the disk, the
-    same on every rank. One that is complete only draws its pictures again before the next begins."""
+    """Index of the stage to go on with: the last one that has a checkpoint, or the first. Collective: rank 0 looks at
+    the disk, and every rank gets its answer. A complete stage only draws its pictures again before the next begins."""
 
     def look() -> int:
         if world.rank != 0:
@@ -82,7 +82,7 @@ def _newest_begun(world: World, stages: list[Stage]) -> int:
 
 
 def _warn_of_changes(over: Stage) -> None:
-    """Says which settings of a stage that is over were changed: they have no effect any more."""
+    """Warns of changed settings of a finished stage: they no longer have an effect."""
     before = load_config(over.paths.known_config())
     changed = [key for key, *_ in diff(before, over.config) if not is_bookkeeping(key)]
     if changed:
@@ -100,7 +100,7 @@ def _train_stage(stage: Stage, process: _Process) -> bool:
         if not is_done or stage.number == stage.count:
             return is_done
         del trainer
-        gc.collect()  # its networks and particles refer to each other in circles; the next stage needs their memory
+        gc.collect()  # its networks and particles form reference cycles; the next stage needs their memory
         if not max_flags(world, int(preemption.requested is not None)):
             return True
         if world.rank == 0:
@@ -134,15 +134,15 @@ def _shown(value: object) -> str:
 
 @contextlib.contextmanager
 def _failure_reported(stage: Stage, process: _Process) -> Iterator[None]:
-    """Writes an error that ends the run into STATUS.json. To that of a lost rank it adds which one it was, where it
-    was, and what it was doing."""
+    """Writes an error that ends the run into STATUS.json. For a lost rank it adds which rank it was, where it was, and
+    what it was doing."""
     rank = process.world.rank
     try:
         yield
     except RankError as error:
         silent = process.heartbeat.silent()
         named = RankError(f"{error}; {silent}") if silent else error
-        if rank == 0 or "rank 0 (" in silent:  # nobody else is left to say so
+        if rank == 0 or "rank 0 (" in silent:  # no other rank is left to write it
             _report_failure(stage, named)
         raise named from error
     except BaseException as error:
@@ -159,7 +159,7 @@ def _report_failure(stage: Stage, error: BaseException) -> None:
 
 @contextlib.contextmanager
 def _claimed(world: World, paths: RunPaths, config: Config, resume: Resume) -> Iterator[None]:
-    """Makes the run directory this run's own for the block; rank 0 acts, and all ranks learn how it went."""
+    """Locks and claims the run directory for the block. Collective: rank 0 acts; an error is raised on all ranks."""
     lock = RunLock(paths.lock, paths.heartbeats)
 
     def claim() -> None:
@@ -184,9 +184,9 @@ def _claimed(world: World, paths: RunPaths, config: Config, resume: Resume) -> I
 
 
 def _differences(paths: RunPaths, config: Config) -> list[str]:
-    """What changed against the run in this directory and would change its mathematics, in words.
+    """The changes from the configuration of the run in this directory that would change its results, in words.
 
-    A run of an older version goes on with this configuration's values of the fields that it did not have.
+    A run of an older version takes this configuration's values for the fields that the version lacked.
     """
     text = paths.previous_config()
     if text is None:

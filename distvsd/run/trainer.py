@@ -1,4 +1,4 @@
-"""One rank of a stage with all that surrounds the loop: what is due after each round, saving, stopping."""
+"""One rank of a stage, with everything around the loop: what is due after each round, saving, stopping."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PICTURES_TIMEOUT_S = 86_400.0
 
 
 class Order(enum.IntFlag):
-    """What one rank knows and all must act on, together, after a round."""
+    """What one rank found and all ranks must act on together after a round."""
 
     PREEMPTED = 1
     WRITING = 2
@@ -53,8 +53,8 @@ class Trainer:
         self.stage, self.world, self.preemption, self.heartbeat = stage, world, preemption, heartbeat
         self.config, self.paths = stage.config, stage.paths
         config, paths = self.config, self.paths
-        # Loading from a shared disk, and the first round, take ranks very different times, and heartbeats tell a slow
-        # rank from a lost one. Later a silence is a failure.
+        # Ranks take very different times to load from a shared disk and to run the first round. Until then heartbeats
+        # tell a slow rank from a lost one; later a rank that does not answer in time is an error.
         self.patience_s = max(OPENING_TIMEOUT_S, config.parallel.timeout_s)
         set_timeout(world, self.patience_s, heartbeat.refuse_lost)
         agreed(world, lambda: stage.create() if world.rank == 0 else None)
@@ -72,8 +72,8 @@ class Trainer:
         self.collect_garbage = tame_garbage_collector()
 
     def _refuse_unlike_ranks(self) -> None:
-        """Communicates. Every rank reads all files of its prior once more for this, which is the price of knowing that
-        they are the same: seconds for each GB from a local disk."""
+        """Communicates. Every rank reads all files of its prior once more to compare their hashes: this takes seconds
+        for each GB from a local disk."""
         identities = agreed(self.world, self.parts.identities)
         facts = {
             what: Fact(identity, f"{identity[:15]} ({path} seen from {Path.cwd()})")
@@ -89,7 +89,7 @@ class Trainer:
         return build_run(self.config, self.world, self._watch, self.heartbeat.at, custom, source)
 
     def _adopt(self) -> None:
-        """Writes what the run and the stage are continued with, which may be changed by `--resume must`."""
+        """Writes the configurations that the run and the stage go on with; `--resume must` may have changed them."""
         self.paths.adopt(to_yaml(self.config))
         self.stage.run.adopt(to_yaml(self.stage.whole))
 
@@ -114,7 +114,7 @@ class Trainer:
                 draw_finished(self.parts, self.paths, self.journal)
         except DivergedError:
             with contextlib.suppress(CheckpointError):
-                self._finish()  # all ranks are at the same place: what was being saved is not lost
+                self._finish()  # all ranks stopped at the same place, so a save under way can be completed
             raise
         finally:
             self.journal.close(outcome)
@@ -123,7 +123,8 @@ class Trainer:
         return not self.was_preempted
 
     def _watch(self, done: Round) -> bool:
-        """After each round: what is due by now. The same on every rank: the round's number and a common word decide."""
+        """Does what is due after a round; True stops the run. The round's number and the union of all ranks' orders
+        decide, so every rank does the same."""
         completed = done.step + 1
         last = completed == self.config.schedule.rounds
         if done.step == self.first:
@@ -138,7 +139,7 @@ class Trainer:
             self._finish()
         every = self.config.checkpoint.every
         ends = last or Order.PREEMPTED in orders
-        if ends:  # ranks write for very different times, and wait for each other: a slow disk is no dead rank
+        if ends:  # ranks take very different times to write, and wait for each other: a slow disk is no dead rank
             set_timeout(self.world, self.patience_s, self.heartbeat.refuse_lost)
         if ends or (every and completed % every == 0):
             self._save(completed)
@@ -148,7 +149,7 @@ class Trainer:
         return self.was_preempted
 
     def _orders(self) -> Order:
-        """The union of what the ranks know; communicates one word."""
+        """The union of all ranks' orders; communicates one word."""
         mine = Order.PREEMPTED if self.preemption.requested else Order(0)
         if self.saver.writing:
             mine |= Order.WRITING

@@ -15,7 +15,7 @@ __all__ = ["as_flow", "check_denoiser", "check_objective", "check_particle", "ch
 
 
 def __getattr__(name: str) -> Any:
-    """Loaded when first used: `distvsd.testing.ranks` and others must not load every room."""
+    """Loads a name on first use: importing `distvsd.testing.ranks` must not load every package."""
     if name not in __all__:
         raise AttributeError(f"module 'distvsd.testing' has no attribute {name!r}; it has {', '.join(__all__)}")
     from importlib import import_module

@@ -1,4 +1,4 @@
-"""What a network must fulfil to teach or to learn here: run `check_denoiser` on yours in your own tests."""
+"""What a prior's or a score's network must fulfil: run `check_denoiser` on yours in your own tests."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def check_process(process: Process, device: torch.device | str = "cpu") -> None:
     wanted = sigma.square() / (alpha.square() + sigma.square())
     require(
         torch.allclose(process.weight(times).double(), wanted, rtol=1e-4, atol=1e-6),
-        "w(t) is not sigma^2 / (alpha^2 + sigma^2), so objectives weigh noise levels as under no other process",
+        "w(t) is not sigma^2 / (alpha^2 + sigma^2), so objectives weigh noise levels unlike under any other process",
     )
     shape = (len(LEVELS), 3, 4, 4)
     clean, noise, output = (_random(lane, shape, device).double() for lane in (1, 2, 3))
@@ -105,7 +105,7 @@ def _check_predictions(denoiser: Adaptable, noisy: Tensor, times: Tensor, condit
 
 
 def _check_adapter(denoiser: Adaptable, noisy: Tensor, times: Tensor, condition: Condition) -> None:
-    """The score network that is made of it: starts as the base, hears the camera, and leaves the base alone."""
+    """The score network made from it must start as the base, depend on the camera, and leave the base unchanged."""
     views, device = condition.views_per_particle, noisy.device
     with torch.no_grad():
         before = denoiser.predict(noisy, times, condition)
@@ -121,7 +121,7 @@ def _check_adapter(denoiser: Adaptable, noisy: Tensor, times: Tensor, condition:
     cameras = _random(5, (len(noisy), CAMERA_FEATURES), device)
     eps = denoiser.process.to_eps(before, noisy, times)
     untrained = score.eps(noisy, times, ids, cameras)
-    _require_near(untrained, eps, "with an adapter that was not trained it is another network than before")
+    _require_near(untrained, eps, "an untrained adapter changes the network's predictions")
     weight = torch.ones(len(ids), device=device)
     samples = Samples(_random(6, tuple(noisy.shape), device), cameras, ids, torch.zeros_like(ids), weight)
     keep = torch.ones_like(ids, dtype=torch.bool)
@@ -132,7 +132,7 @@ def _check_adapter(denoiser: Adaptable, noisy: Tensor, times: Tensor, condition:
         not unused,
         f"the loss does not depend on {', '.join(unused[:3])}; the camera or an adapted layer has no effect",
     )
-    # The last layers of adapter and camera begin at zero: only a second step reaches what is in front of them.
+    # The last layers of adapter and camera begin at zero, so the layers before them get a gradient from step 2 on.
     for lane in (7, 8):
         batch = samples, times, _random(lane, tuple(noisy.shape), device), keep
         gradients, _ = score.gradients(*batch, float(len(ids)), [slice(0, len(ids))])

@@ -1,5 +1,4 @@
-"""A flow model made of a diffusion model, by an exact change of variables: flow priors are tested without new
-weights."""
+"""A flow model made from a diffusion model by an exact change of variables, to test flow priors without new weights."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ from distvsd.vsd.process import Diffusion, Flow, Process
 class TabledFlow(Flow):
     """Rectified flow whose times are those of a diffusion: step t is s = sigma_t / (alpha_t + sigma_t).
 
-    diffusion: whose times are drawn, so that the same uniform numbers give the same noise levels.
+    diffusion: times are drawn from it, so that the same uniform numbers give the same noise levels.
     """
 
     diffusion: Diffusion | None = None
@@ -87,8 +86,8 @@ class AsFlow:
 def as_flow(denoiser: Adaptable) -> AsFlow:
     """The same model as a rectified flow: x_s = x_t / (alpha + sigma) at s = sigma / (alpha + sigma), v = eps - x_0.
 
-    Its eps is the diffusion model's, and so is w(t); what the score network minimises is weighted by 1 / (1 - s)^2 more
-    than the loss in eps. Raises ValueError for a denoiser that was not trained on diffusion.
+    Its eps and its w(t) are the diffusion model's. The score network's loss is 1 / (1 - s)^2 times the loss in eps.
+    Raises ValueError for a denoiser that was not trained on diffusion.
     """
     process = denoiser.process
     if not isinstance(process, Diffusion):

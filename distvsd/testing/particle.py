@@ -1,6 +1,6 @@
 """What a representation must fulfil to be trained here: run `check_particle` on yours in your own tests.
 
-Everything the ensemble, the exact mode and the isolation of diverged particles build on is tried out, on a few
+It checks everything that the ensemble, the exact mode and the isolation of diverged particles rely on, with a few
 particles and small images: seconds on a CPU.
 """
 
@@ -20,7 +20,7 @@ from distvsd.testing.trial import Trial
 from distvsd.vsd.rng import Purpose, uniform
 
 GRADIENT_STEPS = 4  # rounds over which a parameter must have had a gradient once
-SLACK = 0.25  # by which colours may leave [0, 1]: freely optimised pixels do, values in [0, 255] do so by far
+SLACK = 0.25  # by how much colours may leave [0, 1]: freely optimised pixels do a little, values in [0, 255] by far
 POINTS = 33  # at which a field is read
 
 
@@ -197,7 +197,7 @@ def lost_particle_is_alone(trial: Trial) -> None:
 
 
 def density(trial: Trial) -> None:
-    """The field of each particle is its own, where there is one."""
+    """Where there is a field, each particle's depends on no other particle."""
     parameters, count = trial.init(), len(trial.ids)
     field = trial.particle.field(parameters)
     if field is None:

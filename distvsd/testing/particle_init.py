@@ -44,8 +44,8 @@ def init(trial: Trial) -> None:
     require(
         {name: value.shape for name, value in none.items()}
         == {name: value[:0].shape for name, value in parameters.items()},
-        "init for no ids has other names or shapes than for some, the number of particles apart; what a checkpoint "
-        "must hold of one is known from it",
+        "init for no ids has other names or shapes than for some, the number of particles apart; checkpoints are "
+        "checked against them",
     )
 
 

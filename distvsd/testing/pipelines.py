@@ -122,7 +122,7 @@ def _write_text_encoder(folder: Path, layout: Layout, vocabulary: dict[str, int]
         pad_token_id=0 if layout == "sd21" else vocabulary[_END],
     )
     CLIPTextModel(config).save_pretrained(folder)
-    # Newer versions of transformers leave out this prefix; the files people have carry it.
+    # Newer versions of transformers leave out this prefix; published files have it.
     weights = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in _weights(folder).items()}
     if layout != "shapes":
         weights["text_model.embeddings.position_ids"] = torch.arange(_TOKENS[layout])[None]

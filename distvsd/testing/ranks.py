@@ -27,7 +27,7 @@ import torch
 from distvsd.errors import RankError
 from distvsd.parallel.world import World, open_local_world
 
-# How long the others may take to notice that a rank has failed and to say what they saw.
+# How long the other ranks may take to notice that a rank has failed and to report it.
 AFTERMATH_S = 5.0
 
 _multi_rank_runs = 0
@@ -83,14 +83,14 @@ class _Rank:
     failed_at: float = 0.0
 
     def receive(self) -> None:
-        """Takes what the child sent, or notes that it died without a word."""
+        """Takes what the child sent, or records that it died without sending anything."""
         self.done = True
         try:
             self.failure, self.failed_at, self.result = self.receiver.recv()
         except EOFError:
             self.process.join()
             self.failure = f"died without a word, exit code {self.process.exitcode}"
-            self.failed_at = 0.0  # before the others: what they saw is its consequence
+            self.failed_at = 0.0  # sorts before the other failures, which are its consequence
 
     def end(self) -> None:
         self.process.join(AFTERMATH_S if self.done else 0)
@@ -101,7 +101,7 @@ class _Rank:
 
 
 def _collect(ranks: list[_Rank], timeout_s: float) -> None:
-    """Receives until all ranks are done, or the time is over, or a failure has had its aftermath."""
+    """Receives until all ranks are done, the time is over, or `AFTERMATH_S` have passed since a failure."""
     deadline = time.monotonic() + timeout_s
     while waiting := {of_rank.receiver: of_rank for of_rank in ranks if not of_rank.done}:
         ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
@@ -160,11 +160,11 @@ def _child(
 
 
 class _Reported(BaseException):
-    """The parent knows already."""
+    """A failure that the parent has already received."""
 
 
 def _call(sender: Connection, fn: Callable[..., Any], world: World, args: tuple[Any, ...]) -> Any:
-    """Reports a failure before the group closes, so that it comes before what the closing does to the other ranks."""
+    """Reports a failure before the group closes, so that it arrives before the failures that this causes elsewhere."""
     try:
         return fn(world, *args)
     except BaseException as error:

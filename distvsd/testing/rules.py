@@ -19,7 +19,7 @@ def require(holds: bool, otherwise: str) -> None:
 
 @contextmanager
 def subject(text: str) -> Iterator[None]:
-    """Puts `text` before what a broken rule says, and refuses draws from torch's global random state."""
+    """Puts `text` before the message of a broken rule, and refuses draws from torch's global random state."""
     before = torch.get_rng_state()
     try:
         yield

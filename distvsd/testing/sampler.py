@@ -29,9 +29,9 @@ def check_sampler(
 ) -> None:
     """Raises AssertionError with one paragraph, what is wrong and why it matters, for the first rule that is broken.
 
-    ids: at least two particles. field_of: the field of particles `[P]`, for samplers that read it. distance: from the
-    origin between which the sampler claims to place its cameras, world units. free_of: density that it claims not to
-    place a camera in; needs field_of. Needs no ranks and does not communicate.
+    ids: at least two particles. field_of: the field of particles `[P]`, for samplers that read it. distance: least and
+    largest distance from the origin at which the sampler claims to place cameras, world units. free_of: the highest
+    density in which it claims to place one; needs field_of. Needs no ranks and does not communicate.
     """
     require(len(set(ids)) == len(ids) >= 2, f"ids is {list(ids)}; give at least two different ones")
     require(free_of == math.inf or field_of is not None, "free_of is given without field_of; there is nothing to read")
@@ -136,7 +136,7 @@ class _Trial:
 
 
 def _at_rows(field: Field, particles: int) -> Field:
-    """The field, which refuses points that are not one row a particle."""
+    """The field, refusing points that are not one row a particle."""
 
     def read(points: Tensor) -> Tensor:
         require(

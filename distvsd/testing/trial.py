@@ -57,7 +57,7 @@ class Trial:
         """Gradients of a sum that weighs every pixel differently, so that none cancels; zeros where there is none."""
         images = rendered.images
         weights = torch.linspace(-1, 2, images.numel(), device=images.device).reshape(images.shape)
-        # nansum would hide what is looked for: a lost row's terms stay NaN, and have no way to the others' gradients.
+        # Not nansum, which would hide the fault: a lost row's terms stay NaN, and must not reach the others' gradients.
         target = (images * weights).sum() + rendered.penalty.sum()
         require(target.requires_grad, "images have no gradient to any parameter; is the render detached?")
         leaves = {name: value for name, value in parameters.items() if value.requires_grad}

@@ -1,11 +1,11 @@
 # shellcheck shell=sh
-# What the jobs of this folder share; they read it with `.`. Slurm runs a copy of a job's own file, so that this one is
-# found from the folder in which sbatch was called.
+# What the jobs of this folder share; they read it with `.`. Slurm runs a copy of a job's own file, so this one is found
+# from the folder in which sbatch was called.
 #
 # DISTVSD_RANKS         processes on each node (default: its GPUs)
 # DISTVSD_MAX_REQUEUES  how often in a row it is queued again without having saved a later round (default 3)
 
-# stop TEXT: for what somebody must look at; nothing is requeued.
+# stop TEXT: ends the job where a person must act; nothing is requeued.
 stop() {
     echo "$(date '+%F %T') $1" >&2
     exit 1
@@ -15,7 +15,7 @@ say() {
     echo "$(date '+%F %T') $1"
 }
 
-# job_name: by which scontrol knows this job, and it alone: the plain id of an array's first task is that of the array.
+# job_name: the id that means this job alone to scontrol. The plain id of an array's first task is that of the array.
 job_name() {
     if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
         echo "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
@@ -24,7 +24,7 @@ job_name() {
     fi
 }
 
-# find_run ARGUMENTS: sets `run` to their run.dir, the last one, as the program does.
+# find_run ARGUMENTS: sets `run` to the last run.dir among them, as the program does.
 find_run() {
     run=
     for argument in "$@"; do
@@ -57,7 +57,7 @@ prepare() {
 
 # find_head: sets `head` to the first node, where the ranks meet, and `port` to one that other jobs do not take.
 find_head() {
-    # No fallback: nodes that each take themselves for the head would each train alone.
+    # No fallback: if each node took itself for the head, each would train alone.
     head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) || head=
     [ -n "$head" ] || stop "scontrol show hostnames '$SLURM_JOB_NODELIST' named no node"
     # Below the ports that Linux hands out by itself.
@@ -70,7 +70,7 @@ status_field() {
     sed -n 's/^ *"'"$1"'": "\{0,1\}\([a-z0-9]*\).*/\1/p' "$run/STATUS.json" 2>/dev/null || true
 }
 
-# failed_with: the kind of the error that ended a failed run, such as PriorError; empty if it was none of the program's.
+# failed_with: the kind of the error that ended a failed run, such as PriorError; empty if the program did not raise it.
 failed_with() {
     sed -n 's/^ *"message": "\([A-Za-z]*\): .*/\1/p' "$run/STATUS.json" 2>/dev/null || true
 }
@@ -110,7 +110,7 @@ pass_on() {
 }
 
 # settle: decides from STATUS.json what to do after ranks that ended with something else than 0. Launchers end with 1
-# for all of it: preempted, failed, refused. Always ends this shell.
+# in every case: preempted, failed, refused. Always ends this shell.
 settle() {
     state=$(status_field state)
     round=$(status_field round)
@@ -121,7 +121,7 @@ settle() {
     no- | no-done)
         [ -n "$early" ] && [ -z "$state" ] ||
             stop "nothing was begun in $run (exit code $code): the lines above say why; not requeued"
-        # Told to stop before it had begun. Counted like a failure: in a job shorter than its signal that is each start.
+        # Told to stop before it had begun. Counted as a failure: a job shorter than its signal's lead always ends so.
         mkdir -p "$run" || stop "$run cannot be made; not requeued"
         state=unbegun
         ;;
@@ -131,7 +131,7 @@ settle() {
         exit 0
         ;;
     esac
-    # What the program calls wrong usage (exit code 2) would end in the same way however often it is tried.
+    # Wrong usage (exit code 2) would end in the same way every time.
     case $is_new-$state-$(failed_with) in
     yes-failed-ConfigError | yes-failed-UsageError | yes-failed-PriorError)
         stop "refused: $run/STATUS.json says why; the same line would end in the same way, not requeued"

@@ -1,16 +1,16 @@
 #!/bin/sh
-# As many machines as there are between MIN and MAX; the same line on each. One that dies or joins later makes all of
-# them start anew from the newest checkpoint, on the ranks there are then.
+# Between MIN and MAX machines; run the same line on each. When one dies or joins later, all start again from the newest
+# checkpoint, with the ranks that are there then.
 #
 #   DISTVSD_NODES=2:4 DISTVSD_HEAD=HOST:PORT sh launch/torchrun/elastic.sh CONFIG [key=value ...]
 #
 # DISTVSD_NODES     MIN:MAX
-# DISTVSD_HEAD      host:port of one of them. The machines meet there, so that this one must live: without it all end
+# DISTVSD_HEAD      host:port of one of them, where the machines meet. It must stay alive: without it all end
 # DISTVSD_RANKS     processes on this machine (default: one for each of its GPUs; say how many where there is none)
 # DISTVSD_JOB       any word of your own, the same on all machines (default distvsd)
 # DISTVSD_RESTARTS  how often processes that died are started again (default 3); machines that join do not count
 # torchrun waits half a minute for more machines once there are MIN: PET_RDZV_CONF=last_call_timeout=SECONDS.
-# A lone process that is told to stop (exit code 3) is a dead one here and is started again; signal torchrun itself.
+# A signal to one process ends it with exit code 3. That counts as a death, and it is started again: signal torchrun.
 # torchrun ends with 1 whenever a process did not end with 0, also after a clean preemption: read RUN/STATUS.json.
 set -eu
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# A fixed number of machines, one by default; the same line on each of them.
+# A fixed number of machines, one by default; run the same line on each of them.
 #
 #   sh launch/torchrun/fixed.sh CONFIG [key=value ...]
 #
@@ -17,8 +17,8 @@ if [ $# -lt 1 ]; then
     echo "usage: [DISTVSD_NODES=N DISTVSD_HEAD=HOST:PORT] sh launch/torchrun/fixed.sh CONFIG [key=value ...]" >&2
     exit 2
 fi
-# torchrun passes SIGUSR1 on only if it is told to, and else dies of it and leaves its processes behind. 30 seconds
-# after a signal it kills them, in the middle of a save.
+# torchrun passes SIGUSR1 on only if it is told to; otherwise it dies of it and leaves its processes behind. By default
+# it kills them 30 seconds after a signal, in the middle of a save.
 export PET_SIGNALS_TO_HANDLE="${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}"
 export PET_SHUTDOWN_TIMEOUT="${PET_SHUTDOWN_TIMEOUT:-300}"
 
