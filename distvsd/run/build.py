@@ -123,31 +123,14 @@ def build_run(
     learns = bool(objective.needs & set(get_args(ScorePart)))
     _refuse_unfit(config, world, custom, learns)
     refuse_missing(config.parallel)
-    exact = config.parallel.numerics == "exact"
-    if exact:
+    if config.parallel.numerics == "exact":
         fix_order_of_sums(world.device)
-    views = config.particles.views
-    shares_network = learns and not config.score.base  # teacher and student are one module tree where ranks spread it
-    prior = load_prior(
-        config.prior.path,
-        config.prompts,
-        config.prior.negative_prompt,
-        config.prior.view_dependent and _has_views(config, custom),  # an image has no side
-        config.prior.dtype,
-        world.device,
-        # With one particle a call, no bit of a particle depends on which others are on its rank.
-        micro_batch=views if exact else config.score.micro_batch,
-        # A network that is split over ranks may not fit on one device, so it is loaded into the host's memory.
-        unet_device="cpu" if shares_network and spreads_network(config.parallel, world) else None,
-    )
-    if custom.denoiser is not None:
-        prior = replace(prior, denoiser=custom.denoiser(prior.denoiser))
-    training = None
-    if learns:
-        training = _score_training(config, world, prior, custom)
-        if shares_network and spreads_network(config.parallel, world):
-            # A second module tree would hold the whole network again.
-            prior = replace(prior, denoiser=training.score.without_adapter())
+    # Teacher and student are one network; where ranks split it, a second module tree would hold the whole of it again.
+    is_split = learns and not config.score.base and spreads_network(config.parallel, world)
+    prior = _load_prior(config, world, custom, is_split)
+    training = _score_training(config, world, prior, custom) if learns else None
+    if training is not None and is_split:
+        prior = replace(prior, denoiser=training.score.without_adapter())
     assigned = owners(config.particles.count, world.size)
     own = assigned[world.rank]
     ensemble = make_ensemble(config, prior, own, world.device, source and source(prior, own), custom=custom)
@@ -164,6 +147,24 @@ def build_run(
         entered=entered,
     )
     return Run(config=config, world=world, prior=prior, ensemble=ensemble, training=training, loop=loop, custom=custom)
+
+
+def _load_prior(config: Config, world: World, custom: Custom, is_split: bool) -> Pipeline:
+    """is_split: ranks will hold parts of its network."""
+    exact = config.parallel.numerics == "exact"
+    prior = load_prior(
+        config.prior.path,
+        config.prompts,
+        config.prior.negative_prompt,
+        config.prior.view_dependent and _has_views(config, custom),  # an image has no side
+        config.prior.dtype,
+        world.device,
+        # With one particle a call, no bit of a particle depends on which others are on its rank.
+        micro_batch=config.particles.views if exact else config.score.micro_batch,
+        # A network that is split over ranks may not fit on one device, so it is loaded into the host's memory.
+        unet_device="cpu" if is_split else None,
+    )
+    return prior if custom.denoiser is None else replace(prior, denoiser=custom.denoiser(prior.denoiser))
 
 
 def _has_views(config: Config, custom: Custom) -> bool:

@@ -296,7 +296,9 @@ def test_images_are_sound_with_and_without_their_prior_and_another_size_is_found
 @pytest.mark.parametrize("kind", ["vsd", "sds", "esd"])
 def test_the_configuration_knows_which_objectives_train_a_score_network(kind: str) -> None:
     config = load_config(SMOKE, [f"objective.kind={kind}"]).objective
-    assert config.needs_score == bool(make_objective(config).needs & {"score", "score_without_camera"})
+    assert config.needs_score == bool(
+        make_objective(Config(objective=config)).needs & {"score", "score_without_camera"}
+    )
 
 
 def test_a_run_without_a_score_network_is_sound_with_and_without_its_prior(prior: Path, tmp_path: Path) -> None:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
+from distvsd.cameras import OrbitSampler
 from distvsd.config import Config, load_config
+from distvsd.errors import CheckpointError, ConfigError
 from distvsd.looking.opened import load_particles
 from distvsd.parallel.world import World
+from distvsd.prior import load_prior
+from distvsd.run import build
 from distvsd.run.build import Custom, build_run
+from distvsd.run.contents import verify
 from distvsd.run.train import train
 from distvsd.testing import as_flow
+from distvsd.vsd.objectives import Draws, Part, Predictions, weighted_difference
 
 SMOKE = Path(__file__).parents[3] / "configs" / "smoke.yaml"
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
@@ -33,40 +40,41 @@ SMALL = (
 )
 
 
-@pytest.fixture(scope="module")
-def latents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    """The latents `[2, C, h, w]` of two particles after 50 rounds with the embedded prior, by objective and process."""
-    found = {}
-    for kind in ("sds", "vsd"):
-        for process, custom in (("diffusion", Custom()), ("flow", Custom(denoiser=as_flow))):
-            run = tmp_path_factory.mktemp(f"{kind}-{process}") / "run"
-            train(load_config(SMOKE, [*SMALL, f"objective.kind={kind}", f"run.dir={run}"]), custom=custom)
-            ensemble = load_particles(run, custom=custom).ensemble
-            particles = [ensemble.parameters_of(particle_id)["image"] for particle_id in (0, 1)]
-            found[f"{kind} {process}"] = torch.stack(particles)
-    return found
+def trained(run: Path, custom: Custom) -> Tensor:
+    """Two particles after 50 rounds of SDS with the embedded prior, `[2, C, h, w]`."""
+    train(load_config(SMOKE, [*SMALL, "objective.kind=sds", f"run.dir={run}"]), custom=custom)
+    ensemble = load_particles(run, custom=custom).ensemble
+    return torch.stack([ensemble.parameters_of(particle_id)["image"] for particle_id in (0, 1)])
 
 
 def difference(one: Tensor, other: Tensor) -> float:
-    """Root mean square of the difference over that of `one`."""
+    """Root mean square of the difference over that of the values."""
     return float((one - other).square().mean().sqrt() / one.square().mean().sqrt())
 
 
-def test_particles_of_a_flow_model_are_those_of_the_diffusion_model_that_it_is_made_of(
-    latents: dict[str, Tensor],
-) -> None:
-    """The gradient of SDS depends on eps and w(t) only. The change of variables keeps both, so the particles are equal
-    up to rounding, which 50 steps of Adam enlarge."""
-    assert difference(latents["sds diffusion"], latents["sds flow"]) < 1e-3
-    # The bound means something: two particles that differ only in their draws are far apart.
-    assert difference(*latents["sds diffusion"]) > 0.1
+def test_particles_of_a_flow_model_are_those_of_the_diffusion_model_that_it_is_made_of(tmp_path: Path) -> None:
+    """With SDS, whose gradient is a function of eps and w(t): the change of variables leaves both as they are, so the
+    particles are equal but for rounding, which 50 steps of Adam enlarge."""
+    diffusion = trained(tmp_path / "diffusion", Custom())
+    flow = trained(tmp_path / "flow", Custom(denoiser=as_flow))
+    assert difference(diffusion, flow) < 1e-3
+    # So that the bound says something: the two particles, which differ in their draws only, are far apart.
+    assert difference(*diffusion) > 0.1
 
 
-def test_vsd_with_a_flow_model_differs_by_how_the_score_network_weighs_its_losses(latents: dict[str, Tensor]) -> None:
-    """The adapter's loss has other weights over time, so the particles differ a little from those of the diffusion
-    model, but less than those of another objective do."""
-    away = difference(latents["vsd diffusion"], latents["vsd flow"])
-    assert 0 < away < 0.5 * difference(latents["vsd diffusion"], latents["sds diffusion"])
+def test_the_first_gradient_of_vsd_is_the_same_with_a_flow_model(tmp_path: Path) -> None:
+    """Until the score network has learnt: its loss has other weights over time, so later gradients differ."""
+    config = load_config(SMOKE, [*SMALL, "prior.guidance_scale=3", "score.warmup=0", f"run.dir={tmp_path / 'run'}"])
+    gradients: list[list[Tensor]] = []
+    for custom in (Custom(), Custom(denoiser=as_flow)):
+        run = build_run(config, ALONE, lambda done: False, custom=custom)
+        samples = run.loop.encode(run.ensemble.render(0, 64), 64).detached()
+        first = run.loop.objective(samples, 0)
+        for step in range(3):
+            run.loop.round(step)
+        gradients.append([first, run.loop.objective(samples, 0)])
+    assert difference(gradients[0][0], gradients[1][0]) < 1e-3
+    assert difference(gradients[0][1], gradients[1][1]) > 1e-3
 
 
 def test_the_score_networks_loss_under_flow_is_the_diffusions_in_other_units(tmp_path: Path) -> None:
@@ -101,3 +109,67 @@ def configured(tmp_path: Path, prior: Path) -> Callable[..., Config]:
         return load_config(SMOKE, [f"{key}={value}" for key, value in given.items()])
 
     return make
+
+
+class Tracked(OrbitSampler):
+    """A sampler of the caller's own."""
+
+
+def test_custom_parts_are_named_in_checkpoints_and_asked_for_again(
+    configured: Callable[..., Config], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A checkpoint that was trained with them is sound; a run without them, or with others, does not go on from it."""
+    config = configured(schedule__rounds=2)
+    train(config, custom=Custom(cameras=Tracked(config.cameras)))
+    assert len(verify(Path(config.run.dir))) == 1
+    assert "cameras" in caplog.text
+    longer = configured(schedule__rounds=3)
+    with pytest.raises(CheckpointError, match="cameras=Tracked"):
+        train(longer, "must")
+    assert train(longer, "must", Custom(cameras=Tracked(config.cameras))) == 0
+
+
+@dataclass(frozen=True)
+class FromPromptAlone:
+    """An objective that needs no score network."""
+
+    needs: ClassVar[frozenset[Part]] = frozenset({"conditional"})
+
+    def gradient(self, predictions: Predictions, draws: Draws) -> Tensor:
+        return weighted_difference(predictions.of("conditional"), draws.noise, draws)
+
+
+def test_a_strategy_for_a_score_network_that_no_objective_needs_is_refused(configured: Callable[..., Config]) -> None:
+    world = World(rank=0, size=2, local_rank=0, local_size=2, device=torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"fsdp2.*flat"):
+        build_run(
+            configured(parallel__strategy="fsdp2"),
+            world,
+            lambda done: False,
+            custom=Custom(objective=FromPromptAlone()),
+        )
+
+
+@pytest.mark.parametrize(("base", "waits"), [(False, True), (True, False)])
+def test_only_a_network_that_ranks_will_split_waits_in_the_hosts_memory(
+    configured: Callable[..., Config], prior: Path, monkeypatch: pytest.MonkeyPatch, base: bool, waits: bool
+) -> None:
+    """With a base of its own the score network is split and the teacher is not: it must be where it computes."""
+    asked: list[Any] = []
+
+    def spy(*arguments: Any, **named: Any) -> Any:
+        asked.append(named["unet_device"])
+        return load_prior(*arguments, **named)
+
+    monkeypatch.setattr(build, "load_prior", spy)
+    world = World(rank=0, size=2, local_rank=0, local_size=2, device=torch.device("cpu"))
+    changes = {"parallel__strategy": "fsdp2"} | ({"score__base": prior} if base else {})
+    build_run(configured(**changes), world, lambda done: False)
+    assert asked == ["cpu" if waits else None]
+
+
+def test_a_score_step_counts_whole_particles(configured: Callable[..., Config]) -> None:
+    score = configured(score__replay_share=0.01).score
+    # 81 particles of 100 views: 0.82 of a particle is replayed, so one is, with its 100 views.
+    assert score.rows_a_step(81, 100) == 8200
+    assert configured(score__batch_size=3).score.rows_a_step(5, 4) == 4
