@@ -13,6 +13,7 @@ from torch import Tensor
 from distvsd.cameras import Cameras, Field
 from distvsd.config import ImageConfig
 from distvsd.particles.base import Cost, Handed, Keys, Parameters, Rendered
+from distvsd.vsd.resize import resized
 from distvsd.vsd.rng import Purpose, normal, uniform
 
 
@@ -58,9 +59,7 @@ class ImageParticle:
         """Every camera sees the same image; resized to `resolution` where pixels are asked for at another size."""
         image = parameters["image"]
         if not self.is_latent and resolution != image.shape[-1]:
-            image = torch.nn.functional.interpolate(
-                image, (resolution, resolution), mode="bilinear", antialias=True, align_corners=False
-            )
+            image = resized(image, resolution)
         images = image[:, None].expand(-1, cameras.shape[1], -1, -1, -1)
         return Rendered(images, torch.ones_like(images[:, :, :1]), torch.zeros_like(image[:, 0, 0, 0]))
 

@@ -55,9 +55,9 @@ def make_plan(
     ]
     size = _particle(particle, config)
     score = _score(config, prior)
-    table = strategies(
-        config, prior.unet_bytes, score["parameters"], score["gradient"], 1 + _passes(config, needs)[1], world
-    )
+    network = prior.score_base_bytes or prior.unet_bytes
+    passes = 1 + _passes(config, needs)[1]
+    table = strategies(config, network, score["parameters"], score["gradient"], passes, world)
     chosen = next((row for row in table if row["chosen"]), dict.fromkeys(("base", "trained", "sent_a_round")))
     checkpoint = _checkpoint(config, size, score, phases, world)
     times = disk_times(config, checkpoint["total"], checkpoint["loaded"], assumed)
@@ -130,11 +130,13 @@ def _passes(config: Config, needs: Collection[Part]) -> tuple[int, int]:
 def _rank_memory(
     particle: Mapping[str, Any], chosen: Mapping[str, Any], prior: PriorSizes, largest_shard: int
 ) -> dict[str, Any]:
-    """The prior and the score network share the frozen UNet. Every rank holds the rest of the prior whole."""
+    """Every rank holds the prior whole, but for the frozen UNet where the score network shares it: `chosen` has
+    that."""
     particles = None if particle["training"] is None else particle["training"] * largest_shard
     frozen = None
     if chosen["base"] is not None and prior.weight_bytes is not None and prior.unet_bytes is not None:
-        frozen = prior.weight_bytes - prior.unet_bytes + chosen["base"]
+        shared = 0 if prior.score_base_bytes else prior.unet_bytes
+        frozen = prior.weight_bytes - shared + chosen["base"]
     known = [particles, chosen["trained"], frozen]
     total = None if None in known else sum(value for value in known if value is not None)
     return {"particles": particles, "score": chosen["trained"], "prior": frozen, "total": total}

@@ -14,11 +14,11 @@ from distvsd.networks.base import Adaptable, Condition
 from distvsd.networks.codec import Codec
 from distvsd.networks.folder import PipelineFolder
 from distvsd.networks.identity import Identity
-from distvsd.networks.resize import resized
 from distvsd.prior.guidance import GUIDED, ClassifierFree
 from distvsd.prior.prompts import PromptTable
 from distvsd.vsd.objectives.base import Predictions, PriorPart
 from distvsd.vsd.process import Process
+from distvsd.vsd.resize import resized
 from distvsd.vsd.samples import slices
 
 

@@ -13,10 +13,10 @@ from typing import Protocol, get_args
 import torch
 from torch import Tensor
 
-from distvsd.cameras import CameraSampler, OrbitSampler
+from distvsd.cameras import OrbitSampler
 from distvsd.config import Config
 from distvsd.config.relations import refuse_small_latents
-from distvsd.errors import ConfigError
+from distvsd.errors import BackendError, ConfigError
 from distvsd.networks.base import Adaptable
 from distvsd.networks.folder import open_folder
 from distvsd.networks.identity import Identity
@@ -34,6 +34,7 @@ from distvsd.prior.load import load_prior
 from distvsd.prior.pipeline import Pipeline
 from distvsd.prior.teacher import Teacher
 from distvsd.render import volume_backend
+from distvsd.run.custom import Custom
 from distvsd.run.encode import Encoder
 from distvsd.run.loop import Loop, Pending, Round
 from distvsd.runtime.memory import host_memory
@@ -47,24 +48,6 @@ from distvsd.score.training import ScoreTraining
 from distvsd.vsd.objectives import ESD, SDS, VSD, Distillation, Objective
 from distvsd.vsd.objectives.base import ScorePart
 from distvsd.vsd.samples import Samples
-
-
-@dataclass(frozen=True, kw_only=True)
-class Custom:
-    """Parts that the caller makes; None: the part is made from the configuration.
-
-    The same on every rank and at every resume: a checkpoint holds the names of their classes only. denoiser: wraps the
-    network that was loaded.
-    """
-
-    denoiser: Callable[[Adaptable], Adaptable] | None = None
-    objective: Objective | None = None
-    particle: Particle | None = None
-    cameras: CameraSampler | None = None
-
-    def names(self) -> dict[str, str]:
-        """The class of each part that is given, for the manifest of checkpoints."""
-        return {name: type(part).__name__ for name, part in vars(self).items() if part is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,6 +280,11 @@ def make_ensemble(
     if config.parallel.numerics == "exact":
         particles = dataclasses.replace(particles, micro_batch=1)  # no particle's bits may depend on its neighbours
     particle = custom.particle or make_particle(config, prior, torch.device(device))
+    if config.parallel.numerics == "exact" and not particle.deterministic:
+        raise BackendError(
+            f"parallel.numerics is exact, but a {type(particle).__name__} does not give the same bits every time on "
+            f"{device}; set parallel.numerics=fast"
+        )
     store = Resident(particle, ids, particles, seed=config.run.seed, device=device, source=source, blank=blank)
     return Ensemble(store, custom.cameras or OrbitSampler(config.cameras), particles)
 

@@ -15,7 +15,7 @@ from distvsd.config.scalars import printable
 from distvsd.errors import PREEMPTED, ConfigError, RankError, RunError
 from distvsd.parallel.collectives import agreed, gather_objects, max_flags
 from distvsd.parallel.world import World, open_world
-from distvsd.run.build import Custom
+from distvsd.run.custom import Custom
 from distvsd.run.resume import refuse_impossible_hand_overs
 from distvsd.run.trainer import Trainer
 from distvsd.runtime.heartbeat import Heartbeat, forget_ranks

@@ -21,7 +21,8 @@ from distvsd.faults import fault
 from distvsd.parallel.alike import Fact, refuse_unlike
 from distvsd.parallel.collectives import agreed, max_flags, set_timeout
 from distvsd.parallel.world import OPENING_TIMEOUT_S, World
-from distvsd.run.build import Custom, Run, build_run
+from distvsd.run.build import Run, build_run
+from distvsd.run.custom import Custom
 from distvsd.run.journal import Journal
 from distvsd.run.loop import Round
 from distvsd.run.pictures import draw_finished, draw_round

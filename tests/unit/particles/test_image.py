@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from distvsd.config import load_config
-from distvsd.particles import Keys
+from distvsd.config import ImageConfig, load_config
+from distvsd.particles import ImageParticle, Keys
 from distvsd.prior import load_prior
 from distvsd.run.build import make_ensemble
 from distvsd.testing.pipelines import tiny_pipeline
@@ -70,3 +70,12 @@ def test_a_run_in_latents_begins_with_the_priors_codes_of_colours_whoever_else_i
     assert not torch.equal(latents, together.parameters_of(1)["image"])
     color = image((3, 1, 1), init_scale=0.0, init_color=0.3).init(config.run.seed, torch.tensor([2]))
     torch.testing.assert_close(latents[None], prior.encode(color["image"].expand(1, 3, 64, 64)))
+
+
+def test_an_image_of_another_size_is_resized_as_torch_does_it():
+    """But with a matrix for each axis, because torch's own gradient has no fixed order of additions on CUDA."""
+    particle = ImageParticle(config=ImageConfig(), shape=(3, 16, 16), learning_rate=lambda step: 0.1)
+    parameters = particle.init(0, torch.arange(2))
+    shown = particle.view(parameters, CAMERAS, 8, 0.0).images[:, 0]
+    wanted = torch.nn.functional.interpolate(parameters["image"], (8, 8), mode="bilinear", antialias=True)
+    torch.testing.assert_close(shown, wanted)

@@ -438,3 +438,14 @@ def test_planning_loads_no_library_of_networks() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.stderr.strip() == "[]" and "particles 0-3 (4)" in done.stdout
+
+
+def test_a_base_of_the_scores_own_is_a_second_network_in_memory(prior: str) -> None:
+    own = plan_run(config(prior))
+    other = plan_run(config(prior, score={"base": prior}))
+    network = own["prior"]["unet_bytes"]
+    assert other["rank_memory"]["prior"] == own["rank_memory"]["prior"] + network
+    split = {"parallel": {"strategy": "fsdp2"}}
+    shared, apart = (plan_run(config(prior, score={"base": base}, **split), nodes=2) for base in ("", prior))
+    # The shared network is held in halves; with a base of its own the teacher's is whole beside that.
+    assert apart["rank_memory"]["prior"] == shared["rank_memory"]["prior"] + network

@@ -18,8 +18,9 @@ from distvsd.looking.opened import load_particles
 from distvsd.parallel.world import World
 from distvsd.prior import load_prior
 from distvsd.run import build
-from distvsd.run.build import Custom, build_run
+from distvsd.run.build import build_run
 from distvsd.run.contents import verify
+from distvsd.run.custom import Custom
 from distvsd.run.train import train
 from distvsd.testing import as_flow
 from distvsd.vsd.objectives import Draws, Part, Predictions, weighted_difference

@@ -1,4 +1,4 @@
-"""Resizes renders to the resolution that a prior was trained at."""
+"""Resizes pictures, with a gradient whose bits are the same every time."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
-from distvsd.networks.resize import resized
+from distvsd.vsd.resize import resized
 
 
 def pictures(*shape: int) -> torch.Tensor:
