@@ -20,8 +20,8 @@ _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 class PriorSizes:
     """latent_channels; downscale: image pixels a side of a latent pixel; resolution: pixels a side that the network was
     trained at. weight_bytes: of all files, unet_bytes: of the network's alone. adapter_parameters, camera_parameters:
-    trained beside it. score_base_bytes: of the network that the score adapts, where score.base names another one. None
-    where the prior is not here; problem then says why. path: its name in the plan.
+    trained beside it. score_base_bytes: of the network that the score adapts where it is another than the prior's, else
+    0. None where the prior is not here; problem then says why. path: its name in the plan.
     """
 
     path: str
@@ -34,7 +34,7 @@ class PriorSizes:
     adapter_parameters: int | None = None
     camera_parameters: int | None = None
     note: str | None = None
-    score_base_bytes: int | None = None
+    score_base_bytes: int = 0
 
     def latent_shape(self, edge: int) -> tuple[int, int, int] | None:
         """Of an image with this edge in pixels; None where the prior is not here."""
@@ -62,7 +62,7 @@ def prior_sizes(config: Config, published: str | None = None) -> PriorSizes:
         unet_bytes=folder.weights["unet"].num_bytes,
         adapter_parameters=adapter,
         camera_parameters=camera,
-        score_base_bytes=base.weights["unet"].num_bytes if base else None,
+        score_base_bytes=base.weights["unet"].num_bytes if base else 0,
     )
 
 

@@ -283,7 +283,7 @@ def until_the_end(world, config, plan, change):
             begin_round(step)
             views = parts.ensemble.render(step, 16)
             samples = parts.loop.encode(views, 16).detached()
-            gathered = parts.loop.exchange(change(samples) if step >= ROUND else samples).wait()
+            gathered = parts.loop.exchange(change(samples) if step >= ROUND else samples, step).wait()
             try:
                 training.round(gathered, step)
             except DivergedError as error:
