@@ -27,6 +27,11 @@ class RenderConfig:
         """Pixels along an edge in this round, always a multiple of 8."""
         return int(self.resolution.at(round)) // 8 * 8
 
+    def encoded_edge(self, resolution: int, native: int, is_latent: bool) -> int:
+        """Edge in pixels of the image that latents represent when renders have `resolution`. native: the prior's.
+        is_latent: whether the renders are latents themselves."""
+        return resolution if is_latent or self.encode_resolution == "render" else native
+
     def corners(self, rounds: int) -> list[int]:
         """Pixels along an edge where the schedule has a point and in the last round: its extremes are among them."""
         starts = [start for start, _ in self.resolution.points if start < rounds]

@@ -66,10 +66,15 @@ class Config:
         return texts * self.particles.count if len(texts) == 1 else texts
 
     @property
+    def has_views(self) -> bool:
+        """Whether another camera sees another picture of a particle."""
+        return self.particles.kind != "image"
+
+    @property
     def reads_cameras(self) -> bool:
         """Whether the score network gets the camera. Not for images, which look the same from every camera; nor where
         the camera is always dropped, because its embedding would then learn only an offset."""
-        return self.particles.kind != "image" and self.score.camera_drop < 1
+        return self.has_views and self.score.camera_drop < 1
 
     @property
     def are_latents(self) -> bool:
@@ -83,4 +88,4 @@ class Config:
 
     def encoded_edge(self, resolution: int, native: int) -> int:
         """Edge in pixels of the image that latents stand for when renders have `resolution`; native: the prior's."""
-        return resolution if self.are_latents or self.render.encode_resolution == "render" else native
+        return self.render.encoded_edge(resolution, native, self.are_latents)

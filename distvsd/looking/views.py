@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from distvsd.cameras import Cameras
-from distvsd.config import Config
 from distvsd.looking.opened import Opened
 
 VIEWS = 8
@@ -19,11 +18,6 @@ POINTS_AT_ONCE = 1 << 21  # at which one render call evaluates particles; a fiel
 def inspection(opened: Opened, num_views: int = VIEWS) -> Cameras:
     """Cameras `[1, V]` from which every particle is looked at; one where all cameras see the same."""
     return opened.sampler.inspection(num_views if opened.particle.has_views else 1)
-
-
-def final_resolution(config: Config) -> int:
-    """Pixels along an edge in the last round."""
-    return config.render.resolution_at(config.schedule.rounds - 1)
 
 
 def groups(opened: Opened, ids: Sequence[int], num_views: int) -> Iterator[list[int]]:
@@ -38,7 +32,7 @@ def render_group(opened: Opened, ids: list[int], cameras: Cameras) -> tuple[Tens
 
     Before a grey background, at the resolution of the last round. A single particle's views are rendered in parts.
     """
-    num_views, resolution = cameras.shape[1], final_resolution(opened.config)
+    num_views, resolution = cameras.shape[1], opened.config.final_resolution
     size = num_views if len(ids) > 1 else max(1, _views_at_once(opened))
     rows = torch.zeros(len(ids), dtype=torch.int64)
     parts = []
@@ -49,4 +43,4 @@ def render_group(opened: Opened, ids: list[int], cameras: Cameras) -> tuple[Tens
 
 
 def _views_at_once(opened: Opened) -> int:
-    return POINTS_AT_ONCE // opened.particle.cost(final_resolution(opened.config)).points
+    return POINTS_AT_ONCE // opened.particle.cost(opened.config.final_resolution).points

@@ -29,6 +29,13 @@ class Published:
     missing: str = ""
 
 
+def _stable_diffusion(text: int) -> tuple[tuple[int, int, int], ...]:
+    """Of the UNet of Stable Diffusion 1 and 2, whose text has this width."""
+    widths = (320, 640, 1280)
+    alone = tuple((width, width, count) for width, count in zip(widths, (30, 30, 36), strict=True))
+    return alone + tuple((width, text, count) for width, count in zip(widths, (10, 10, 12), strict=True))
+
+
 PUBLISHED = {
     "sd-1.5": Published(
         source="stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -39,14 +46,7 @@ PUBLISHED = {
         vae=83_653_863,
         text=123_060_480,
         time_width=1280,
-        attention=(
-            (320, 320, 30),
-            (640, 640, 30),
-            (1280, 1280, 36),
-            (320, 768, 10),
-            (640, 768, 10),
-            (1280, 768, 12),
-        ),
+        attention=_stable_diffusion(768),
     ),
     "sd-2.1": Published(
         source="stabilityai/stable-diffusion-2-1",
@@ -57,14 +57,7 @@ PUBLISHED = {
         vae=83_653_863,
         text=340_387_840,
         time_width=1280,
-        attention=(
-            (320, 320, 30),
-            (640, 640, 30),
-            (1280, 1280, 36),
-            (320, 1024, 10),
-            (640, 1024, 10),
-            (1280, 1024, 12),
-        ),
+        attention=_stable_diffusion(1024),
     ),
     "sdxl": Published(
         source="stabilityai/stable-diffusion-xl-base-1.0",

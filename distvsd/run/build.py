@@ -152,7 +152,7 @@ def _load_prior(config: Config, world: World, custom: Custom, is_split: bool) ->
 
 def _has_views(config: Config, custom: Custom) -> bool:
     """Whether another camera sees another picture of a particle."""
-    return custom.particle.has_views if custom.particle is not None else config.particles.kind != "image"
+    return custom.particle.has_views if custom.particle is not None else config.has_views
 
 
 def _exchange(world: World, ensemble: Ensemble, assigned: Sequence[Sequence[int]]) -> Callable[[Samples, int], Pending]:

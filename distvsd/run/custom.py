@@ -25,5 +25,6 @@ class Custom:
     cameras: CameraSampler | None = None
 
     def names(self) -> dict[str, str]:
-        """The class of each part that is given, for the manifest of checkpoints."""
-        return {name: type(part).__name__ for name, part in vars(self).items() if part is not None}
+        """The name of each part that is given, of its class where it is an object, for the manifest of checkpoints."""
+        parts = {name: part for name, part in vars(self).items() if part is not None}
+        return {name: getattr(part, "__name__", type(part).__name__) for name, part in parts.items()}

@@ -27,8 +27,8 @@ class Encoder:
 
         The weight is 0 for a particle with latents that are not finite and for one in quarantine, else 1.
         """
-        is_kept = self._ensemble.particle.is_latent or self._config.render.encode_resolution == "render"
-        edge = resolution if is_kept else self._prior.resolution
+        is_latent = self._ensemble.particle.is_latent
+        edge = self._config.render.encoded_edge(resolution, self._prior.resolution, is_latent)
         absent = torch.tensor(self._ensemble.quarantined, dtype=torch.int64, device=self._prior.device)
         parts = [self._samples(view, edge, absent) for view in views]
         if not parts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -12,26 +13,24 @@ from distvsd.networks.base import Adaptable, Condition, LatentSpace
 from distvsd.vsd.process import Diffusion, Flow, Process
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TabledFlow(Flow):
     """Rectified flow whose times are those of a diffusion: step t is s = sigma_t / (alpha_t + sigma_t).
 
     diffusion: times are drawn from it, so that the same uniform numbers give the same noise levels.
     """
 
-    diffusion: Diffusion | None = None
+    diffusion: Diffusion
 
-    @property
+    @cached_property
     def table(self) -> Tensor:
         """The flow times of all steps, `[T]`, increasing."""
-        assert self.diffusion is not None, "as_flow gives the diffusion"
         steps = torch.arange(len(self.diffusion.alphas_cumprod), device=self.diffusion.alphas_cumprod.device)
         alpha, sigma = self.diffusion.alpha_sigma(steps)
         return sigma / (alpha + sigma)
 
     def times(self, uniform: Tensor, low: float, high: float) -> Tensor:
         """See `Process.times`."""
-        assert self.diffusion is not None, "as_flow gives the diffusion"
         return self.table[self.diffusion.times(uniform, low, high)]
 
     def step_of(self, t: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ import os
 import re
 import resource
 import shutil
-import signal
 import socket
 import stat
 import subprocess
@@ -19,11 +18,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 import pytest
 
 from distvsd.cli import main
+from tests.fuzz.harness import limited
 from tests.small_run import SMOKE, overrides
 
 ROOT = Path(__file__).parents[2]
@@ -42,26 +41,6 @@ UNUSED = {"train": r"wandb/|renders/.*mp4", "render": r"renders/round"}  # of th
 # Pictures and telemetry end no run, and an unsound checkpoint is skipped: then a warning has the path.
 LENIENT = ("renders/", "wandb", "checkpoints/")
 Said = Callable[..., tuple[int, str]]
-
-
-class Hang(BaseException):
-    """A command waits for something that never comes."""
-
-
-@contextmanager
-def bounded(seconds: float = 40.0) -> Iterator[None]:
-    """Generous: a command takes one or two seconds."""
-
-    def ring(number: int, frame: FrameType | None) -> None:
-        raise Hang
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +89,7 @@ def said(settings: list[str], capsys: pytest.CaptureFixture[str], caplog: pytest
     def call(command: str, run: Path, *more: str) -> tuple[int, str]:
         capsys.readouterr(), caplog.clear()
         target = [str(SMOKE), f"run.dir={run}", *settings] if command == "train" else [str(run)]
-        with bounded(), caplog.at_level(logging.WARNING):
+        with limited(40.0), caplog.at_level(logging.WARNING):
             code = main([command, *target, *more])
         out, err = capsys.readouterr()
         return code, out + err + caplog.text

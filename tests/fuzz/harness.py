@@ -66,7 +66,7 @@ def campaign(attempt: Attempt, first: int, last: int, seed: int = 0, limit_s: fl
 def _one(attempt: Attempt, number: int, seed: int, folder: Path, limit_s: float, tally: Tally) -> None:
     tally.cases += 1
     try:
-        with _limited(limit_s):
+        with limited(limit_s):
             attempt(random.Random(f"{seed}/{number}"), folder)
         tally.accepted += 1
     except DistvsdError:
@@ -78,7 +78,7 @@ def _one(attempt: Attempt, number: int, seed: int, folder: Path, limit_s: float,
 
 
 @contextmanager
-def _limited(seconds: float) -> Iterator[None]:
+def limited(seconds: float) -> Iterator[None]:
     """Raises Hang in the block when it takes longer; on the main thread."""
 
     def ring(number: int, frame: FrameType | None) -> None:
