@@ -19,9 +19,9 @@ from distvsd.config.canonical import BOOKKEEPING
 from distvsd.errors import CheckpointError
 from distvsd.particles import Ensemble, Particle
 from distvsd.prior.load import load_prior
-from distvsd.run.build import make_ensemble
 from distvsd.run.contents import refuse_other_particles
 from distvsd.run.custom import Custom
+from distvsd.run.parts import make_ensemble
 from distvsd.runtime import inside
 from distvsd.runtime.paths import RunPaths
 

@@ -26,7 +26,7 @@ from distvsd.particles.base import Particle
 from distvsd.particles.health import Health
 from distvsd.particles.stored import blank_state, read_particle
 from distvsd.prior.prompts import VIEWS
-from distvsd.run.build import blank_particle
+from distvsd.run.parts import blank_particle
 from distvsd.runtime.paths import RunPaths
 from distvsd.score import stored
 from distvsd.score.replay import Limits

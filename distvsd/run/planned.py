@@ -8,7 +8,7 @@ from distvsd.config import Config
 from distvsd.plan.cluster import Assumptions
 from distvsd.plan.plan import make_plan
 from distvsd.plan.prior import prior_sizes
-from distvsd.run.build import blank_particle, make_objective
+from distvsd.run.parts import blank_particle, make_objective
 from distvsd.stages import stages_of
 
 

@@ -19,9 +19,10 @@ from distvsd.parallel.collectives import agreed
 from distvsd.parallel.world import World
 from distvsd.particles.base import Handed, Particle
 from distvsd.particles.good import most_copies
-from distvsd.run.build import Latents, Run, blank_particle, make_particle
+from distvsd.run.build import Run
 from distvsd.run.contents import Contents, refuse_other_particles
 from distvsd.run.custom import Custom
+from distvsd.run.parts import Latents, blank_particle, make_particle
 from distvsd.score.stored import CAMERA_FILE
 from distvsd.score.training import kept_rows
 from distvsd.stages import Stage, hand_over, stages_of

@@ -69,7 +69,7 @@ def test_no_class_is_made_with_more_than_six_positional_arguments() -> None:
 def test_the_kind_of_particle_is_asked_for_where_particles_are_made_and_nowhere_else() -> None:
     """Everywhere else the code uses a particle's own members."""
     wrong = [
-        place for place, node in nodes(ast.Attribute, "run/build.py") if ast.unparse(node).endswith("particles.kind")
+        place for place, node in nodes(ast.Attribute, "run/parts.py") if ast.unparse(node).endswith("particles.kind")
     ]
     refuse([place for place in wrong if not place.startswith("distvsd/config/")])
 

@@ -14,7 +14,7 @@ from distvsd.looking import evaluate, views
 from distvsd.looking.evaluate import evaluate_particles
 from distvsd.looking.render import render_particles
 from distvsd.looking.views import groups, inspection, render_group
-from distvsd.run.build import make_particle
+from distvsd.run.parts import make_particle
 from distvsd.shapes import world
 from distvsd.shapes.classifier import load_classifier
 

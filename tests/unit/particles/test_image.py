@@ -9,7 +9,7 @@ import torch
 from distvsd.config import ImageConfig, load_config
 from distvsd.particles import ImageParticle, Keys
 from distvsd.prior import load_prior
-from distvsd.run.build import make_ensemble
+from distvsd.run.parts import make_ensemble
 from distvsd.testing.pipelines import tiny_pipeline
 from tests.unit.particles.shards import FIXED, image
 

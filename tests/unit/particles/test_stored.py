@@ -9,7 +9,7 @@ import torch
 from distvsd.config import load_config
 from distvsd.errors import CheckpointError
 from distvsd.particles.stored import blank_state, read_particle
-from distvsd.run.build import make_particle
+from distvsd.run.parts import make_particle
 from tests.unit.particles.shards import image, shard
 
 IMAGES = image(init_color=0.2)

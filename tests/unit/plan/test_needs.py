@@ -13,7 +13,7 @@ import torch
 from distvsd.config import Config, Schedule, load_config
 from distvsd.errors import ConfigError
 from distvsd.plan.needs import least_memory, refuse_too_large
-from distvsd.run.build import blank_particle, make_ensemble
+from distvsd.run.parts import blank_particle, make_ensemble
 from distvsd.runtime.memory import host_memory
 from distvsd.vsd.samples import Samples
 

@@ -27,7 +27,7 @@ from distvsd.particles.good import most_copies
 from distvsd.plan.plan import make_plan
 from distvsd.plan.prior import prior_sizes
 from distvsd.plan.text import amount, draw
-from distvsd.run.build import make_ensemble
+from distvsd.run.parts import make_ensemble
 from distvsd.run.planned import plan_run
 from distvsd.vsd.objectives import VSD
 from distvsd.vsd.process import Diffusion

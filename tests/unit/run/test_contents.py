@@ -16,8 +16,9 @@ from distvsd.checkpoint import open_checkpoint
 from distvsd.config import Config, load_config
 from distvsd.errors import CheckpointError
 from distvsd.looking.opened import load_particles
-from distvsd.run.build import Run, build_run, make_objective
+from distvsd.run.build import Run, build_run
 from distvsd.run.contents import Contents, verify
+from distvsd.run.parts import make_objective
 from distvsd.run.train import train
 from distvsd.testing.pipelines import tiny_pipeline
 from tests.signing import ALONE, change_tensors, resume, signed
