@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from distvsd.config.gaussians import GaussiansConfig
 from distvsd.config.ranges import Betas, Count, Increasing, Positive, Range, Share, Weight
 from distvsd.config.schedule import Schedule
 
@@ -90,8 +91,8 @@ class HealthConfig:
 class ParticlesConfig:
     """What is optimised, how many, and how fast."""
 
-    kind: Literal["nerf", "image"] = "nerf"
-    """Radiance fields, or images (the 2-D experiment)."""
+    kind: Literal["nerf", "gaussians", "image"] = "nerf"
+    """Radiance fields, sets of 3-D gaussians, or images (the 2-D experiment)."""
     count: Annotated[int, Range(1, 2**31 - 1)] = 8
     """Number of particles over all ranks; fewer than ranks is legal."""
     views: Positive = 1
@@ -103,7 +104,7 @@ class ParticlesConfig:
     """Renders and their encoding are computed again in the backward pass instead of kept. The result has the same bits;
     memory is that of one render call instead of all, and rendering takes twice the time."""
     learning_rate: Annotated[Schedule, Range(0, 10)] = Schedule(((0, 0.01),))
-    """Adam's rate for grids and pixels."""
+    """Adam's rate for grids and pixels; gaussians have factors on it."""
     network_learning_rate: Annotated[Schedule, Range(0, 10)] = Schedule(((0, 0.001),))
     """Adam's rate for the small networks of a particle."""
     betas: Betas = (0.9, 0.99)
@@ -114,5 +115,7 @@ class ParticlesConfig:
     """Read when kind is image."""
     nerf: NerfConfig = NerfConfig()
     """Read when kind is nerf."""
+    gaussians: GaussiansConfig = GaussiansConfig()
+    """Read when kind is gaussians."""
     health: HealthConfig = HealthConfig()
     """What happens to particles that stop being finite."""

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from distvsd.cameras import Cameras, Field, rays
 from distvsd.config import NerfConfig
+from distvsd.particles.backgrounds import plain_backgrounds
 from distvsd.particles.base import Cost, Handed, Keys, Parameters, Rendered, parameter_counts
+from distvsd.particles.penalties import coverage, sparsity
 from distvsd.render import HashGrid, composite, sample_intervals
 from distvsd.render.volume import Composited, VolumeBackend
 from distvsd.vsd.rng import Purpose, normal, uniform
@@ -75,11 +77,8 @@ class NerfParticle:
     def render(self, parameters: Parameters, cameras: Cameras, resolution: int, keys: Keys) -> Rendered:
         views = cameras.shape[1]
         jitter = uniform(keys.seed, Purpose.RAY_JITTER, keys.ids, keys.step, (views, resolution, resolution))
-        draws = uniform(keys.seed, Purpose.BACKGROUND, keys.ids, keys.step, (views, 4))
-        colour = draws[..., 1:]
-        if self.config.random_background_kind == "grey":
-            colour = colour[..., :1].expand(-1, -1, 3)
-        plain = draws[..., 0] < self.config.random_background
+        config = self.config
+        colour, plain = plain_backgrounds(keys, views, config.random_background, config.random_background_kind)
         return self._draw(parameters, cameras, resolution, jitter, colour, plain, keys)
 
     def view(self, parameters: Parameters, cameras: Cameras, resolution: int, background: float) -> Rendered:
@@ -91,6 +90,9 @@ class NerfParticle:
 
     def field(self, parameters: Parameters) -> Field | None:
         return lambda points_PN3: self.evaluate(parameters, points_PN3)[0]
+
+    def colors(self, parameters: Parameters, points: Tensor) -> Tensor:
+        return self.evaluate(parameters, points)[1]
 
     def cost(self, resolution: int) -> Cost:
         return Cost(*parameter_counts(self), points=resolution**2 * self.config.samples_per_ray)
@@ -167,16 +169,9 @@ class NerfParticle:
             of = opacity if of_rays else rendered.weights.reshape(particles, -1)
             penalty = penalty + config.entropy * _binary_entropy(of) / (1 if of_rays else math.log(2))
         if config.sparsity > 0:
-            # Mean over root mean square (Hoyer 2004). It has no gradient in the overall strength, and nearly none on
-            # solid rays: it removes fog, and neither thins the object nor fades all of it out.
-            penalty = penalty + config.sparsity * opacity.mean(1) / (opacity.square().mean(1) + 1e-4).sqrt()
+            penalty = penalty + sparsity(config.sparsity, opacity)
         if config.coverage > 0:
-            # Against the two states that sparsity does not see: a field that fills the view, which the prior takes for
-            # a background, and one that has faded. An opacity near 1 and a softplus near 0 have vanishing slopes; the
-            # logarithms make up for that.
-            covered, (low, high) = opacity.mean(1), config.coverage_range
-            inside = ((covered + 1e-4) / low).clamp_max(1) * ((1 - covered + 1e-4) / (1 - high)).clamp_max(1)
-            penalty = penalty - config.coverage * inside.log()
+            penalty = penalty + coverage(config.coverage, opacity, config.coverage_range)
         return penalty
 
 

@@ -59,6 +59,7 @@ def blend(ellipses: Ellipses, height: int, width: int, most_pairs: int = MOST_PA
         per_line.index_add_(0, spans.line, spans.count)
         total = int(per_line.sum())
     pixels = images * height * width
+    drawn: Tensor
     if total <= most_pairs:
         drawn = _Blended.apply(values, spans, pixels, (height, width), True)
     else:
@@ -157,21 +158,23 @@ class _Blended(torch.autograd.Function):
             colour = values[6 + channel].index_select(0, pairs.ellipse)
             drawn[channel].index_add_(0, pairs.pixel, weight * colour)
         drawn[3].index_add_(0, pairs.pixel, weight)
-        ctx.save_for_backward(values)
-        ctx.made_from = (spans, pixels, size)
-        ctx.kept = (pairs, raw, light) if keep else None
+        made_from = () if keep else (spans.line, spans.ellipse, spans.first, spans.count)
+        kept = (pairs.ellipse, pairs.pixel, pairs.place, raw, light) if keep else ()
+        ctx.save_for_backward(values, *made_from, *kept)
+        ctx.keep, ctx.longest, ctx.pixels, ctx.size = keep, pairs.longest, pixels, size
         return drawn
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, drawn: Tensor) -> tuple[Tensor | None, ...]:
-        (values,) = ctx.saved_tensors
-        spans, pixels, size = ctx.made_from
-        if ctx.kept is None:
-            pairs = _Pairs.of(spans, pixels, size[1])
-            raw, light = _light(values, pairs, size)
+        values, *saved = ctx.saved_tensors
+        size = ctx.size
+        if ctx.keep:
+            ellipse, pixel, place, raw, light = saved
+            pairs = _Pairs(ellipse, pixel, place, ctx.longest)
         else:
-            pairs, raw, light = ctx.kept
+            pairs = _Pairs.of(_Spans(*saved), ctx.pixels, size[1])
+            raw, light = _light(values, pairs, size)
         gradient = torch.zeros_like(values)
 
         def add(row: int, of_pairs: Tensor) -> None:

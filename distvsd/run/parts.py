@@ -15,9 +15,9 @@ from torch import Tensor
 from distvsd.cameras import CameraSampler, OrbitSampler
 from distvsd.config import CamerasConfig, Config
 from distvsd.errors import BackendError
-from distvsd.particles import Ensemble, Handed, ImageParticle, NerfParticle, Particle, Resident
+from distvsd.particles import Ensemble, GaussianParticle, Handed, ImageParticle, NerfParticle, Particle, Resident
 from distvsd.particles.encode import encode_plain
-from distvsd.render import volume_backend
+from distvsd.render import splat_backend, volume_backend
 from distvsd.run.custom import Custom
 from distvsd.vsd.objectives import ESD, SDS, VSD, Objective
 
@@ -109,6 +109,13 @@ def make_particle(config: Config, prior: Latents | None, device: torch.device) -
             encode = functools.partial(encode_plain, prior.encode, size)
             shape = prior.latent_shape(size)
             return ImageParticle(config=particles.image, shape=shape, learning_rate=rate, encode=encode)
+        case "gaussians":
+            return GaussianParticle(
+                config=particles.gaussians,
+                learning_rate=rate,
+                backend=splat_backend(config.render.splat_backend, config.parallel.numerics, device),
+                deterministic=exact or on_cpu,
+            )
         case "nerf":
             return NerfParticle(
                 config=particles.nerf,
@@ -120,4 +127,4 @@ def make_particle(config: Config, prior: Latents | None, device: torch.device) -
                 gather=exact and not on_cpu,
                 deterministic=exact or on_cpu,
             )
-    raise ValueError(f"particles.kind is {particles.kind!r}; known are 'nerf' and 'image'")
+    raise ValueError(f"particles.kind is {particles.kind!r}; known are 'nerf', 'gaussians' and 'image'")
