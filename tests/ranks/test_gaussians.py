@@ -40,7 +40,7 @@ def moved(run):
 
 @pytest.mark.guarantee("G10", "G9")
 def test_growth_has_the_same_bits_on_any_number_of_ranks_and_after_an_interruption(tmp_path, prior):
-    """Three particles of 40 gaussians on one rank, against two ranks that stop after three rounds and one that goes on."""
+    """Three particles of 40 gaussians: on one rank, and on two that stop after three rounds and one that goes on."""
     alone, parts = (config(tmp_path / name, prior) for name in ("alone", "parts"))
     train(alone)
     half = dataclasses.replace(parts, schedule=dataclasses.replace(parts.schedule, rounds=3))
