@@ -2,8 +2,8 @@
 batched over particles and views.
 
 `torch` is the plain reference, for every device and for float32 and float64. `gsplat` is the library of that name, on
-CUDA only; both follow its conventions, so they agree to rounding. The path through gsplat is written from the
-documentation of its version 1.5.3 and was not run on a GPU.
+CUDA only; both follow its conventions. gsplat leaves out what is behind a transmittance of 1e-4, and the reference does
+not. The path through gsplat is written from the documentation of its version 1.5.3 and was not run on a GPU.
 
 Shape legend: P particles, V views, N gaussians a particle, H x W pixels.
 """

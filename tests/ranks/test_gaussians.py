@@ -3,7 +3,6 @@
 import dataclasses
 from pathlib import Path
 
-import pytest
 import torch
 
 from distvsd.config import load_config
@@ -38,7 +37,6 @@ def moved(run):
     return sum(int((state["adam_v/means"] == 0).all(-1).sum()) for state in particles.state().values())
 
 
-@pytest.mark.guarantee("G10", "G9")
 def test_growth_has_the_same_bits_on_any_number_of_ranks_and_after_an_interruption(tmp_path, prior):
     """Three particles of 40 gaussians: on one rank, and on two that stop after three rounds and one that goes on."""
     alone, parts = (config(tmp_path / name, prior) for name in ("alone", "parts"))
