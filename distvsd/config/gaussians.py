@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from distvsd.config.ranges import Count, Increasing, Range, Share, Weight
+from distvsd.config.ranges import Count, Increasing, Range, Weight
 
 Factor = Annotated[float, Range(0, 1000)]
 Opacity = Annotated[float, Range(0, 1, above=True, below=True)]
@@ -54,7 +54,5 @@ class GaussiansConfig:
     """Weight of the logarithm by which an object's mean opacity is outside coverage_range; 0 for rooms."""
     coverage_range: Annotated[tuple[float, float], Range(0, 1, above=True, below=True), Increasing()] = (0.1, 0.7)
     """Share of a view that an object may cover, [low, high]."""
-    random_background: Share = 1.0
-    """Share of the views drawn before a random solid colour; the others are drawn before black."""
     random_background_kind: Literal["color", "grey"] = "color"
-    """Random solid backgrounds are any colour, or grey levels."""
+    """Every view is drawn before a random solid background: any colour, or grey levels."""

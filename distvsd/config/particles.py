@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from distvsd.config.gaussians import GaussiansConfig
+from distvsd.config.mesh import MeshConfig
 from distvsd.config.ranges import Betas, Count, Increasing, Positive, Range, Share, Weight
 from distvsd.config.schedule import Schedule
 
@@ -91,8 +92,8 @@ class HealthConfig:
 class ParticlesConfig:
     """What is optimised, how many, and how fast."""
 
-    kind: Literal["nerf", "gaussians", "image"] = "nerf"
-    """Radiance fields, sets of 3-D gaussians, or images (the 2-D experiment)."""
+    kind: Literal["nerf", "gaussians", "image", "mesh"] = "nerf"
+    """Radiance fields, sets of 3-D gaussians, images (the 2-D experiment), or triangle meshes."""
     count: Annotated[int, Range(1, 2**31 - 1)] = 8
     """Number of particles over all ranks; fewer than ranks is legal."""
     views: Positive = 1
@@ -114,8 +115,10 @@ class ParticlesConfig:
     image: ImageConfig = ImageConfig()
     """Read when kind is image."""
     nerf: NerfConfig = NerfConfig()
-    """Read when kind is nerf."""
+    """Read when kind is nerf; of a mesh, the field that colours it, its bound and its background."""
     gaussians: GaussiansConfig = GaussiansConfig()
     """Read when kind is gaussians."""
+    mesh: MeshConfig = MeshConfig()
+    """Read when kind is mesh."""
     health: HealthConfig = HealthConfig()
     """What happens to particles that stop being finite."""

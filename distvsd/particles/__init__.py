@@ -4,6 +4,7 @@ from distvsd.particles.base import Adapted, Adaptive, Colored, Cost, Handed, Key
 from distvsd.particles.ensemble import Ensemble, Update, Views
 from distvsd.particles.gaussians import GaussianParticle
 from distvsd.particles.image import ImageParticle
+from distvsd.particles.mesh import MeshParticle
 from distvsd.particles.nerf import NerfParticle
 from distvsd.particles.store import ParticleStore, Resident
 
@@ -17,6 +18,7 @@ __all__ = [
     "Handed",
     "ImageParticle",
     "Keys",
+    "MeshParticle",
     "NerfParticle",
     "Parameters",
     "Particle",

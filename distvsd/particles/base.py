@@ -14,6 +14,7 @@ from torch import Tensor
 
 from distvsd.cameras import Cameras, Field
 from distvsd.errors import ConfigError
+from distvsd.render.meshes import Surface
 
 Parameters = dict[str, Tensor]
 
@@ -103,6 +104,18 @@ class Handed:
             rows.append(self.particle.colors(own, points[row : row + 1]))
         return torch.cat(rows) if rows else points.clone()
 
+    @torch.no_grad()
+    def surfaces(self, device: torch.device) -> list[Surface] | None:
+        """The surface of each particle that is handed over, if these have one and no density. One particle a call."""
+        found = []
+        for row in range(len(next(iter(self.parameters.values())))):
+            own = {name: value.to(device) for name, value in self.rows(slice(row, row + 1)).parameters.items()}
+            surface = None if self.particle.field(own) is not None else self.particle.surface(own, 3, 1.0)
+            if surface is None:
+                return None
+            found.append(surface)
+        return found or None
+
     def refuse(self, particle: Particle, why: str) -> NoReturn:
         """Raises ConfigError: `particle` cannot begin from this."""
         raise ConfigError(
@@ -165,6 +178,14 @@ class Particle(Protocol):
         """The density of these particles as a function of world points; None for what has no volume.
 
         Reads the parameters when it is called; differentiable in points and parameters.
+        """
+        ...
+
+    def surface(self, parameters: Parameters, resolution: int, threshold: float) -> Surface | None:
+        """The triangle meshes of these particles with their colours, as export writes them; None for what has none.
+
+        resolution: cubes along an edge of the lattice on which a density is read; threshold: density per world unit at
+        which the surface lies. What has a mesh of its own reads neither.
         """
         ...
 

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from distvsd.cameras import Cameras, Field
 from distvsd.config import GaussiansConfig
-from distvsd.particles.backgrounds import plain_backgrounds
+from distvsd.particles.backdrop import random_plain
 from distvsd.particles.base import Adapted, Cost, Handed, Keys, Parameters, Rendered, parameter_counts
 from distvsd.particles.growth import drawn, exploration, relocated
+from distvsd.particles.isosurface import isosurface
 from distvsd.particles.penalties import coverage, sparsity
+from distvsd.render.meshes import Surface
 from distvsd.render.splat import SplatBackend, Splats, rotations, splat
 from distvsd.vsd.rng import Purpose, normal, uniform
 
@@ -47,8 +49,8 @@ class GaussianParticle:
     has_views: ClassVar[bool] = True
 
     def init(self, seed: int, ids: Tensor, source: Handed | None = None) -> Parameters:
-        """A ball of gaussians; from a source of this kind and size a copy, and from any other with a density gaussians
-        where it has matter, in its colours if it offers some."""
+        """A ball of gaussians; from a source of this kind and size a copy. From any other gaussians where it has matter
+        or, where it has no density, on its surface; in its colours if it offers some."""
         if source is not None and self._is_like(source):
             return source.copied_for(self, ids)
         config, count = self.config, self.config.capacity
@@ -57,13 +59,11 @@ class GaussianParticle:
         if source is None:
             radius = _cube_root(uniform(seed, Purpose.INIT, ids, 0, (count, 1), lane=1))
             means = config.init_radius * radius * _directions(seed, ids, (count, 3), lane=0)
-            volume = torch.full((len(ids),), 4 / 3 * math.pi * config.init_radius**3, device=ids.device)
+            spacing = (4 / 3 * math.pi / count) ** (1 / 3) * config.init_radius * torch.ones_like(means[:, 0, 0])
         else:
-            means, volume = self._from_density(seed, ids, source)
-            found = source.colors(means)
+            means, spacing, found = self._from_other(seed, ids, source)
             if found is not None:
                 color_logits = (found.log() - (1 - found).log()).clamp(-_MOST_LOGIT, _MOST_LOGIT)
-        spacing = _cube_root(volume / count)
         uneven = _JITTER * normal(seed, Purpose.INIT, ids, 0, (count, 3), lane=2)
         return {
             "means": means,
@@ -82,11 +82,40 @@ class GaussianParticle:
             and means.shape[1] == (self.config.capacity)
         )
 
-    def _from_density(self, seed: int, ids: Tensor, source: Handed) -> tuple[Tensor, Tensor]:
-        """Means `[P, N, 3]` drawn where the source stops light, and the volume of that `[P]`, cubic world units.
+    def _from_other(self, seed: int, ids: Tensor, source: Handed) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Means `[P, N, 3]`, their mean spacing `[P]`, and RGB `[P, N, 3]` where the source has colours.
 
-        A particle without matter is taken for an even fog that fills the cube.
+        The means are drawn where the source stops light, or evenly from its surface. A particle without matter, or
+        without a surface, is taken for an even fog that fills the cube.
         """
+        surfaces = source.surfaces(ids.device)
+        if surfaces is None:
+            means, volume = self._from_density(seed, ids, source)
+            return means, _cube_root(volume / self.config.capacity), source.colors(means)
+        count, bound = self.config.capacity, self.config.bound
+        parts = []
+        for row, surface in enumerate(surfaces):
+            own = ids[row : row + 1]
+            places = uniform(seed, Purpose.INIT, own, 0, (count, 3), lane=1)
+            if not len(surface.meshes.faces):
+                means = bound * (2 * places - 1)
+                parts.append(
+                    (means, torch.full_like(means[:, 0, 0], 2 * bound * count ** (-1 / 3)), surface.color(means))
+                )
+                continue
+            areas = surface.meshes.area_normals.norm(dim=-1)[None] / 2
+            faces = drawn(areas / areas.amax(), uniform(seed, Purpose.INIT, own, 0, (count,), lane=0))
+            # Uniform in a triangle: a point of the parallelogram beyond the diagonal is mirrored into it.
+            u, v = places[..., 0], places[..., 1]
+            u, v = torch.where(u + v > 1, 1 - u, u), torch.where(u + v > 1, 1 - v, v)
+            a, b, c = surface.meshes.corners[faces].unbind(2)
+            means = a + u[..., None] * (b - a) + v[..., None] * (c - a)
+            parts.append((means, (areas.sum(1) / count).sqrt(), surface.color(means)))
+        means, spacing, colors = (torch.cat(values) for values in zip(*parts, strict=True))
+        return means, spacing, colors
+
+    def _from_density(self, seed: int, ids: Tensor, source: Handed) -> tuple[Tensor, Tensor]:
+        """Means `[P, N, 3]`, and the volume of the matter `[P]`, cubic world units."""
         bound, count = self.config.bound, self.config.capacity
         edge = 2 * bound / _CELLS
         middles = (torch.arange(_CELLS, device=ids.device) + 0.5) * edge - bound
@@ -109,10 +138,8 @@ class GaussianParticle:
         }
 
     def render(self, parameters: Parameters, cameras: Cameras, resolution: int, keys: Keys) -> Rendered:
-        config = self.config
-        share, kind = config.random_background, config.random_background_kind
-        colour, is_plain = plain_backgrounds(keys, cameras.shape[1], share, kind)
-        return self._draw(parameters, cameras, resolution, torch.where(is_plain[..., None], colour, 0.0))
+        _, colour = random_plain(keys, cameras.shape[1], 1.0, self.config.random_background_kind)
+        return self._draw(parameters, cameras, resolution, colour)
 
     def view(self, parameters: Parameters, cameras: Cameras, resolution: int, background: float) -> Rendered:
         colour = torch.full((*cameras.shape, 3), background, device=cameras.fovy.device)
@@ -130,13 +157,18 @@ class GaussianParticle:
             penalty = penalty + coverage(config.coverage, opacity, config.coverage_range)
         return Rendered(images.permute(0, 1, 4, 2, 3), seen.opacity.permute(0, 1, 4, 2, 3), penalty)
 
-    def field(self, parameters: Parameters) -> Field | None:
+    def field(self, parameters: Parameters) -> Field:
         """A gaussian of opacity o has the density whose integral along a line through its middle is -log(1 - o), for
         the mean of its standard deviations; densities add."""
         return lambda points_PK3: self._mixture(parameters, points_PK3)[0]
 
     def colors(self, parameters: Parameters, points: Tensor) -> Tensor:
         return self._mixture(parameters, points)[1]
+
+    def surface(self, parameters: Parameters, resolution: int, threshold: float) -> Surface:
+        """Not differentiable in the parameters; the colours are."""
+        meshes = isosurface(self.field, parameters, self.config.bound, resolution, threshold)
+        return Surface(meshes, lambda points: self.colors(parameters, points))
 
     def _mixture(self, parameters: Parameters, points_PK3: Tensor) -> tuple[Tensor, Tensor]:
         """Density `[P, K]` per world unit, and colour `[P, K, 3]` as the mean of that of the gaussians there."""

@@ -8,8 +8,9 @@ import torch
 
 from distvsd.cameras import Cameras
 from distvsd.config import GaussiansConfig, HealthConfig
+from distvsd.config.mesh import MeshConfig
 from distvsd.errors import ConfigError
-from distvsd.particles import GaussianParticle, Handed, Keys
+from distvsd.particles import GaussianParticle, Handed, Keys, MeshParticle
 from distvsd.testing import check_particle
 from tests.unit.particles.shards import AROUND, SMALL, image, nerf, shard
 
@@ -19,6 +20,10 @@ FEW = GaussiansConfig(capacity=60, init_color=1.0, relocate_every=2, min_opacity
 
 def gaussians(config=FEW, rate=0.01, **fields):
     return GaussianParticle(config=dataclasses.replace(config, **fields), learning_rate=lambda step: rate)
+
+
+def mesh():
+    return MeshParticle(config=MeshConfig(grid=12), field_particle=nerf(), learning_rate=lambda step: 0.02)
 
 
 def pushed(particles, rounds, first=0, towards=0.1):
@@ -150,6 +155,41 @@ def test_from_a_field_without_matter_it_begins_as_a_fog():
     empty = nerf(dataclasses.replace(particle.config, blob_density=-100.0))
     made = gaussians(capacity=1000, bound=0.5).init(0, IDS, Handed(empty, parameters))
     assert float(made["means"].abs().max()) <= 0.5 and float(made["means"].std()) == pytest.approx(0.2887, abs=0.01)
+
+
+def test_from_a_mesh_it_begins_on_the_surface():
+    source = mesh()
+    before = source.init(0, IDS)
+    made = gaussians(capacity=300).init(0, IDS, Handed(source, before))
+    ball = source.field_particle.config.blob_radius
+    assert float((made["means"].norm(dim=-1) - ball).abs().max()) < 0.05
+    # (4 pi r^2 / 300)^(1/2)
+    assert float(made["log_scales"].mean().exp()) == pytest.approx(ball * math.sqrt(4 * math.pi / 300), rel=0.05)
+    torch.testing.assert_close(
+        made["color_logits"].sigmoid(), source.surface(before, 4, 1.0).color(made["means"]), rtol=0, atol=1e-5
+    )
+    alone = gaussians(capacity=300).init(0, IDS[1:2], Handed(source, before).rows(slice(1, 2)))
+    assert all(torch.equal(value[0], made[name][1]) for name, value in alone.items())
+
+
+def test_from_an_empty_mesh_it_begins_as_a_fog():
+    source = mesh()
+    empty = source.init(0, IDS) | {"values": torch.full_like(source.init(0, IDS)["values"], -1.0)}
+    made = gaussians(capacity=1000, bound=0.5).init(0, IDS, Handed(source, empty))
+    assert float(made["means"].abs().max()) <= 0.5 and float(made["means"].std()) == pytest.approx(0.2887, abs=0.01)
+
+
+def test_its_surface_is_where_its_density_has_the_threshold():
+    particle = gaussians(capacity=500, bound=0.5)
+    made = particle.init(0, IDS, Handed(*red_ball_field()))
+    made["opacity_logits"][:] = 2.0
+    surface = particle.surface(made, 24, 5.0)
+    vertices = surface.meshes.one(0)[0]
+    assert len(vertices) > 100
+    density = particle.field({name: value[:1] for name, value in made.items()})(vertices[None])
+    assert float((density.log() - math.log(5)).abs().median()) < 0.3
+    red = surface.color(vertices[None].expand(3, -1, -1))[0]
+    assert bool((red[:, 0] > 0.7).all())
 
 
 def test_what_has_no_volume_is_refused():
