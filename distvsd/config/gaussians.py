@@ -43,7 +43,8 @@ class GaussiansConfig:
     """Opacity below which a gaussian is dead: it is relocated, and copies keep at least this much. Below
     init_opacity."""
     noise: Weight = 0.0
-    """Weight of the noise on the means of nearly transparent gaussians, each round; the paper's 5e5 at its rate."""
+    """Weight of the noise on the means of gaussians about as faint as min_opacity, each round. The paper has 5e5 at a
+    rate of 1.6e-4 for the means, which is 80 in all."""
     opacity: Weight = 0.0
     """Weight of the mean opacity of the gaussians (those that no view needs fade and are relocated)."""
     scale: Weight = 0.0

@@ -210,7 +210,9 @@ class GaussianParticle:
             draws = normal(keys.seed, Purpose.GROWTH, keys.ids, keys.step, (*count, 3), lane=1)
             axes = rotations(splats.quaternions) * splats.scales[:, :, None]
             rate = config.noise * self.learning_rates(keys.step)["means"] * factors
-            changed["means"] = changed["means"] + rate[:, None, None] * exploration(splats.opacities, axes, draws)
+            changed["means"] = changed["means"] + rate[:, None, None] * exploration(
+                splats.opacities, config.min_opacity, axes, draws
+            )
         return Adapted(changed if relocates else {"means": changed["means"]}, restarted)
 
     def cost(self, resolution: int) -> Cost:

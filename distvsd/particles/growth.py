@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_GATE_STEEPNESS, _GATE_OPACITY = 100.0, 0.005  # of the noise, Eq. 8 of the paper: none above this opacity
+_GATE_STEEPNESS = 100.0  # of the noise, as in the paper: a gaussian of 0.05 more opacity has less than a hundredth
 _MOST_OPACITY = 1 - 1e-6  # its logit is finite in single precision
 _REACH, _NODES = 6.0, 241  # of the quadrature; exp(-6^2) is below the rounding of float64
 
@@ -83,12 +83,12 @@ def corrected(opacities: Tensor, copies: Tensor) -> tuple[Tensor, Tensor]:
     return new.to(opacities), (old * math.sqrt(math.pi) / total).to(opacities)
 
 
-def exploration(opacities_PN: Tensor, axes_PN33: Tensor, normals_PN3: Tensor) -> Tensor:
+def exploration(opacities_PN: Tensor, least: float, axes_PN33: Tensor, normals_PN3: Tensor) -> Tensor:
     """The noise of Eq. 8 on the means, `[P, N, 3]` world units squared, before its rate: covariance times normal
-    numbers, closed for gaussians that are not nearly transparent.
+    numbers. It is half as large at opacity `least`, and soon nothing above it.
 
     axes: the columns are the gaussian's own axes in the world, as long as its standard deviations.
     """
-    gate = torch.sigmoid(-_GATE_STEEPNESS * (opacities_PN - _GATE_OPACITY))
+    gate = torch.sigmoid(-_GATE_STEEPNESS * (opacities_PN - least))
     along = torch.einsum("pnij,pni->pnj", axes_PN33, normals_PN3)
     return gate[..., None] * torch.einsum("pnij,pnj->pni", axes_PN33, along)

@@ -86,7 +86,7 @@ def test_the_noise_is_the_covariance_times_normal_numbers_and_only_the_faint_hav
     )
     normals = torch.tensor([0.3, -1.0, 2.0])
     opacities = torch.tensor([[0.0, 0.005, 0.1, 0.5]])
-    found = exploration(opacities, axes.expand(1, 4, 3, 3), normals.expand(1, 4, 3))[0]
+    found = exploration(opacities, 0.005, axes.expand(1, 4, 3, 3), normals.expand(1, 4, 3))[0]
     whole = axes @ axes.T @ normals
     # sigmoid(-100 (o - 0.005)): 0.62246, 0.5, 7.5e-5, 3e-22
     expected = torch.outer(torch.tensor([0.622459, 0.5, 7.4846e-05, 0.0]), whole)
