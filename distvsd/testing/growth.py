@@ -51,11 +51,14 @@ def _check_shapes(trial: Trial, parameters: Parameters, adapted: Adapted, step: 
         )
         require(bool(value.isfinite().all()), f"adapt (round {step}): {name} is not finite")
     for name, mask in adapted.restarted.items():
-        expanded = torch.broadcast_shapes(mask.shape, parameters[name].shape)
+        shape = parameters[name].shape
+        fits = mask.ndim == len(shape) and all(
+            size in (1, whole) for size, whole in zip(mask.shape, shape, strict=True)
+        )
         require(
-            mask.dtype == torch.bool and len(mask) == len(trial.ids) and expanded == parameters[name].shape,
+            mask.dtype == torch.bool and fits and len(mask) == len(trial.ids),
             f"adapt (round {step}): the mask of {name} is {mask.dtype} {list(mask.shape)}; it must be bool and "
-            f"broadcast to {list(parameters[name].shape)}",
+            f"broadcast to {list(shape)}",
         )
 
 
