@@ -123,15 +123,14 @@ def normal_consistency(meshes: Meshes) -> Tensor:
 
 
 def laplacian(meshes: Meshes) -> Tensor:
-    """Mean squared distance of the vertices from the mean of their neighbours, `[P]`, square world units.
-    Differentiable."""
+    """Mean length of the sum of the edges that leave a vertex, `[P]`, world units: 0 where every vertex is in the
+    middle of its neighbours. Differentiable. The uniform Laplacian of the paper's code, not divided by the neighbours'
+    number.
+    """
     a, b = meshes.edges.vertices.unbind(1)
-    total = torch.zeros_like(meshes.vertices).index_add(0, a, meshes.vertices[b]).index_add(0, b, meshes.vertices[a])
-    ones = total.new_ones(len(a))
-    count = total.new_zeros(len(total)).index_add(0, a, ones).index_add(0, b, ones)
-    away = total / count.clamp_min(1)[:, None] - meshes.vertices
-    squares = away.square().sum(1).where(count > 0, away.new_zeros(()))
-    sums = squares.new_zeros(len(meshes)).index_add(0, meshes.vertex_owners, squares)
+    edges = meshes.vertices[b] - meshes.vertices[a]
+    away = torch.zeros_like(meshes.vertices).index_add(0, a, edges).index_add(0, b, -edges)
+    sums = away.new_zeros(len(meshes)).index_add(0, meshes.vertex_owners, _length(away))
     return sums / torch.bincount(meshes.vertex_owners, minlength=len(meshes)).clamp_min(1)
 
 
