@@ -1,0 +1,147 @@
+"""Textures of surfaces: charts laid out by xatlas, colours read at the world point of every texel, padding around charts.
+
+Texture coordinates: u to the right and v downward, in [0, 1]; texel (row r, column c) of E has its centre at
+((c + 0.5) / E, (r + 0.5) / E). Everything is batched over texels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from distvsd.errors import BackendError
+
+GAP = 8  # texels between charts, so that PADDING of each side never meet
+PADDING = 3  # texels around a chart that continue its colours at full resolution
+POINTS_AT_ONCE = 1 << 18  # whose colours are read in one call
+
+
+def unwrap(vertices: Tensor, faces: Tensor, edge: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Lays a surface out flat for a square picture of `edge` texels.
+
+    Gives the vertex that each new vertex is a copy of `[K]`, the faces among the new ones `[M, 3]` in the order of
+    `faces`, and texture coordinates `[K, 2]` float32. Raises BackendError where xatlas is not installed.
+    """
+    try:
+        import xatlas
+    except ImportError as error:
+        raise BackendError(
+            f"textures need xatlas ({error}); pip install 'distvsd[export]', or export colours of vertices with "
+            "--texture 0"
+        ) from error
+    charts, layout = xatlas.ChartOptions(), xatlas.PackOptions()
+    layout.resolution, layout.padding, layout.bilinear = edge, GAP, True
+    atlas = xatlas.Atlas()
+    atlas.add_mesh(vertices.float().contiguous().numpy(), faces.int().contiguous().numpy().view("uint32"))
+    atlas.generate(charts, layout)
+    source, new_faces, coordinates = atlas.get_mesh(0)
+    # The atlas is only about as large as asked for, and need not be square; coordinates come relative to its edges.
+    share = torch.tensor([atlas.width, atlas.height], dtype=torch.float64) / max(atlas.width, atlas.height)
+    places = (torch.from_numpy(coordinates).double() * share).clamp(0, 1).float()
+    return torch.from_numpy(source.view("int32")).long(), torch.from_numpy(new_faces.view("int32")).long(), places
+
+
+def bake(
+    color: Callable[[Tensor], Tensor], vertices: Tensor, faces: Tensor, coordinates: Tensor, edge: int
+) -> Tensor:
+    """The picture `[E, E, 3]` uint8 of a surface that is laid out at texture `coordinates` `[N, 2]`.
+
+    color: colours `[K, 3]` in [0, 1] of world points `[K, 3]`. Each texel whose centre a triangle covers has the colour
+    of the world point that is there; all others continue the charts, see `continued`. White where no texel is covered.
+    """
+    owners_EE = texel_owners(coordinates[faces].double() * edge, edge)
+    covered = (owners_EE.flatten() >= 0).nonzero()[:, 0]
+    picture_T3 = torch.zeros(edge * edge, 3)
+    for texels in covered.split(POINTS_AT_ONCE):
+        triangles = owners_EE.flatten()[texels]
+        center_T2 = torch.stack((texels % edge, texels // edge), dim=-1) + 0.5
+        shares_T3 = barycentric(coordinates[faces[triangles]].double() * edge, center_T2.double())
+        points_T3 = torch.einsum("tk,tkc->tc", shares_T3, vertices[faces[triangles]].double())
+        picture_T3[texels] = color(points_T3.float()).float().cpu()
+    filled_EE3 = continued(picture_T3.reshape(edge, edge, 3), owners_EE >= 0)
+    return (filled_EE3.clamp(0, 1) * 255).round().byte()
+
+
+def texel_owners(corners_M32: Tensor, edge: int) -> Tensor:
+    """The triangle over the centre of each texel `[E, E]` int64, -1 where there is none; the last one of several.
+
+    corners: of triangles in texels, `[M, 3, 2]` (column, row) float64. A scan line at a time, all lines at once: work
+    and memory are those of the covered texels.
+    """
+    rows_M3 = corners_M32[..., 1]
+    triangle_L, row_L = _spans(rows_M3.amin(1), rows_M3.amax(1), edge)
+    start_L32, end_L32 = corners_M32[triangle_L], corners_M32[triangle_L].roll(-1, dims=1)
+    height_L3 = end_L32[..., 1] - start_L32[..., 1]
+    along_L3 = (row_L[:, None] + 0.5 - start_L32[..., 1]) / torch.where(height_L3 == 0, 1.0, height_L3)
+    crosses_L3 = (height_L3 != 0) & (along_L3 >= 0) & (along_L3 <= 1)
+    column_L3 = start_L32[..., 0] + along_L3 * (end_L32[..., 0] - start_L32[..., 0])
+    left_L = torch.where(crosses_L3, column_L3, torch.inf).amin(1)
+    right_L = torch.where(crosses_L3, column_L3, -torch.inf).amax(1)
+    line_T, column_T = _spans(left_L, right_L, edge)
+    texel_T = row_L[line_T] * edge + column_T
+    owners = torch.full((edge * edge,), -1, dtype=torch.int64)
+    return owners.scatter_reduce_(0, texel_T, triangle_L[line_T], "amax").reshape(edge, edge)
+
+
+def _spans(low_N: Tensor, high_N: Tensor, edge: int) -> tuple[Tensor, Tensor]:
+    """Every whole number k in [0, edge) with low <= k + 0.5 <= high: of which row of `low` it is, and k."""
+    empty = ~(low_N <= high_N)
+    first = torch.where(empty, 0, low_N - 0.5).ceil().clamp(0, edge).long()
+    last = torch.where(empty, -1, high_N - 0.5).floor().clamp(-1, edge - 1).long()
+    counts = (last - first + 1).clamp_min(0)
+    row = torch.arange(len(low_N)).repeat_interleave(counts)
+    begins = counts.cumsum(0) - counts
+    return row, torch.arange(len(row)) - begins[row] + first[row]
+
+
+def barycentric(corners_T32: Tensor, points_T2: Tensor) -> Tensor:
+    """Shares `[T, 3]` of the corners of triangles at points in them, not below 0, with the sum 1."""
+    opposite = corners_T32.roll(-1, dims=1)
+    following = corners_T32.roll(-2, dims=1)
+    side, toward = following - opposite, points_T2[:, None] - opposite
+    areas = (side[..., 0] * toward[..., 1] - side[..., 1] * toward[..., 0]) * _sign(corners_T32)[:, None]
+    areas = areas.clamp_min(0)
+    total = areas.sum(1, keepdim=True)
+    return torch.where(total > 0, areas / total.clamp_min(1e-300), 1 / 3)
+
+
+def _sign(corners_T32: Tensor) -> Tensor:
+    first, second = (corners_T32[:, k] - corners_T32[:, 0] for k in (1, 2))
+    return torch.sign(first[:, 0] * second[:, 1] - first[:, 1] * second[:, 0])
+
+
+def continued(picture_EE3: Tensor, covered_EE: Tensor) -> Tensor:
+    """The picture with colours in every texel: covered ones keep theirs.
+
+    The first PADDING texels around a chart take the mean of their neighbours that have a colour, ring after ring: they
+    are what bilinear filtering reads. The others take the mean of the smallest block of 2, 4, 8, ... texels that has
+    one, so that no level of a mipmap mixes in a background. White where nothing is covered.
+    """
+    color = picture_EE3.permute(2, 0, 1)[None] * covered_EE
+    known = covered_EE[None, None].to(color.dtype)
+    for _ in range(PADDING):
+        color, known = _ring(color, known)
+    return _coarse_to_fine(color, known)[0].permute(1, 2, 0)
+
+
+def _ring(color: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """One texel more around what is known; both `[1, C, E, E]`, colours 0 where unknown."""
+    around = 9 * torch.nn.functional.avg_pool2d(torch.cat((color, known), dim=1), 3, stride=1, padding=1)
+    count = around[:, -1:]
+    new = (known == 0) & (count > 0.5)
+    return torch.where(new, around[:, :-1] / count.clamp_min(1), color), torch.where(new, 1.0, known)
+
+
+def _coarse_to_fine(color: Tensor, known: Tensor) -> Tensor:
+    """Unknown texels from the next coarser level, whose texels are the means of the known ones of 2 by 2."""
+    if color.shape[-1] == 1:
+        return torch.where(known > 0, color, 1.0)
+    pooled = torch.nn.functional.avg_pool2d(torch.cat((color, known), dim=1), 2, ceil_mode=True)
+    count = pooled[:, -1:]
+    coarse = _coarse_to_fine(
+        torch.where(count > 0, pooled[:, :-1] / count.clamp_min(1e-6), 0.0), (count > 0).to(color.dtype)
+    )
+    finer = coarse.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)[..., : color.shape[2], : color.shape[3]]
+    return torch.where(known > 0, color, finer)
