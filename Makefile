@@ -1,9 +1,9 @@
-# `make demo` and `make test` set themselves up on a fresh machine; both reuse .venv afterwards.
+# `make demo` and `make test` create .venv and install the project on a fresh machine. Later calls reuse .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 DEMO ?= runs/demo
-# For a machine without a GPU whose pip would take torch's CUDA build: the index that has its CPU build.
+# For machines without a GPU: a package index with CPU builds of torch. Without it pip may install the CUDA build.
 TORCH_INDEX ?=
 
 .PHONY: install test lint demo clean

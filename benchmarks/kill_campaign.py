@@ -1,12 +1,15 @@
-"""SIGKILL at random instants of real trainings: what is lost, what cannot be read, what hangs, what comes out.
+"""Kills real trainings at random instants, and counts lost rounds, unreadable checkpoints, hangs and wrong results.
 
     python -m benchmarks.kill_campaign --kills 300 [--seed 0] [--ranks 2] [--page benchmarks/kill_campaign.md]
 
-Each training saves after every round. At an instant drawn uniformly from the length of an undisturbed training, rank 0,
-another rank or all ranks are killed; then the newest checkpoint is opened and every file of it verified, and the same
-command resumes, until the training is done. Its final state must have the same bits as one that was never disturbed.
-Half of the kills save in the background, where a save is nearly always under way; of those that save in the foreground
-every second one waits for the next save to begin and strikes within it. Prints the sums; --page writes them down.
+Each training saves after every round. A kill ends rank 0, the last rank or all ranks, at an instant drawn uniformly
+from the length of an undisturbed training. After each kill every file of the newest checkpoint is verified, and the
+same configuration resumes, until the training is done. Its final state must have the same bits as that of an
+undisturbed one.
+
+Half of the kills hit trainings that save in the background, where a save is nearly always in progress. In the other
+trainings, which save in the foreground, about half of the kills wait for the next save to begin and happen during it.
+Prints the totals; --page also writes the results page.
 """
 
 from __future__ import annotations
@@ -42,13 +45,13 @@ from distvsd.testing.ranks import run_ranks
 SMOKE = Path(__file__).parents[1] / "configs" / "smoke.yaml"
 ROUNDS, PARTICLES = 10, 2
 TIMEOUT_S = 120.0
-# A training that is killed this often without an end has stopped getting anywhere.
+# After this many kills of one training the campaign gives up, because the training makes no progress.
 MOST_ATTEMPTS = 60
 
 
 @dataclass
 class Tally:
-    """What the kills did. lost: of each kill, rounds reported and not in the newest checkpoint after it."""
+    """Counts over kills. lost: for each kill, how many reported rounds the newest checkpoint lacks."""
 
     trainings: int = 0
     kills: int = 0
@@ -78,7 +81,10 @@ class Tally:
 
 
 def small_training(prior: Path, run: Path, asynchronous: bool, rounds: int = ROUNDS, **changes: Any) -> Config:
-    """A real training of three image particles that saves after every round; seconds long. changes: by dotted key."""
+    """A real training of three image particles that saves after every round. It takes seconds.
+
+    changes: settings by dotted key.
+    """
     settings = {
         "run.dir": run,
         "prior.path": prior,
@@ -95,17 +101,19 @@ def small_training(prior: Path, run: Path, asynchronous: bool, rounds: int = ROU
 
 
 def warm_up(config: Config) -> None:
-    """Loads in this process what a training imports, so that ranks forked from it start in a fraction of a second."""
+    """Imports in this process what a training needs, so that ranks forked from it start in a fraction of a second."""
     build_run(config, World(0, 1, 0, 1, torch.device("cpu")), lambda done: False)
 
 
 def campaign(
     folder: Path, config_in: Callable[[Path], Config], kills: int, draw: random.Random, ranks: int = 2
 ) -> Tally:
-    """At least `kills` kills of trainings in `folder`, each training to its end. config_in: the training in a run.dir.
+    """Kills trainings in `folder` at least `kills` times, and resumes each until it is done.
 
-    Forks, so the caller must have one thread; `warm_up` makes it fast. Raises RankError where a training fails that
-    nobody killed.
+    config_in: returns the configuration of the training in a run directory.
+
+    It forks, so the caller must have one thread. Call `warm_up` first to make it fast. Raises RankError if a training
+    fails without a kill.
     """
     undisturbed = config_in(folder / "undisturbed")
     began = time.monotonic()
@@ -119,14 +127,16 @@ def campaign(
         tally = Tally(trainings=1)
         for attempts in range(MOST_ATTEMPTS):
             victims = draw.choice([[0], [ranks - 1], list(range(ranks))])
-            # Later and later, or a machine that has become slower since would never come to the end.
+            # The range grows with each attempt. Otherwise a training on a machine that has become slower never ends.
             kill = Kill(victims, draw.uniform(0, seconds * (1 + attempts / 10)))
             if not config.checkpoint.asynchronous and draw.random() < 0.5:
                 kill = Kill(victims, kill.after_s, Path(config.run.dir) / "checkpoints", draw.uniform(0, save_s))
             if attempt(config, folder / "pids", ranks, kill, tally):
                 break
         else:
-            raise RankError(f"{MOST_ATTEMPTS} attempts and no end: kills come faster than rounds ({seconds:.1f} s)")
+            raise RankError(
+                f"a training was not done after {MOST_ATTEMPTS} attempts; undisturbed it took {seconds:.1f} s"
+            )
         if verify_run(Path(config.run.dir), digest=True) != expected:
             tally.different += 1
         total += tally
@@ -136,8 +146,11 @@ def campaign(
 
 @dataclass(frozen=True)
 class Kill:
-    """SIGKILL to some ranks, `after_s` seconds after all have started; with `saves`, the folder of the checkpoints, it
-    waits then for a save to begin, and for `within_s` seconds more."""
+    """SIGKILL to some ranks, `after_s` seconds after all have started.
+
+    saves: the folder of the checkpoints. If it is given, the kill then also waits for a save to begin, and for
+    `within_s` seconds more.
+    """
 
     victims: list[int]
     after_s: float
@@ -145,7 +158,7 @@ class Kill:
     within_s: float = 0.0
 
     def strike(self, pids: Path, ranks: int) -> None:
-        """Waits for all that and kills. pids: a folder into which the ranks write their process ids."""
+        """Waits, then kills. pids: a folder into which the ranks write their process ids."""
         while len(list(pids.glob("*.pid"))) < ranks:
             time.sleep(0.001)
         time.sleep(self.after_s)
@@ -159,7 +172,7 @@ class Kill:
 
 
 def attempt(config: Config, pids: Path, ranks: int, kill: Kill, tally: Tally) -> bool:
-    """Trains until the end (True), or until the kill (False), which is then looked at and counted."""
+    """Trains. Returns True if the training ended, False if it was killed; a kill is examined and counted."""
     shutil.rmtree(pids, ignore_errors=True)
     pids.mkdir()
 
@@ -168,7 +181,7 @@ def attempt(config: Config, pids: Path, ranks: int, kill: Kill, tally: Tally) ->
         (pids / f"{world.rank}.part").rename(pids / f"{world.rank}.pid")
         train(config)
 
-    # Forked before the ranks, as threads and forks do not go together; it ends with the attempt.
+    # Another process and not a thread, because this process must have one thread when it forks the ranks.
     killer = multiprocessing.get_context("fork").Process(target=kill.strike, args=(pids, ranks))
     killer.start()
     try:
@@ -188,7 +201,7 @@ def attempt(config: Config, pids: Path, ranks: int, kill: Kill, tally: Tally) ->
 
 
 def _examine(run: Path, tally: Tally) -> None:
-    """What a kill left: is the newest checkpoint sound in every file, and how old is it?"""
+    """Counts one kill: verifies every file of the newest checkpoint and finds how old it is."""
     tally.kills += 1
     checkpoints = run / "checkpoints"
     unfinished = (".staged-", ".replaced-", ".removed-")
@@ -199,21 +212,21 @@ def _examine(run: Path, tally: Tally) -> None:
     except CheckpointError:
         tally.unreadable += 1
         return
-    # `newest` passes over what is damaged; a kill may leave nothing that has to be passed over.
+    # `newest` skips damaged checkpoints without an error, but a kill must not leave any.
     if checkpoint is not None and any(name > checkpoint.folder.name for name in names if name.startswith("step-")):
         tally.unreadable += 1
     tally.lost.append(max(0, last_reported(run) - (checkpoint.manifest.step if checkpoint else 0)))
 
 
 def reported(run: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl."""
+    """The complete lines of metrics.jsonl."""
     path = run / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
 
 
 def last_reported(run: Path) -> int:
-    """The round of the last whole line of metrics.jsonl; 0 before the first."""
+    """The round of the last complete line of metrics.jsonl, 0 if there is none."""
     lines = reported(run)
     return int(lines[-1]["round"]) if lines else 0
 
@@ -229,27 +242,28 @@ def page(arguments: argparse.Namespace, tallies: dict[str, Tally], seconds: floa
     command = f"python -m benchmarks.kill_campaign --kills {arguments.kills} --seed {arguments.seed}"
     return f"""# SIGKILL at random instants
 
-{machine()} On one of the cores, {seconds / 60:.0f} minutes.
+{machine()} It ran on one core for {seconds / 60:.0f} minutes.
 
     {command} --ranks {arguments.ranks} --page benchmarks/kill_campaign.md
 
-Real trainings of {PARTICLES} image particles with a tiny prior, {ROUNDS} rounds on {arguments.ranks} ranks, saved after
-every round. Each is killed at instants drawn uniformly from the length of an undisturbed training (a tenth more after
-each kill; rank 0, the last rank, or all), and resumed with the same configuration until it is done. Of the kills of
-trainings that save in the foreground, every second one waits from that instant for the next save to begin, and strikes
-within it.
+Real trainings of {PARTICLES} image particles with a tiny prior, {ROUNDS} rounds on {arguments.ranks} ranks, saved
+after every round. SIGKILL ends rank 0, the last rank, or all ranks. The instant is drawn uniformly from the length of
+an undisturbed training; the range grows by a tenth of that length after each kill. The same configuration then resumes
+the training, until it is done. In trainings that save in the foreground, about half of the kills wait from that instant
+for the next save to begin, and happen during that save.
 
 | saves | trainings | kills | of these in a save | unreadable checkpoints | most rounds lost | rounds lost, mean \
-| hangs | other bits at the end |
+| hangs | final state differs |
 |---|---:|---:|---:|---:|---:|---:|---:|---:|
 {rows}
 
-- **In a save**: an unfinished folder was there after the kill.
-- **Unreadable**: no sound checkpoint, or one that had to be passed over. Every file is verified after every kill.
+- **In a save**: the kill left the folder of an unfinished save.
+- **Unreadable**: the kill left no readable checkpoint, or a damaged one that had to be skipped. Every file of the
+  newest checkpoint is verified after every kill.
 - **Rounds lost**: the last round reported in `metrics.jsonl` minus the round of the newest checkpoint. A save in the
-  background ends when the next round has been reported, so that it can be two.
-- **Hangs**: ranks that did not notice within 5 s that another one had died.
-- **Other bits**: the final state differs from that of a training that nobody disturbed, in any tensor.
+  background ends after the next round has been reported, so up to two rounds can be lost.
+- **Hangs**: kills after which another rank did not notice within 5 s that a rank had died.
+- **Final state differs**: any tensor of the final state differs from that of an undisturbed training.
 """
 
 

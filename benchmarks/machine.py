@@ -1,4 +1,4 @@
-"""The line on a results page that says where and when it was made."""
+"""The line on a results page that says when, on which machine and from which commit it was made."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def machine() -> str:
-    """Date, commit, processor, versions."""
+    """Date, commit, processor and versions, as one line."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
     return (

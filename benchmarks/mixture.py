@@ -1,4 +1,4 @@
-"""The oracle's target: a mixture of Gaussians in the plane, its exact score at every noise level, and how far from it.
+"""The target of the oracle benchmark: a mixture of Gaussians in the plane, its exact score, and distances from it.
 
 Points are `[N, 2]`; `abar` `[N]` is alphas_cumprod[t], so alpha = sqrt(abar) and sigma = sqrt(1 - abar).
 """
@@ -32,19 +32,19 @@ class Mixture:
     stds: Tensor
 
     def log_density(self, points: Tensor, abar: Tensor) -> Tensor:
-        """log p_t at points `[N, 2]` where abar `[N]` is alphas_cumprod[t]: the mixture after noising, `[N]`."""
+        """`[N]` log p_t, the log density of the noised mixture."""
         squared, variance = self._at(points, abar)
         parts = self.weights.log() - variance.log() - squared / (2 * variance)
         return torch.logsumexp(parts, 1) - math.log(2 * math.pi)
 
     def eps(self, points: Tensor, abar: Tensor) -> Tensor:
-        """-sigma grad log p_t: what a perfect network predicts as the noise, `[N, 2]`."""
+        """`[N, 2]` -sigma grad log p_t, the noise that a perfect network predicts."""
         shares, variance, alpha, sigma = self._posterior(points, abar)
         precise = shares / variance
         return sigma * (precise.sum(1, keepdim=True) * points - alpha * precise @ self.means)
 
     def velocity(self, points: Tensor, abar: Tensor) -> Tensor:
-        """alpha eps - sigma E[x_0 | x_t], `[N, 2]`; finite where alpha is 0, which a conversion from eps is not."""
+        """`[N, 2]` alpha eps - sigma E[x_0 | x_t]. The mean of x_0 is computed without eps, because alpha may be 0."""
         shares, variance, alpha, sigma = self._posterior(points, abar)
         kept = shares * self.stds.square() / variance
         clean = shares @ self.means + alpha * (kept.sum(1, keepdim=True) * points - alpha * kept @ self.means)
@@ -57,7 +57,7 @@ class Mixture:
         return self.means[modes] + self.stds[modes, None] * torch.randn(count, 2, generator=stream)
 
     def nearest(self, points: Tensor) -> Tensor:
-        """The mode whose mean is nearest, int64 `[N]`."""
+        """int64 `[N]`, the mode with the nearest mean."""
         return torch.cdist(points, self.means).argmin(1)
 
     def _posterior(self, points: Tensor, abar: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -67,13 +67,13 @@ class Mixture:
         return shares, variance, abar.sqrt()[:, None], (1 - abar).sqrt()[:, None]
 
     def _at(self, points: Tensor, abar: Tensor) -> tuple[Tensor, Tensor]:
-        """Squared distances to the shrunken means and the variances at that noise level, both `[N, K]`."""
+        """Squared distances to the means times alpha, and the variances at that noise level; both `[N, K]`."""
         squared = (points[:, None] - abar.sqrt()[:, None, None] * self.means).square().sum(2)
         return squared, abar[:, None] * self.stds.square() + (1 - abar)[:, None]
 
 
 def ring() -> Mixture:
-    """Eight modes on a circle, weights 1/36 to 8/36 in mixed order, the heaviest half as wide as most, one wider."""
+    """Eight modes on a circle, weights 1/36 to 8/36 in mixed order. The heaviest mode is narrower, another is wider."""
     weights = torch.tensor([1.0, 6.0, 3.0, 8.0, 2.0, 5.0, 4.0, 7.0]) / 36
     angles = torch.arange(8) * (math.pi / 4)
     stds = torch.tensor([0.12, 0.12, 0.12, 0.06, 0.12, 0.18, 0.12, 0.12])
@@ -81,17 +81,17 @@ def ring() -> Mixture:
 
 
 def sliced_wasserstein(first: Tensor, second: Tensor, directions: int = 64) -> float:
-    """Mean over evenly spread directions of the 1-D Wasserstein-1 distance; `[N, 2]` each, the same N."""
+    """The 1-D Wasserstein-1 distance, averaged over evenly spaced directions. Both sets are `[N, 2]`."""
     angles = (torch.arange(directions) + 0.5) * (math.pi / directions)
     axes = torch.stack((angles.cos(), angles.sin()))
     return float(((first @ axes).sort(0).values - (second @ axes).sort(0).values).abs().mean())
 
 
 def measure(points: Tensor, mixture: Mixture, draws: int = 16, seed: int = 10_000) -> dict[str, Any]:
-    """Distance to fresh samples of the target, mode weights by nearest mode, and spread within each mode over the true.
+    """Distance to fresh samples of the target, mode weights by nearest mode, and the spread within each mode.
 
-    spread: by mode, the standard deviation about the mean of the mode's own particles over the true one; None where it
-    has fewer than two.
+    spread: for each mode, the standard deviation of its particles about their own mean, divided by the true standard
+    deviation; None for a mode with fewer than two particles.
     """
     count = len(points)
     distances = [sliced_wasserstein(points, mixture.sample(count, seed + draw)) for draw in range(draws)]
@@ -112,7 +112,7 @@ def measure(points: Tensor, mixture: Mixture, draws: int = 16, seed: int = 10_00
 
 
 def noise_floor(count: int, mixture: Mixture, repeats: int = 16, seed: int = 20_000) -> dict[str, float]:
-    """The same measures of `repeats` sets of true samples: mean, and the largest distance and total variation."""
+    """The distance and total variation of `repeats` sets of true samples: means and maxima."""
     found = [measure(mixture.sample(count, seed + repeat), mixture) for repeat in range(repeats)]
     distances = [one["sliced_wasserstein"] for one in found]
     variations = [one["mode_total_variation"] for one in found]

@@ -2,11 +2,13 @@
 
     python -m benchmarks.modes --out runs/modes [--particles 256] [--rounds 200] [--arms ancestral,sds,vsd,independent]
 
-The prompt is "an object", which has 30 equally likely modes (six colours, five shapes). Every arm gives as many images;
-`independent` trains one particle a run with a score network of its own, each for as many rounds, so that the particle
-updates and the score's samples are as many as in `vsd`, whose score takes them in four steps a round. Arms run one
-after the other; each is saved when it ends, and a second call goes on with what is missing. Prints one JSON object an
-arm; --page writes them down.
+The prompt is "an object", which has 30 equally likely modes (six colours, five shapes). Every arm makes the same number
+of images. `independent` trains one particle per run, each with its own score network and the same number of rounds. So
+it has as many particle updates and as many samples for the score as `vsd`; the score of `vsd` takes four steps per
+round.
+
+The arms run one after the other. Each is saved when it ends, and a second call runs only the missing ones. Prints one
+JSON object per arm; --page also writes the results page.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from distvsd.shapes.classifier import SCENES, Classifier, load_classifier
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 PROMPT = "an object"
-REFERENCE = 1024  # ancestral samples that stand for the prior's distribution
+REFERENCE = 1024  # ancestral samples that estimate the prior's distribution
 STEPS, SAMPLES_A_CALL = 30, 64
 SCORE_STEPS = 4
 
@@ -52,19 +54,19 @@ def trained(out: Path, kind: str, count: int, rounds: int, seed: int, overrides:
         f"schedule.rounds={rounds}",
         "checkpoint.every=0",
         f"log.every={max(rounds // 10, 1)}",
-        # Coarse to fine in proportion to the rounds.
+        # The same schedule for every number of rounds: high noise levels first, low ones last.
         f"objective.t_min={{0: 0.5, {rounds * 2 // 5}: 0.2, {rounds * 7 // 10}: 0.02}}",
         f"objective.t_max={{0: 0.98, {rounds * 2 // 5}: 0.9, {rounds * 7 // 10}: 0.5}}",
-        # In latents, whose numbers all have about the same variance: Adam moves every number equally far, and in pixels
-        # that is far too far for what varies inside a patch, which stays as noise.
+        # Latents, because Adam moves all numbers equally far and all latents have about the same variance. In pixels
+        # the variation inside a patch is much smaller, so Adam's steps are too large for it and it stays noise.
         "particles.image.space=latent",
         f"particles.learning_rate={{linear: {{0: 0.04, {rounds}: 0.003}}}}",
         "particles.image.init_scale=0.1",
-        # Particles that begin alike overshoot together, and the crowd swings through the colours.
+        # Particles with the same initial colour overshoot together, and their colours oscillate.
         "particles.image.init_color=0.1",
         "score.init=kaiming",
         "score.learning_rate=3e-3",
-        # One pass over the round's renders, in four steps instead of one.
+        # The steps share the round's renders, so all of them together cost as much as one step on all renders.
         f"score.steps_per_round={steps}",
         f"score.batch_size={-(-count // steps)}",
         *overrides,
@@ -76,7 +78,7 @@ def trained(out: Path, kind: str, count: int, rounds: int, seed: int, overrides:
 
 
 def counted(images: Tensor, classifier: Classifier) -> tuple[Tensor, float]:
-    """How many images show each of the 30 modes, int64 `[30]`, and the share that shows an object at all."""
+    """How many images show each of the 30 modes, int64 `[30]`, and the share of images that show an object."""
     predictions = classifier.classify(images)
     is_object = predictions.scene == SCENES.index("object")
     found = [
@@ -87,7 +89,7 @@ def counted(images: Tensor, classifier: Classifier) -> tuple[Tensor, float]:
 
 
 def measure(images: Tensor, reference: Tensor) -> dict[str, Any]:
-    """What is counted of one arm; reference: the modes of many ancestral samples, `[30]`."""
+    """The figures of one arm. reference: `[30]` mode counts of many ancestral samples."""
     classifier = load_classifier()
     counts, objects = counted(images, classifier)
     return {
@@ -115,12 +117,13 @@ def page(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> str:
     python -m benchmarks.modes --out DIR --particles {arguments.particles} --rounds {arguments.rounds} \
 --guidance-scale {arguments.guidance_scale} --page benchmarks/modes.md {settings}
 
-{arguments.particles} image particles of "{PROMPT}", {arguments.rounds} rounds, guidance {arguments.guidance_scale}. \
-The classifier counts colours and shapes: 30 modes. `ancestral` are as many fresh samples of the prior itself; the \
-distance to the prior is that to {REFERENCE} other samples, so its row shows what chance alone leaves. `independent` \
-is {arguments.particles} trainings of one particle, each with a score network of its own and as many rounds: as many \
-particle updates, as many samples through every network. The shared score network takes a round's renders in \
-{SCORE_STEPS} steps, one of their own one render in one.
+{arguments.particles} image particles of "{PROMPT}", {arguments.rounds} rounds, guidance {arguments.guidance_scale}, \
+in the prior's latents. The classifier counts colours and shapes: 30 modes. `ancestral` is {arguments.particles} fresh \
+samples of the prior itself. The distance to the prior is measured to {REFERENCE} other samples of the prior, so the \
+`ancestral` row shows the distance that chance alone gives. `independent` is {arguments.particles} trainings of one \
+particle, each with its own score network and {arguments.rounds} rounds. So `vsd` and `independent` have the same \
+number of particle updates and of training samples. The shared score network trains on a round's renders in \
+{SCORE_STEPS} steps; a network of one particle trains on its one render in one step.
 
 | images by | modes of 30 | total variation from the prior's samples | from uniform | Vendi score | objects | s |
 |---|---:|---:|---:|---:|---:|---:|
@@ -162,7 +165,7 @@ def main() -> None:
     }
 
     def images_of(arm: str) -> Tensor:
-        """Made once, and kept with the seconds that took."""
+        """The images of an arm, from its file if there is one. Otherwise makes them and saves them with the seconds."""
         file = args.out / f"{arm}.safetensors"
         if not file.exists():
             start = time.monotonic()

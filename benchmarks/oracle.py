@@ -1,8 +1,8 @@
 """Variational score distillation against a target that is known exactly: a mixture of Gaussians in the plane.
 
-2048 image particles are latents `[N, 2, 1, 1]`; the prior's score is the mixture's own at every noise level. They are
-moved by the trainer's loop, objective, optimiser and score training; only the two networks are replaced. If the method
-is right, the particles become samples of the target. One arm at a time, or all of them:
+2048 image particles are latents `[N, 2, 1, 1]`. The prior's score is the exact score of the mixture at every noise
+level. The trainer's own loop, objective, optimiser and score training move the particles; only the two networks are
+replaced. If the method is right, the particles become samples of the target. `--arms` chooses the arms, all by default:
 
     python -m benchmarks.oracle --picture benchmarks/oracle.png
 """
@@ -50,9 +50,10 @@ BETAS, ADAM_EPS = (0.9, 0.99), 1e-15
 class EmpiricalScore:
     """The exact score of the particles' own distribution q_t, the mean of N(alpha x_j, sigma^2 I) over all j.
 
-    Particle i itself is among the j: VSD's gradient is that of KL(q_t || p_t) for this very q_t, from which x_t is
-    drawn, and a perfectly trained network has this score. Left out, particles would repel each other as if x_t came
-    from the others only. points(): the particles now, `[M, 2]`.
+    The sum includes the particle that x_t is drawn from. VSD's gradient is that of KL(q_t || p_t), where x_t is drawn
+    from q_t, and a perfectly trained network has the score of q_t. Without that particle the gradient would be wrong.
+
+    points(): the current particles, `[M, 2]`.
     """
 
     def __init__(self, points: Callable[[], Tensor], alphas_cumprod: Tensor, chunk: int = 256) -> None:
@@ -73,10 +74,10 @@ class EmpiricalScore:
 
 
 class NetworkScore:
-    """A small network fitted to the particles by the score's denoising loss; what `ScoreTraining` trains.
+    """A small network that `ScoreTraining` trains on the particles with the score's denoising loss.
 
-    base: the prior's velocity(points, abar), to which the network is a correction that starts at zero, as the LoRA is;
-    None: the network is the whole score. The learning rate falls to zero over `num_steps` steps.
+    base: the prior's velocity(points, abar). The network then is a correction of it that starts at zero, as the LoRA
+    does. With None the network is the whole score. The learning rate falls to zero over `num_steps` steps.
     """
 
     def __init__(
@@ -138,15 +139,15 @@ class NetworkScore:
 
 
 def cosine(peak: float, length: int, warmup: int = 50) -> Callable[[int], float]:
-    """A linear rise over `warmup` steps, then half a cosine from `peak` to 0 at `length`."""
+    """A learning rate by step: half a cosine from `peak` to 0 at `length`, times a linear rise over `warmup` steps."""
     return lambda step: peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(step / length, 1.0)))
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One run. learning_rate and score_learning_rate are peaks of `cosine`.
+    """One run. learning_rate and score_learning_rate are the peaks of `cosine`.
 
-    t is drawn from [t_min, t_max], and t_max falls in a line to t_max_end over the first `t_max_fall` of the rounds.
+    t is drawn from [t_min, t_max]; t_max falls linearly to t_max_end over the first part `t_max_fall` of the rounds.
     """
 
     arm: Arm
@@ -164,7 +165,7 @@ class Settings:
 
 
 def distil(mixture: Mixture, settings: Settings, watch: Callable[[int, Tensor], None] | None = None) -> Tensor:
-    """Runs the trainer's loop and returns the particles `[N, 2]`; watch(step, particles) sees every round."""
+    """Runs the trainer's loop and returns the particles `[N, 2]`. watch(step, particles) is called in every round."""
     count, rounds, seed = settings.particles, settings.rounds, settings.seed
     alphas_cumprod, world = cosine_alphas_cumprod(), World(0, 1, 0, 1, torch.device("cpu"))
     latents = ImageConfig(space="latent", init_scale=settings.init_scale)
@@ -245,10 +246,10 @@ def distil(mixture: Mixture, settings: Settings, watch: Callable[[int, Tensor], 
 
 
 def picture(panels: dict[str, Tensor], mixture: Mixture, edge: int = 360) -> Any:
-    """A Pillow image with one scatter a panel; circles of two standard deviations mark the modes."""
+    """A Pillow image with one scatter plot per panel. Circles of two standard deviations mark the modes."""
     from PIL import Image, ImageDraw
 
-    half, title, fine = 2.2, 24, 3  # the plane shown is [-half, half]^2; drawn `fine` times larger
+    half, title, fine = 2.2, 24, 3  # shows [-half, half]^2; drawn `fine` times larger and then reduced
     size = edge * fine
     sheet = Image.new("RGB", (edge * len(panels), edge + title), "white")
     for column, (name, points) in enumerate(panels.items()):
@@ -275,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="(default: %(default)s)")
     parser.add_argument("--particles", type=int, default=defaults.particles, help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=defaults.rounds, help="(default: %(default)s)")
-    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="a scatter of the target and of each arm")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="write scatter plots of target and arms")
     args = parser.parse_args(argv)
     mixture = ring()
     panels, found = {"target": mixture.sample(args.particles, 1)}, []

@@ -1,11 +1,11 @@
-"""What each phase of a round costs: time, floating-point operations, peak memory; and particle updates per second.
+"""Measures time, floating-point operations and peak memory of each phase of a round, and particle updates per second.
 
-The rounds are the trainer's own (`distvsd.run.loop`), of any configuration, on CPU or GPU, alone and on ranks. They
-train nothing worth keeping and write no run directory:
+It runs the trainer's own loop (`distvsd.run.loop`) with any configuration, on CPU or GPU, on one rank or several. It
+writes no run directory:
 
     python benchmarks/phases.py configs/quickstart.yaml particles.count=16 --ranks 1 2 --json phases.json
 
-Ranks share the machine: each gets its part of the cores. See `_measure` for how each column is taken.
+All ranks run on this machine, and each gets an equal part of its cores. `_measure` says how each column is measured.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ MARK = "phase of a round: "
 Meter = Callable[[str], AbstractContextManager[None]]
 
 
-# torch 2.13 counts every fused attention but the CPU's. The operands' shapes come first, then what does not matter.
+# torch 2.13 counts every fused attention except the CPU's. The first arguments are the shapes of the operands.
 CPU_ATTENTION: dict[Any, Callable[..., Any]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *of, **_: sdpa_flop_count(*of[:3]),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *of, **_: sdpa_backward_flop_count(
@@ -56,7 +56,7 @@ CPU_ATTENTION: dict[Any, Callable[..., Any]] = {
 
 
 class Clock:
-    """Seconds by phase, each without the phases inside it. Waits for the device at every border."""
+    """Seconds by phase, each without the phases nested in it. Synchronises the device at every phase boundary."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.seconds = device, dict.fromkeys(PHASES, 0.0)
@@ -71,7 +71,7 @@ class Clock:
         self._open.pop()
 
     def lap(self) -> None:
-        """Gives the time since the last border to the innermost open phase."""
+        """Adds the time since the last boundary to the innermost open phase."""
         now = self._now()
         self.seconds[self._open[-1]] += now - self._last
         self._last = now
@@ -82,9 +82,9 @@ class Clock:
 
 
 class Flops:
-    """Operations by phase, backward passes too: matrix products, convolutions and attention (2 per multiply-add).
+    """Operations by phase with backward passes: matrix products, convolutions and attention, 2 per multiply-add.
 
-    Element-wise work and gathers count nothing, as everywhere: the render of a hash grid is mostly that.
+    Element-wise operations and gathers are not counted. The render of a hash grid consists mostly of those.
     """
 
     def __init__(self) -> None:
@@ -98,7 +98,7 @@ class Flops:
 
 
 class CudaPeaks:
-    """Most bytes allocated during each phase, above what was allocated when the round began."""
+    """Peak of allocated bytes during each phase, minus the bytes allocated when the round began."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.bytes = device, dict.fromkeys(PHASES, 0)
@@ -116,13 +116,13 @@ class CudaPeaks:
 
 @contextmanager
 def marked(phase: str) -> Iterator[None]:
-    """Only leaves a mark in a profile."""
+    """Marks a phase in a profile and measures nothing."""
     with record_function(MARK + phase):
         yield
 
 
 def cpu_peaks(recorded: profile) -> dict[str, int]:
-    """`CudaPeaks` for the host, from the allocations in a profile whose phases are marked."""
+    """The peaks of `CudaPeaks` for the host, from the allocations in a profile with `marked` phases."""
     assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
     events: list[Any] = list(recorded.profiler.kineto_results.events())
     spans = [(e.name().removeprefix(MARK), e.start_ns(), e.end_ns()) for e in events if e.name().startswith(MARK)]
@@ -137,7 +137,7 @@ def cpu_peaks(recorded: profile) -> dict[str, int]:
 
 
 def measured(loop: Loop, meter: Meter) -> Loop:
-    """The same loop with every part inside `meter`. The reduction of the score's gradients counts by itself."""
+    """The same loop with every part inside `meter`. The reduction of the score's gradients is a phase of its own."""
 
     def within(phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def metered(*args: Any, **kwargs: Any) -> Any:
@@ -154,7 +154,7 @@ def measured(loop: Loop, meter: Meter) -> Loop:
     parts = SimpleNamespace(render=within("render", ensemble.render), update=within("update", ensemble.update))
     spread = loop.objective if isinstance(loop.objective, SpreadDistillation) else None
     distillation = spread.distillation if spread else loop.objective
-    assert isinstance(distillation, Distillation), "a run asks a prior, spread over ranks or not"
+    assert isinstance(distillation, Distillation), "expected a Distillation, spread over ranks or not"
     distillation = dataclasses.replace(
         distillation,
         prior=within("prior", distillation.prior),
@@ -164,7 +164,7 @@ def measured(loop: Loop, meter: Meter) -> Loop:
     if training is not None:
         if isinstance(training.strategy, Flat):  # the others reduce within a step
             reduce = within("reduction", training.strategy.reduce)
-            # The gradients are computed as they are asked for: here, so that they do not count as reduction.
+            # `list` computes the lazy gradients before the reduction starts, so their time does not count as reduction.
             flat = dataclasses.replace(
                 training.strategy, reduce=lambda vectors, *, extra_sums: reduce(list(vectors), extra_sums=extra_sums)
             )
@@ -186,10 +186,10 @@ def synchronise(device: torch.device) -> None:
 
 
 def _measure(world: World, loop: Loop, warmup: int, rounds: int) -> dict[str, Any]:
-    """This rank's figures; every rank calls it. Each column is taken in rounds of its own, for measuring disturbs.
+    """This rank's figures; every rank calls it. Each column has its own rounds, because measuring slows a round down.
 
-    First `rounds` rounds as they are, for the throughput; as many with a clock that waits for the device at every
-    border; one with the operations counted; one with the allocations recorded.
+    First `rounds` rounds without any meter give the throughput. As many with `Clock` give the seconds of the phases.
+    One round counts the operations, and one records the allocations.
     """
     loop = dataclasses.replace(loop, lag_due=lambda step: False)
     loop.run(0, warmup)
@@ -226,7 +226,7 @@ def _peaks(device: torch.device, loop: Loop, step: int) -> dict[str, int]:
 
 
 def work(args: argparse.Namespace) -> None:
-    """One rank: builds the run, measures it, and on rank 0 writes what all ranks found to `args.worker`."""
+    """One rank: builds the run and measures it. Rank 0 writes the figures of all ranks to the file `args.worker`."""
     config = load_config(args.config, args.overrides)
     with open_world(config.parallel.timeout_s) as world:
         run = build_run(config, world, lambda done: False)
@@ -253,7 +253,7 @@ def _by_phase(found: list[dict[str, Any]], column: str, join: Callable[[list[Any
 
 
 def launch(args: argparse.Namespace, ranks: int) -> dict[str, Any]:
-    """Starts `work` on so many ranks of this machine, through torchrun where there are several."""
+    """Starts `work` on `ranks` ranks of this machine, through torchrun if there are several."""
     cores = len(os.sched_getaffinity(0))
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // ranks))}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
@@ -267,11 +267,11 @@ def launch(args: argparse.Namespace, ranks: int) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Markdown: mean milliseconds of a rank, their share, operations of all ranks, the largest peak of a rank."""
+    """A Markdown table: mean milliseconds per rank, their share, operations of all ranks, largest peak of any rank."""
     lines = [
         f"{found['ranks']} rank(s) x {found['threads']} thread(s), {found['device']}, {found['particles']} particles: "
-        f"{found['updates_per_s']:.2f} particle updates/s, {1000 * found['round_s']:.1f} ms a round, "
-        f"peak RSS {found['peak_rss_bytes'] / 2**20:.0f} MiB a rank",
+        f"{found['updates_per_s']:.2f} particle updates/s, {1000 * found['round_s']:.1f} ms per round, "
+        f"peak RSS {found['peak_rss_bytes'] / 2**20:.0f} MiB per rank",
         "",
         "| phase | ms | share | GFLOP | GFLOP/s | peak MiB |",
         "|---|---:|---:|---:|---:|---:|",
@@ -290,11 +290,11 @@ def table(found: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields to set last")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
     default = [1, 2] if not torch.cuda.is_available() or torch.cuda.device_count() > 1 else [1]
     parser.add_argument("--ranks", type=int, nargs="+", default=default, help="(default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=10, help="rounds a column (default: %(default)s)")
-    parser.add_argument("--warmup", type=int, default=3, help="rounds before it (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=10, help="rounds of each measurement (default: %(default)s)")
+    parser.add_argument("--warmup", type=int, default=3, help="rounds before measurements (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     parser.add_argument("--worker", metavar="FILE", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

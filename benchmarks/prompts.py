@@ -1,9 +1,9 @@
-"""Label accuracy of 3-D VSD on the embedded prior: prompts x particles x views, counted by the classifier.
+"""Label accuracy of 3-D VSD on the embedded prior. The classifier counts over prompts, particles and views.
 
     python -m benchmarks.prompts --out runs/prompts [--prompts 10] [--particles 8] [--seed 0] [--ranks 2] [key=value]
 
-The prompts are drawn by the seed from the 30 colours and shapes, so nobody chose them. All particles train in one run:
-one score network serves every prompt. Prints the results page; --page writes it down.
+The seed draws the prompts from the 30 combinations of colour and shape, so they are not chosen by hand. All particles
+train in one run, with one score network for all prompts. Prints the results page; --page also writes it to a file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 
 
 def draw_prompts(count: int, seed: int) -> list[str]:
-    """`count` different prompts with every colour and every shape as often as any other, up to one."""
+    """`count` different prompts. The counts of any two colours, and of any two shapes, differ by at most one."""
     rng = random.Random(seed)
     every = [(color, shape) for color in COLORS for shape in SHAPES]
     chosen: list[tuple[str, str]] = []
@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="run directory")
     parser.add_argument("--prompts", type=int, default=10)
-    parser.add_argument("--particles", type=int, default=8, help="particles a prompt")
+    parser.add_argument("--particles", type=int, default=8, help="particles per prompt")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--page", type=Path)
@@ -88,12 +88,12 @@ def page(arguments: argparse.Namespace, prompts: list[str], result: dict[str, An
     python -m benchmarks.prompts --out DIR --prompts {arguments.prompts} --particles {arguments.particles} --seed \
 {arguments.seed} --ranks {arguments.ranks} --page benchmarks/prompts.md {" ".join(arguments.overrides)}
 
-`configs/quickstart.yaml`, {result["particles"]} radiance fields in one run with one score network, {seconds:.0f} s of \
-training in this call; the prompts are drawn by the seed. The classifier reads {result["views"]} views a particle, all \
-around. Colour right in **{every["color"]:.1%}** of all views, shape in **{every["shape"]:.1%}**; {result["empty"]} \
-particles empty, {result["diverged"]} diverged.
+`configs/quickstart.yaml`, {result["particles"]} radiance fields in one run with one score network. This call trained \
+for {seconds:.0f} s. The seed draws the prompts. The classifier labels {result["views"]} views of each particle, from \
+all sides. The colour is right in **{every["color"]:.1%}** of all views, the shape in **{every["shape"]:.1%}**. \
+{result["empty"]} particles are empty, and {result["diverged"]} diverged.
 
-| prompt | colour | shape | labels of the particles by majority |
+| prompt | views with the right colour | with the right shape | particles by majority label |
 |---|---:|---:|---|
 {table}
 """

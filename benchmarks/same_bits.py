@@ -1,10 +1,10 @@
-"""The digests of two versions of this program side by side, on this machine: what must not change when code is moved.
+"""Compares the digests of runs of two versions of this program, which must be equal when code was only moved.
 
     python -m benchmarks.same_bits [--base 6e3ee3d] [--ranks 1 2 3] [--page FILE]
 
-The base is checked out beside this tree. Both run, in exact numerics and with their own copies of the files, all of
-`configs/smoke.yaml` and the first 20 rounds of `configs/quickstart.yaml`. At last the base trains the first half of the
-smoke run and this version the second. Exit code 1 where a digest differs.
+The base is checked out into a temporary folder. Both versions run with exact numerics and their own configuration
+files: all of `configs/smoke.yaml`, and the first 20 rounds of `configs/quickstart.yaml`. Then the base trains the first
+half of the smoke run, and this version the second half. The exit code is 1 if a digest differs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ RUNS = {"smoke": "schedule.rounds=8", "quickstart": "schedule.rounds=20"}
 
 
 def call(tree: Path, ranks: int, *arguments: str) -> str:
-    """Standard output of a module of that tree, under torchrun where there are ranks. Raises CalledProcessError."""
+    """Runs a module of that tree and returns its standard output. ranks: their number under torchrun; 0 runs it alone.
+
+    Raises CalledProcessError.
+    """
     threads = str(max(1, (os.cpu_count() or 1) // max(ranks, 1)))
     environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": threads}
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
@@ -41,12 +44,12 @@ def train(tree: Path, ranks: int, name: str, run: Path, *changes: str) -> None:
 
 
 def digest(tree: Path, run: Path) -> str:
-    """The last line of `distvsd verify --digest`: over all components."""
+    """The digest over all components, from the last line of `distvsd verify --digest`."""
     return call(tree, 0, "distvsd", "verify", str(run), "--digest").splitlines()[-1].split()[-1]
 
 
 def compare(base: Path, ranks: list[int], folder: Path) -> list[tuple[str, int, str, str]]:
-    """Rows of (what, ranks, digest of the base, digest of this tree)."""
+    """Rows of (run, ranks, digest of the base, digest of this version)."""
     rows = []
     for name in RUNS:
         for count in ranks:
@@ -61,18 +64,18 @@ def compare(base: Path, ranks: list[int], folder: Path) -> list[tuple[str, int, 
     train(base, 1, "smoke", continued, "schedule.rounds=4")
     train(HERE, 1, "smoke", continued, "--resume", "must")
     whole = next(row[2] for row in rows if row[0] == "smoke")
-    rows.append(("smoke, its second half by this version", 1, whole, digest(HERE, continued)))
+    rows.append(("smoke, second half by this version", 1, whole, digest(HERE, continued)))
     print(*rows[-1], flush=True)
     return rows
 
 
 def page(rows: list[tuple[str, int, str, str]], base: str) -> str:
     lines = [
-        "# Same bits",
+        "# Digests of two versions",
         "",
         f"`python -m benchmarks.same_bits --base {base}`; {machine()}",
         "",
-        "| run in exact numerics | ranks | digest of the base | digest of this version | same |",
+        "| run with exact numerics | ranks | digest of the base | digest of this version | same |",
         "|---|---|---|---|---|",
         *(
             f"| {what} | {n} | {old[:16]} | {new[:16]} | {'yes' if old == new else 'NO'} |"
@@ -86,7 +89,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.same_bits", description=__doc__)
     parser.add_argument("--base", default="6e3ee3d", help="the commit to compare with (default: %(default)s)")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3], help="numbers of ranks (default: 1 2 3)")
-    parser.add_argument("--page", type=Path, help="where the table goes")
+    parser.add_argument("--page", type=Path, help="also write the table to this file")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         base = Path(place) / "base"

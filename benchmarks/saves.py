@@ -1,10 +1,10 @@
-"""What a checkpoint costs: how long the run stands still for it, what the writing takes from the rounds, verification.
+"""What a checkpoint costs: how long it blocks the run, how much it slows the run down, how long verification takes.
 
     python -m benchmarks.saves --disk FOLDER [--particles 16] [--megabytes 8] [--repeats 5] [--page benchmarks/saves.md]
 
-One process. The same state is saved in the foreground and in the background, in turns; between begin and finish of the
-latter the process multiplies matrices as a run would, and the time of a multiplication is compared with that when
-nothing is written. All figures are medians and come from one call, so that their ratios mean something.
+One process saves the same state in the foreground and in the background, alternately. While a save in the background is
+written, the process multiplies matrices in place of a run's work. The time of a multiplication is compared with the
+time when nothing is written. All figures are medians from one call, so that their ratios are comparable.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 
 
 def make_state(particles: int, megabytes: int) -> dict[str, dict[str, Tensor]]:
-    """Particles of that size each: parameters and the two moments of Adam."""
+    """A state of `particles` particles, each of `megabytes` MiB: parameters and the two moments of Adam."""
     length = megabytes * 2**20 // 12
     draw = torch.Generator().manual_seed(0)
     return {
@@ -49,14 +49,14 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 
 def in_the_foreground(saver: Saver, step: int, state: dict[str, dict[str, Tensor]]) -> dict[str, float]:
-    """Seconds the run stands still for a save that is written at once."""
+    """Seconds that a save in the foreground blocks the run."""
     return {"foreground_stall_s": seconds_of(lambda: saver.begin(step, state, {}, METADATA))}
 
 
 def in_the_background(
     saver: Saver, step: int, state: dict[str, dict[str, Tensor]], work: Callable[[], object]
 ) -> dict[str, float]:
-    """Seconds the run stands still for a save in the background, and of a piece of work with and without it."""
+    """Seconds that a save in the background blocks the run and takes to write, and how much it slows `work` down."""
     quiet = statistics.median(seconds_of(work) for _ in range(30))
     began = time.perf_counter()
     copying = seconds_of(lambda: saver.begin(step, state, {}, METADATA))
@@ -75,7 +75,7 @@ def in_the_background(
 
 
 def verification(folder: Path, num_bytes: int) -> dict[str, float]:
-    """Seconds a gigabyte to open the newest checkpoint and verify every file, and of SHA-256 alone."""
+    """Seconds per gigabyte to open the newest checkpoint and verify every file, and for SHA-256 alone."""
     gigabytes = num_bytes / 1e9
     data = bytes(min(num_bytes, 2**28))
     return {
@@ -85,7 +85,7 @@ def verification(folder: Path, num_bytes: int) -> dict[str, float]:
 
 
 def measure(out: Path, particles: int, megabytes: int, repeats: int) -> dict[str, float]:
-    """Medians over `repeats` rounds of all of it; the first, which allocates, is left out."""
+    """Medians over `repeats` repetitions of all measurements, after one that is not counted because it allocates."""
     state = make_state(particles, megabytes)
     num_bytes = sum(tensor.nbytes for tensors in state.values() for tensor in tensors.values())
     matrix = torch.randn(384, 384, generator=torch.Generator().manual_seed(0))
@@ -109,25 +109,25 @@ def page(arguments: argparse.Namespace, found: dict[str, float], load: float) ->
     )
     return f"""# What a checkpoint costs
 
-{machine()} One torch thread; {load:.1f} processes ran on the machine in the minute before (its load).
+{machine()} One torch thread. The load of the machine in the minute before was {load:.1f}.
 
     {command}
 
-{arguments.particles} particles of {arguments.megabytes} MiB, {found["gigabytes"]:.3f} GB in all, one rank; medians of \
-{arguments.repeats} saves each way, taken in turns.
+{arguments.particles} particles of {arguments.megabytes} MiB, {found["gigabytes"]:.3f} GB in total, one rank. Medians \
+of {arguments.repeats} saves of each kind, alternately.
 
 | | in the foreground | in the background |
 |---|---:|---:|
-| the run stands still, ms a save | {found["foreground_stall_s"] * 1e3:.1f} | {found["background_stall_s"] * 1e3:.1f} |
-| - of this, copying the state | | {found["copy_s"] * 1e3:.1f} |
-| - of this, manifest, publication, pruning | | {found["publish_s"] * 1e3:.1f} |
-| until all is written and read back, ms | {found["foreground_stall_s"] * 1e3:.1f} | \
+| the run is blocked, ms per save | {found["foreground_stall_s"] * 1e3:.1f} | {found["background_stall_s"] * 1e3:.1f} |
+| - of this, to copy the state | | {found["copy_s"] * 1e3:.1f} |
+| - of this, for manifest, publication and pruning | | {found["publish_s"] * 1e3:.1f} |
+| until all files are written and read back, ms | {found["foreground_stall_s"] * 1e3:.1f} | \
 {found["background_write_s"] * 1e3:.1f} |
-| work of the run takes, while it is written | | {found["work_slowdown"]:.2f} times as long |
+| the run's own work takes, while a save is written | | {found["work_slowdown"]:.2f} times as long |
 
-A save in the background stops the run for {found["stall_ratio"] * 100:.1f} % of the time of one in the foreground. \
-Verifying a checkpoint takes {found["verify_s_per_GB"]:.2f} s a GB on one rank (SHA-256 alone: \
-{found["sha256_s_per_GB"]:.2f} s a GB); ranks share the files of one between them.
+A save in the background blocks the run for {found["stall_ratio"] * 100:.1f} % of the time of a save in the \
+foreground. Verifying a checkpoint takes {found["verify_s_per_GB"]:.2f} s per GB on one rank (SHA-256 alone: \
+{found["sha256_s_per_GB"]:.2f} s per GB). Several ranks divide the files of a checkpoint among them.
 """
 
 

@@ -1,9 +1,10 @@
 #!/bin/sh
-# 3-D VSD with the embedded prior on two ranks: eight particles of a prompt with a known answer, eight of one with many.
+# 3-D VSD with the embedded prior on two ranks: eight particles of "a red cube", and eight of "an object", which can be
+# any colour and shape.
 #
-#   sh launch/demo.sh DIR [key=value ...]        `make demo` sets everything up and calls it with DIR=runs/demo
+#   sh launch/demo.sh DIR [key=value ...]        `make demo` installs everything and calls it with DIR=runs/demo
 #
-# Call it again: a demo that was interrupted goes on, and beside one that finished a new one is made (DIR-2, DIR-3, ...).
+# A second call continues an interrupted demo. If the demo in DIR is finished, it makes a new one in DIR-2, DIR-3, ...
 set -eu
 
 if [ $# -lt 1 ]; then
@@ -35,7 +36,7 @@ elapsed() {
     echo "$(($(date +%s) - began)) s"
 }
 
-# make_one NAME PROMPT [key=value ...]: trains, resumes or finds done, and says what came out
+# make_one NAME PROMPT [key=value ...]: trains or resumes the run unless it is done, then evaluates it.
 make_one() {
     run=$folder/$1
     prompt=$2
@@ -51,7 +52,7 @@ make_one a-red-cube "a red cube" "$@"
 make_one an-object "an object" "$@"
 
 echo
-echo "Done in $(elapsed). A row is a particle, seen from eight sides:"
+echo "Done in $(elapsed). Each row of these pictures is a particle, seen from eight sides:"
 for run in "$folder/a-red-cube" "$folder/an-object"; do
     echo "  $run/renders/contact-sheet.png"
 done

@@ -1,7 +1,7 @@
-"""Makes docs/guarantees.md from what the marked tests did: `python -m tests.guarantees FILE...`.
+"""Makes docs/guarantees.md from the results of the marked tests: `python -m tests.guarantees FILE...`.
 
-The files are written by `pytest --guarantees FILE`; several are united, the later ones win. Which tests are marked is
-read from their source, so that one that did not run is said not to have run. The short table for the README is printed.
+`pytest --guarantees FILE` writes the files. If several contain the same test, the last one counts. The marked tests are
+found in the source code, so the page also lists those that did not run. The summary table is printed.
 """
 
 from __future__ import annotations
@@ -20,56 +20,56 @@ PAGE = ROOT / "docs" / "guarantees.md"
 FAMILIES: dict[str, dict[str, str]] = {
     "Durability": {
         "G1": "kill -9 of any rank at any instant of a save loses no more than the checkpoint being written.",
-        "G2": "Coming again to a step whose folder exists, whole or not, neither hangs nor mixes two states.",
-        "G3": "Damage of a checkpoint is found before any of its tensors is used.",
-        "G4": "A damaged checkpoint is passed over for the newest sound one, with a warning; never a silent new start.",
-        "G5": "A full or broken disk during a save does not end the run; old checkpoints stay, failures are counted.",
-        "G6": "Old checkpoints go only after the new one is published and verified; two complete ones stay.",
-        "G7": "A save in the background holds the state of one moment, and its failure is known to all ranks.",
-        "G8": "There is no pointer that could name a checkpoint that is not on the disk.",
+        "G2": "Saving a step whose folder already exists, complete or not, neither hangs nor mixes two states.",
+        "G3": "Damage of a checkpoint is detected before any of its tensors is used.",
+        "G4": "A resume uses the newest sound checkpoint and warns of damaged ones. With none sound, it is refused.",
+        "G5": "A full or broken disk during a save does not end the run; old checkpoints stay; failures are counted.",
+        "G6": "Old checkpoints are deleted only after the new one is published and verified; two complete ones stay.",
+        "G7": "A save in the background contains the state of one moment, and all ranks learn of its failure.",
+        "G8": "No file points to the newest checkpoint, so none can point to one that does not exist.",
     },
     "Exactness": {
-        "G9": "A run that was killed and resumed ends with the bits of one that was not.",
+        "G9": "A run that was killed and resumed ends with the same bits as an uninterrupted run.",
         "G10": "With exact numerics the number of ranks changes no bit.",
-        "G11": "A run saved by some ranks goes on with another number of ranks.",
-        "G12": "Exact numerics refuse a renderer that cannot keep them, by name.",
-        "G13": "The score's gradient over ranks is that of one rank on all samples, with unequal shares and masks too.",
-        "G14": "A resume with another configuration is refused with what differs.",
+        "G11": "A run can be resumed on a different number of ranks.",
+        "G12": "Exact numerics refuse a renderer that does not support them, and name it.",
+        "G13": "The score's gradient over ranks equals that of one rank on all samples, for any shares and masks.",
+        "G14": "A resume with a different configuration is refused, and the message names the differences.",
     },
     "Isolation": {
         "G15": "A particle that is not finite changes no bit of any other particle or of the score network.",
-        "G16": "A particle that fails again and again is restored, at last quarantined; the run goes on.",
-        "G17": "A score gradient that is not finite is skipped by all ranks together; too often, it ends the run.",
-        "G18": "One particle's lack of memory is met by smaller groups and does not bring ranks out of step.",
+        "G16": "A particle that fails repeatedly is restored, and finally quarantined; the run continues.",
+        "G17": "All ranks skip a score gradient that is not finite; too many of them end the run.",
+        "G18": "If a group of particles runs out of memory, it is split, and the ranks stay in step.",
     },
     "Liveness": {
-        "G19": "A dead rank ends the job within bounded time, and is named.",
-        "G20": "A hung rank ends the job within bounded time, and is named.",
-        "G21": "A restart by the launcher resumes by itself, with the same command line.",
-        "G22": "A slow rank is named.",
-        "G23": "What goes wrong on one rank is raised on all, in the same words; no rank waits for another for ever.",
+        "G19": "A dead rank ends the job within a bounded time, and the error names it.",
+        "G20": "A hung rank ends the job within a bounded time, and the error names it.",
+        "G21": "After a restart by the launcher the same command line resumes the run automatically.",
+        "G22": "A warning names a slow rank.",
+        "G23": "An error on one rank is raised on all ranks with the same message; no rank waits for another forever.",
     },
     "Preemption": {
-        "G24": "SIGTERM or SIGUSR1 on any one rank: all finish the round, save, and end with a code of their own.",
-        "G26": "Killing the launcher leaves no orphans.",
+        "G24": "After SIGTERM or SIGUSR1 on any rank, all ranks finish the round, save, and end with exit code 3.",
+        "G26": "Killing the launcher leaves no orphaned ranks.",
     },
     "Telemetry": {
-        "G27": "A tracker that is missing, slow, hung or broken delays and fails nothing.",
-        "G29": "metrics.jsonl has every round once after kill and resume.",
+        "G27": "A tracker that is missing, slow, hung or broken neither delays the run nor makes it fail.",
+        "G29": "After a kill and a resume metrics.jsonl contains every round exactly once.",
     },
     "Input safety": {
-        "G30": "A mistake in a configuration is refused with its place and what was probably meant.",
-        "G31": "A world that is not the one the launcher promised is refused.",
-        "G32": "No file of a checkpoint can run code or be read from outside its folder.",
-        "G33": "No prompt becomes a path.",
-        "G34": "A run directory has one job; the lock of a dead one is taken over.",
-        "G35": "A resume against another prior is refused.",
-        "G36": "Checkpoints of earlier formats are read, newer ones are refused with what to do.",
+        "G30": "A mistake in a configuration is refused with its location and the probable correction.",
+        "G31": "A run is refused if its ranks do not form the world that the launcher announced.",
+        "G32": "No file of a checkpoint can run code, and none is read from outside its folder.",
+        "G33": "No prompt is used as a path.",
+        "G34": "A run directory has at most one job; a new job takes over the lock of a dead one.",
+        "G35": "A resume with a different prior is refused.",
+        "G36": "Checkpoints of earlier formats can be read; newer ones are refused, and the message says what to do.",
     },
 }
-# Proved where it belongs to a launcher of a cluster or a sweep, and listed when a test claims it.
+# Listed only if a test is marked with it, because these guarantees depend on launchers of clusters and sweeps.
 OPTIONAL = {
-    "G25": "On SLURM a preempted job puts itself back into the queue and goes on.",
+    "G25": "On Slurm a preempted job requeues itself and continues.",
     "G28": "The parameters of a sweep reach every rank.",
 }
 REQUIRED = {number for family in FAMILIES.values() for number in family}
@@ -79,7 +79,7 @@ Outcome = dict[str, Any]
 
 @dataclass
 class Proof:
-    """A marked test: where, what it promises, how its cases ended, what it measured."""
+    """A marked test: its place, its docstring as the promise, the outcomes of its cases, and measured figures."""
 
     file: str
     name: str
@@ -97,7 +97,7 @@ class Proof:
 
 
 def marked_tests(root: Path = ROOT) -> list[Proof]:
-    """Every test with `@pytest.mark.guarantee(...)` in the sources, in their order."""
+    """Every test with `@pytest.mark.guarantee(...)`, ordered by file and line."""
     found = []
     for path in sorted((root / "tests").rglob("test_*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -116,7 +116,7 @@ def _numbers(test: ast.FunctionDef) -> tuple[str, ...]:
 
 
 def with_outcomes(proofs: Iterable[Proof], recorded: dict[str, Outcome]) -> list[Proof]:
-    """The same tests, with what their cases did."""
+    """The same tests with the outcomes and figures of their cases."""
     known = {f"{proof.file}::{proof.name}": proof for proof in proofs}
     for case, outcome in recorded.items():
         if proof := known.get(case.partition("[")[0]):
@@ -126,17 +126,17 @@ def with_outcomes(proofs: Iterable[Proof], recorded: dict[str, Outcome]) -> list
 
 
 def page(proofs: list[Proof]) -> str:
-    """docs/guarantees.md."""
+    """The text of docs/guarantees.md."""
     cases = sum(len(proof.outcomes) for proof in proofs)
     told = [
         "# Guarantees",
         "",
-        "What a run keeps to when something goes wrong, and the tests that try it. Their results make this page:",
+        "What a run guarantees when something fails, and the tests of it. This page is made from their results:",
         "",
         "```sh",
         "python -m pytest tests --guarantees guarantees.json && python -m tests.guarantees guarantees.json",
         "```",
-        f"{len(proofs)} tests with {cases} cases, as they ended when the page was made, on a CPU and gloo ranks.",
+        f"{len(proofs)} tests with {cases} cases, each with the result of its last run, on a CPU with gloo ranks.",
     ]
     for family, sentences in _families(proofs).items():
         told += ["", f"## {family}"]
@@ -160,7 +160,7 @@ def _families(proofs: list[Proof]) -> dict[str, dict[str, str]]:
 
 
 def summary(proofs: list[Proof]) -> str:
-    """A row a guarantee: sentence, tests and how they ended, the first figures."""
+    """A table with one row per guarantee: its sentence, how many tests passed, and the first figures."""
     rows = ["| | guarantee | tests | measured |", "|---|---|---|---|"]
     for sentences in _families(proofs).values():
         for number, sentence in sentences.items():
@@ -173,14 +173,14 @@ def summary(proofs: list[Proof]) -> str:
 
 
 def unproved(proofs: list[Proof]) -> list[str]:
-    """Guarantees without a test."""
+    """The required guarantees without a test."""
     return sorted(
         REQUIRED - {number for proof in proofs for number in proof.numbers}, key=lambda number: int(number[1:])
     )
 
 
 def unknown(proofs: list[Proof]) -> list[str]:
-    """Numbers that tests claim and this file does not know."""
+    """Numbers that tests are marked with and that are not defined here."""
     return sorted({number for proof in proofs for number in proof.numbers} - REQUIRED - OPTIONAL.keys())
 
 

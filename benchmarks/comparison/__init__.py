@@ -1,4 +1,4 @@
-"""The same small task saved and resumed four ways, and the same accidents for each: what survives, and what is noticed.
+"""Saves and resumes one small task in four ways, under the same faults: what survives, and what is detected.
 
 python -m benchmarks.comparison
 """

@@ -1,6 +1,6 @@
-"""Runs every probe on every candidate and writes benchmarks/comparison.md: `python -m benchmarks.comparison`.
+"""Tests every candidate under every fault and writes benchmarks/comparison.md: `python -m benchmarks.comparison`.
 
-Minutes on idle cores; it writes some GB to the folder given by --scratch, a few hundred MB at a time.
+It takes minutes on idle cores. It writes some GB to the folder given by --scratch, a few hundred MB at a time.
 """
 
 from __future__ import annotations
@@ -35,37 +35,42 @@ from distvsd.testing.pipelines import tiny_pipeline
 PAGE = Path(__file__).parents[1] / "comparison.md"
 PAIRS = ((2, 2), (3, 3), (4, 4), (4, 3), (2, 3))
 INTRODUCTION = """\
-# The same accidents, four ways to save a run
+# Four ways to save a run, under the same faults
 
-One small task (seven particles that belong to ranks, one network that all of them train; CPU, gloo, forked ranks),
-saved and resumed by four programs. Each is written as its own documentation writes it; none is given a weakness that
-its pattern does not have by itself. All keep two checkpoints and save their random state. The other loops could be
-hardened; this is what they do as written. G1 to G32 are the numbers of [the guarantees](../docs/guarantees.md).
+Four programs save and resume one small task: seven particles divided among the ranks, and one network that all ranks
+train (CPU, gloo, forked ranks). The programs other than distvsd follow the documentation of their library, and no
+weakness was added. They could be hardened; this page shows what they do as documented. All four keep two checkpoints
+and save their random state. G1 to G32 are the numbers of [the guarantees](../docs/guarantees.md).
 """
 METHOD = """
 How it is measured:
-- kill -9 (G1, G2, G6): all ranks end at {instants} instants spread over the time that a save takes, by a kernel timer,
-  which leaves the process as little as `kill -9`; kills that came too late are not counted. Every state names its step
-  in every tensor and in the random state, so that a mixed one is seen.
-- damage (G3, G4), one rank: {flips} single bits, in each file of the newest checkpoint in turn, half of them anywhere
-  and half in the first or last 256 bytes; each file cut, each deleted; one at a time, with a sound checkpoint before
-  it. "Whole" after a flip: a bit that changed nothing that was loaded. Which error is raised is not judged.
-- full disk (G5): no file may grow beyond 512 kB (`RLIMIT_FSIZE`) while one step is saved.
-- resumed (G9, G11): bits of all particles, of the network and both optimisers after 8 rounds, killed after 4, against
-  the number of ranks of the beginning, not interrupted. That the three loops differ on 3 and 4 is probably DDP's
-  doing: it lays out its buckets anew after the first round of a program, and so sums in another order.
-- NaN (G15): after 4 rounds, NaN in the second, against a run in which the particle sits the second round out.
-- a lost rank (G19, G20): one of three, in a training, with a limit of {limit:g} s for collectives in every column. By
-  default torch waits 30 minutes (gloo), distvsd 2.
-- code (G32): each file replaced by a pickle that makes a folder, and by a `torch.save` of the same.
-- seconds: the median of five saves. distvsd hashes every file, forces it to the disk and reads it back before it gives
-  it a checkpoint's name; of the others DCP forces files to the disk. distvsd's trainer writes in the background.
-- distvsd's columns for G15, G19 and G20 are its own trainer with a tiny random prior, whose guards these are.
+- kill -9 (G1, G2, G6): a kernel timer ends all ranks at {instants} instants, evenly spaced over the time that a save
+  takes. The process cannot handle it, as it cannot handle `kill -9`. Kills that came after the save had ended are not
+  counted. Every tensor and the random state contain the step, so a state mixed from two steps is detected.
+- damage (G3, G4), one rank: {flips} flips of a single bit, in each file of the newest checkpoint in turn, half of them
+  anywhere and half in the first or last 256 bytes; each file cut in half; each file deleted. There is one damage at a
+  time, and an undamaged checkpoint before it. After a flip, "loaded the newest checkpoint" means that the bit changed
+  nothing in the loaded state. The kind of error is not judged.
+- full disk (G5): no file can grow beyond 512 kB (`RLIMIT_FSIZE`) while one step is saved.
+- resumed (G9, G11): the run is killed after 4 rounds and resumed. After 8 rounds the bits of all particles, the network
+  and all optimisers are compared with an uninterrupted run on the first number of ranks. The results of the other three
+  programs differ on 3 and 4 ranks. The cause is probably DDP, which lays out its buckets again after the first round of
+  a program, and then sums in another order.
+- NaN (G15): a NaN in the second of 4 rounds. The final state is compared with that of a run in which the particle skips
+  the second round.
+- a lost rank (G19, G20): one of three ranks of a training is killed or stopped. Collectives have a limit of {limit:g} s
+  in every column. The default limit is 30 minutes in torch (gloo) and 2 minutes in distvsd.
+- code (G32): each file is replaced by a pickle that makes a folder, and by a `torch.save` of the same object.
+- seconds: the median of five saves. distvsd hashes every file, forces it to the disk and reads it back before it
+  renames the checkpoint to its final name. Of the others only DCP forces files to the disk. distvsd's trainer writes in
+  the background.
+- distvsd's cells for G15, G19 and G20 are from its own trainer with a tiny random prior, because the trainer implements
+  these guarantees.
 """
 
 
 def measure(name: str, folder: Path, prior: Path, instants: int) -> Iterator[tuple[str, Cell]]:
-    """One candidate's cells, each with its row, as they are found."""
+    """Yields (row, cell) of one candidate after each measurement."""
     rows, seconds = killed(name, folder / "kills", instants)
     yield from rows.items()
     yield from damaged(name, folder / "damage").items()
@@ -73,16 +78,16 @@ def measure(name: str, folder: Path, prior: Path, instants: int) -> Iterator[tup
     for before, after in PAIRS:
         row = f"on {before} ranks (G9)" if before == after else f"from {before} on {after} ranks (G11)"
         yield f"killed and resumed {row}", resumed(name, folder / f"resume-{before}-{after}", before, after)
-    yield "a NaN in one particle changes nothing elsewhere (G15)", broken(name, folder / "nan", prior)
-    yield "a killed rank ends the others, named (G19)", lost(name, folder / "killed", prior, signal.SIGKILL)
-    yield "a stopped rank ends the others, named (G20)", lost(name, folder / "stopped", prior, signal.SIGSTOP)
+    yield "a NaN in one particle changes nothing else (G15)", broken(name, folder / "nan", prior)
+    yield "after a killed rank the others end and name it (G19)", lost(name, folder / "killed", prior, signal.SIGKILL)
+    yield "after a stopped rank the others end and name it (G20)", lost(name, folder / "stopped", prior, signal.SIGSTOP)
     yield "no file of a checkpoint can run code (G32)", unpickled(name, folder / "pickle")
     megabytes = sum(tensor.nbytes for tensor in Task(0, 1).state().values()) / 1e6
-    yield f"seconds of a save, {SIZE} ranks, {megabytes:.0f} MB", Cell(None, f"{seconds:.2f}")
+    yield f"seconds per save, {SIZE} ranks, {megabytes:.0f} MB", Cell(None, f"{seconds:.2f}")
 
 
 def page(columns: dict[str, dict[str, Cell]], instants: int, minutes: float) -> str:
-    """benchmarks/comparison.md."""
+    """The text of benchmarks/comparison.md."""
     names = list(columns)
     written = [f"- **{name}**: {CANDIDATES[name].written_as}." for name in names]
     rows = [f"| {row} | {' | '.join(str(columns[name][row]) for name in names)} |" for row in columns[names[0]]]
@@ -96,8 +101,8 @@ def page(columns: dict[str, dict[str, Cell]], instants: int, minutes: float) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.comparison", description=__doc__)
     parser.add_argument("--only", choices=list(CANDIDATES), nargs="+", default=list(CANDIDATES))
-    parser.add_argument("--instants", type=int, default=40, help="kills in each of two kinds of save")
-    parser.add_argument("--scratch", type=Path, default=None, help="a folder with 1 GB free; default: the system's")
+    parser.add_argument("--instants", type=int, default=40, help="kills per kind of save (default: %(default)s)")
+    parser.add_argument("--scratch", type=Path, default=None, help="a folder with 1 GB free (default: the system's)")
     parser.add_argument("--page", type=Path, default=PAGE)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

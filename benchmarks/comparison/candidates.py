@@ -1,7 +1,7 @@
-"""Four ways to save and resume the task, each written as its own documentation and the loops around it are written.
+"""Four ways to save and resume the task. Each follows the documentation of its library and well-known training loops.
 
-All keep two checkpoints, all restore their random state where their files have one, and none is given a weakness that
-its pattern does not have by itself: what is asked of a pattern is written at its class.
+All keep two checkpoints, and restore the random state if their files have one. No weakness is added to any of them. The
+docstring of each class says which pattern it follows.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ KEEP = 2
 
 
 class Candidate(ABC):
-    """One rank of a run that is saved one way; every method but `fill` and `is_of` is called by all ranks."""
+    """One rank of a run with one way to save it. All ranks call every method except `fill` and `is_of`."""
 
     name: str
-    written_as: str  # where the pattern is from
+    written_as: str  # the source of the pattern
 
     def __init__(self, folder: Path, world: World) -> None:
         self.folder, self.world = folder, world
@@ -48,19 +48,20 @@ class Candidate(ABC):
 
     @abstractmethod
     def load(self) -> int:
-        """Restores what a program that was started again takes for its newest checkpoint; returns its step."""
+        """Restores the checkpoint that a restarted program takes for the newest, and returns its step."""
 
     def fill(self, step: int, variant: int = 0) -> None:
-        """Puts a state in place of the trained one that tells everywhere which step and variant it is of."""
+        """Replaces the trained state by one in which everything encodes the step and the variant."""
         self.task.fill(step, variant)
 
     def is_of(self, step: int, variant: int = 0) -> bool:
-        """Whether all that training goes on from is, bit for bit, that of `fill`."""
+        """Whether everything from which training continues has the bits that `fill` gives it."""
         return self.task.is_of(step, variant)
 
 
 class Loop(Candidate):
-    """What the three loops share: DDP for the network, the global generator for noise, seeded by rank."""
+    """The common part of the programs other than distvsd: DDP for the network, and the global generator for noise,
+    seeded by rank."""
 
     def __init__(self, folder: Path, world: World) -> None:
         super().__init__(folder, world)
@@ -73,7 +74,7 @@ class Loop(Candidate):
         return nn.parallel.DistributedDataParallel(self.task.network)
 
     def step(self, number: int, nan: int | None = None, absent: int | None = None) -> None:
-        """nan: a particle whose render is NaN in this round. absent: one that sits it out."""
+        """nan: a particle whose render is NaN in this round. absent: a particle that skips this round."""
         task, samples, noises = self.task, [], []
         for particle in task.ids:
             noise = torch.randn(FEATURES)
@@ -107,20 +108,22 @@ class Loop(Candidate):
         return {name: value for name, value in self.task.state().items() if name.startswith("particle/")}
 
     def _restore_particles(self, saved: dict[str, Tensor]) -> None:
-        """A particle that this rank has now and its file has not is a KeyError, not a particle left as it was."""
+        """Raises KeyError if the file lacks a particle of this rank, instead of leaving that particle unchanged."""
         for name, value in self._particles().items():
             value.copy_(saved[name])
 
 
 class Accelerate(Loop):
-    """`Accelerator.save_state` on every rank into `checkpoint-STEP`; the folder with the highest number is resumed, old
-    ones are deleted before the new one is written. What differs between ranks is not among what save_state saves from
-    every rank (registered objects are the main rank's), so that each writes its particles beside it."""
+    """`Accelerator.save_state` on every rank into `checkpoint-STEP`.
+
+    It resumes the folder with the highest number, and deletes old folders before it writes the new one. save_state
+    saves registered objects of the main rank only, so each rank writes its particles to its own file in the folder.
+    """
 
     name = "accelerate"
     written_as = (
-        "accelerate's guide to checkpointing (`save_state`, `load_state`), folders named, chosen and pruned as in "
-        "diffusers' `train_text_to_image_lora.py`; particles in a `torch.save` a rank beside it"
+        "accelerate's guide to checkpointing (`save_state`, `load_state`); names, choice and deletion of folders as in "
+        "diffusers' `train_text_to_image_lora.py`; each rank adds its particles to the folder with `torch.save`"
     )
 
     def __init__(self, folder: Path, world: World) -> None:
@@ -156,13 +159,13 @@ class Accelerate(Loop):
 
 
 class TorchSave(Loop):
-    """One `torch.save` a rank, `ckpt_STEP_rankR.pt`, with everything in it, the random state too; old ones are deleted
-    when all ranks have saved."""
+    """One `torch.save` per rank, `ckpt_STEP_rankR.pt`, with all state including the random state. Old files are deleted
+    after all ranks have saved."""
 
     name = "DDP + torch.save"
     written_as = (
-        "PyTorch's tutorial on saving a general checkpoint, one file a rank, `ckpt_{step}_rank{rank}.pt`, as gsplat's "
-        "distributed trainer"
+        "PyTorch's tutorial on saving a general checkpoint; one file per rank, `ckpt_{step}_rank{rank}.pt`, as in "
+        "gsplat's distributed trainer"
     )
 
     def save(self, step: int) -> None:
@@ -188,7 +191,7 @@ class TorchSave(Loop):
         return int(saved["step"])
 
     def _steps(self) -> list[int]:
-        """Of any rank: ranks that took their own newest file would mix steps."""
+        """The steps for which any rank has a file. With only its own files each rank could take another newest step."""
         found = [re.fullmatch(r"ckpt_(\d+)_rank\d+\.pt", path.name) for path in self.folder.iterdir()]
         return sorted({int(match.group(1)) for match in found if match})
 
@@ -197,13 +200,16 @@ class TorchSave(Loop):
 
 
 class Dcp(Loop):
-    """`torch.distributed.checkpoint` into `step-N`; the newest folder with a `.metadata` is resumed, old ones are
-    deleted after. Particles are keyed by id, which makes them elastic; the random state is a rank's own."""
+    """`torch.distributed.checkpoint` into `step-N`. It resumes the newest folder with a `.metadata` file, and deletes
+    old folders after a save.
+
+    Particles are keyed by id, so another number of ranks can load them. The random state is keyed by rank.
+    """
 
     name = "torch DCP"
     written_as = (
-        "PyTorch's recipe for DCP (`get_state_dict`, `save`, `load`, `set_state_dict`), particles keyed by id; the "
-        "newest folder with a `.metadata`, and pruning, as torchtitan's"
+        "PyTorch's recipe for DCP (`get_state_dict`, `save`, `load`, `set_state_dict`), with particles keyed by id; it "
+        "resumes the newest folder with a `.metadata` file and deletes old folders, as torchtitan does"
     )
 
     def save(self, step: int) -> None:
@@ -240,12 +246,12 @@ class Dcp(Loop):
 
 
 class Distvsd(Candidate):
-    """distvsd's own Saver, keyed random numbers and fixed-point reduction, around the same task."""
+    """The same task with distvsd's Saver, keyed random numbers and fixed-point reduction."""
 
     name = "distvsd"
     written_as = (
-        "`distvsd.checkpoint.Saver`, `distvsd.vsd.rng`, `reduce_gradients(numerics='exact')` around the same task; its "
-        "trainer itself where the guard is the trainer's (NaN, lost ranks)"
+        "the same task with `distvsd.checkpoint.Saver`, `distvsd.vsd.rng` and `reduce_gradients(numerics='exact')`; "
+        "its own trainer for the guarantees that the trainer implements (NaN, lost ranks)"
     )
 
     def __init__(self, folder: Path, world: World) -> None:

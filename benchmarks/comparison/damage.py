@@ -1,4 +1,4 @@
-"""Probes of one damaged checkpoint: flipped bits, cut and missing files, files that want to run code. One rank."""
+"""Faults of a checkpoint on one rank: flipped bits, cut and missing files, files with code in them."""
 
 from __future__ import annotations
 
@@ -26,33 +26,33 @@ from benchmarks.comparison.trial import (
 )
 
 FLIPS = 120
-EDGE = 256  # bytes at a file's start and end, where headers lie; half of the flips go there
+EDGE = 256  # bytes at the start and end of a file, where headers are; half of the flips are there
 
 
 def damaged(name: str, folder: Path) -> dict[str, Cell]:
-    """Rows on flipping single bits, cutting each file in half, and deleting each file."""
+    """The rows for flipping single bits, cutting each file in half, and deleting each file."""
     folder.mkdir(parents=True)
     alone(1, two_saves, name, folder)
     newest = list(files_of(folder, NEW))
     draw = random.Random(1)
-    # Each file in turn; each file's flips in turn anywhere and at an edge.
+    # The files take turns, and the flips of each file alternate between anywhere and an edge.
     flips = [(newest[n % len(newest)], _flip(draw, n // len(newest) % 2 == 1)) for n in range(FLIPS)]
     accidents: dict[str, list[tuple[str, Callable[[bytes], bytes | None]]]] = {
-        "a flipped bit is found (G3)": [*flips],
-        "a file cut in half is found (G3)": [(file, lambda data: data[: len(data) // 2]) for file in newest],
-        "a missing file is found (G3)": [(file, lambda data: None) for file in newest],
+        "a flipped bit is detected (G3)": [*flips],
+        "a file cut in half is detected (G3)": [(file, lambda data: data[: len(data) // 2]) for file in newest],
+        "a missing file is detected (G3)": [(file, lambda data: None) for file in newest],
     }
     tallies = {
         row: Tally(_after(name, folder, file, change) for file, change in changes) for row, changes in accidents.items()
     }
     found = {row: Cell(not tally[WRONG], str(tally)) for row, tally in tallies.items()}
     total, refused = (sum(map(count, tallies.values())) for count in (Tally.total, lambda tally: tally[REFUSED]))
-    stuck = Cell(not refused, f"{refused} of {total} damages end in an error until somebody deletes the checkpoint")
-    return found | {"a damaged checkpoint is passed over for a sound one (G4)": stuck}
+    stuck = Cell(not refused, f"{refused} of {total} faults cause an error until somebody deletes the checkpoint")
+    return found | {"a damaged checkpoint is skipped for an undamaged one (G4)": stuck}
 
 
 def unpickled(name: str, folder: Path) -> Cell:
-    """The files of a checkpoint whose loading ran code that was put into them."""
+    """Which files of a checkpoint run code when they are loaded, if code is put into them."""
     folder.mkdir(parents=True)
     alone(1, two_saves, name, folder)
     mark = folder.parent / f"{folder.name}-ran"
@@ -63,11 +63,11 @@ def unpickled(name: str, folder: Path) -> Cell:
             if mark.is_dir():
                 mark.rmdir()
                 ran.add(Path(file).name)
-    return Cell(not ran, f"code in {', '.join(sorted(ran))} runs" if ran else "no file's code runs")
+    return Cell(not ran, f"code in {', '.join(sorted(ran))} runs" if ran else "no code runs")
 
 
 def _after(name: str, folder: Path, file: str, change: Callable[[bytes], bytes | None]) -> Verdict:
-    """What a program finds while one file is changed; `change` returns None for a file that is gone."""
+    """What a program loads while one file is changed. `change` returns None to delete the file."""
     path = folder / file
     original = path.read_bytes()
     changed = change(original)

@@ -1,4 +1,4 @@
-"""Probes of a save that does not end: ranks killed at instants spread over it, and a disk that takes no more."""
+"""Faults during a save: ranks killed at instants spread over it, and a full disk."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from distvsd.parallel.collectives import barrier
 from distvsd.parallel.world import World
 
 SIZE = 2
-FULL_AT = 2**19  # bytes a file may have on the full disk; a particle has three times as many
+FULL_AT = 2**19  # largest file in bytes on the full disk; the file of a particle needs three times as many
 
 
 def killed(name: str, folder: Path, instants: int) -> tuple[dict[str, Cell], float]:
-    """Kills all ranks in a save, `instants` times each in two kinds of save, and starts again each time. Returns the
-    rows on it, and the seconds of a save that nobody disturbs."""
+    """Kills all ranks in a save of a new step and in a save of an existing step, `instants` times each, and starts
+    again after every kill. Returns the rows of the table, and the seconds of an undisturbed save."""
     template, trial = folder / "template", folder / "trial"
     template.mkdir(parents=True)
     together(SIZE, two_saves, name, template)
@@ -59,17 +59,17 @@ def killed(name: str, folder: Path, instants: int) -> tuple[dict[str, Cell], flo
             again.append(looked(SIZE, name, trial, [(OLD, 0), (NEW, 0), (NEW, 1)]))
     after_new, after_again = Tally(new), Tally(again)
     rows = {
-        "kill -9 in a save loses no more than that save (G1)": Cell(after_new[NEWEST] == len(new), str(after_new)),
-        "kill -9 in a save of a step that is there mixes nothing (G2)": Cell(
+        "kill -9 during a save loses at most that save (G1)": Cell(after_new[NEWEST] == len(new), str(after_new)),
+        "kill -9 while an existing step is saved again mixes no states (G2)": Cell(
             not after_again[WRONG] and not after_again[REFUSED], str(after_again)
         ),
-        "two whole checkpoints at any instant of a save (G6)": Cell(min(left) >= 2, f"{min(left)} at the worst"),
+        "two complete checkpoints at any instant of a save (G6)": Cell(min(left) >= 2, f"at least {min(left)}"),
     }
     return rows, seconds
 
 
 def full(name: str, folder: Path) -> Cell:
-    """What a disk that takes no more, in one save, leaves of the run and of its checkpoints."""
+    """Whether the run and its checkpoints survive one save on a full disk."""
     folder.mkdir(parents=True)
     together(SIZE, two_saves, name, folder)
     try:
@@ -78,19 +78,19 @@ def full(name: str, folder: Path) -> Cell:
     except RankError:
         goes_on = False
     after = looked(SIZE, name, folder, [(OLD, 0), (NEW, 0), (STRUCK, 0), (LATER, 0)])
-    run = "the run goes on, and its next save works" if goes_on else "the run ends"
-    resumed = f"started again it resumes from step {after.step}" if after.step else "started again it ends in an error"
+    run = "the run continues, and its next save works" if goes_on else "the run ends"
+    resumed = f"started again, it resumes from step {after.step}" if after.step else "started again, it fails"
     return Cell(goes_on and after.step == LATER, f"{run}; {resumed}")
 
 
 def _save(world: World, name: str, folder: Path, step: int, variant: int, moment: float) -> float:
-    """A program that was started again saves, and dies `moment` seconds after the start of that save; with 0 it lives.
-    Returns the seconds it took."""
+    """A restarted program saves, and is killed `moment` seconds after the start of that save, unless `moment` is 0.
+    Returns the seconds of the save."""
     candidate = CANDIDATES[name](folder, world)
     candidate.load()
     candidate.fill(step, variant)
     barrier(world)
-    # The kernel ends the process at this moment as kill -9 does: nobody handles the signal.
+    # With the default action the kernel ends the process when the timer fires, as it does on kill -9.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     began = time.perf_counter()
     signal.setitimer(signal.ITIMER_REAL, moment)

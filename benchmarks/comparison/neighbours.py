@@ -1,4 +1,4 @@
-"""Probes of what one particle or one rank does to the others: a NaN in one render; a rank that is killed or stopped."""
+"""Faults of one particle or one rank, and their effect on the others: a NaN in one render; a killed or stopped rank."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ from distvsd.vsd.samples import Samples
 
 BROKEN, ROUND, ROUNDS = 2, 1, 4
 LOST, SIZE = 1, 3
-LIMIT_S = 5.0  # how long a collective may wait, the same for every candidate
-Content = dict[str, tuple[str, bool]]  # of tensors, by name: SHA-256, and whether all of it is finite
+LIMIT_S = 5.0  # timeout of collectives, the same for every candidate
+Content = dict[str, tuple[str, bool]]  # tensor name: SHA-256, and whether all numbers are finite
 
 
 def broken(name: str, folder: Path, prior: Path) -> Cell:
-    """A NaN in one render of one particle, against a run in which that particle sits the round out."""
+    """Compares a run with a NaN in one render of one particle with a run in which that particle skips the round."""
     folder.mkdir(parents=True)
     rounds = _rounds_of_distvsd if name == Distvsd.name else _rounds_of_loop
     struck, reference = (_elsewhere(together(2, rounds, name, folder, prior, is_nan)) for is_nan in (True, False))
     changed = sum(struck[key] != reference[key] for key in reference)
     lost = sum(not is_finite for _, is_finite in struck.values())
-    return Cell(not changed, f"{changed} of {len(reference)} tensors elsewhere change, {lost} are not finite any more")
+    return Cell(not changed, f"{changed} of {len(reference)} other tensors change, {lost} become non-finite")
 
 
 def lost(name: str, folder: Path, prior: Path, number: signal.Signals) -> Cell:
-    """When the others end after a rank got that signal in a training, and whether they say which one it was."""
+    """Signals one rank in a training; reports when the others end, and whether their errors name that rank."""
     folder.mkdir(parents=True)
     said: list[str] = []
     try:
@@ -56,7 +56,7 @@ def lost(name: str, folder: Path, prior: Path, number: signal.Signals) -> Cell:
         raise RankError(f"{name} did not train until the signal: {said}")
     reports = [json.loads(path.read_text()) for path in folder.glob("rank-*.json")]
     if len(reports) < SIZE - 1:
-        return Cell(False, f"{SIZE - 1 - len(reports)} of {SIZE - 1} other ranks still wait when the trial is over")
+        return Cell(False, f"{SIZE - 1 - len(reports)} of {SIZE - 1} other ranks still wait at the end of the trial")
     seconds = max(report["time"] for report in reports) - float((folder / "struck").read_text())
     is_named = all(re.search(rf"\brank {LOST}\b", report["text"]) for report in reports)
     return Cell(is_named, f"the others end after {seconds:.1f} s and {'name' if is_named else 'do not name'} it")
@@ -72,7 +72,7 @@ def _rounds_of_loop(world: World, name: str, folder: Path, prior: Path, is_nan: 
 
 
 def _rounds_of_distvsd(world: World, name: str, folder: Path, prior: Path, is_nan: bool) -> Content:
-    """The trainer's rounds. To sit one out: samples that weigh nothing, and a state that is put back after it."""
+    """Rounds of the trainer. A particle skips a round by samples of weight 0, and its state is restored afterwards."""
     config = small_training(prior, folder / "run", False, **{"particles.count": PARTICLES})
     parts = build_run(config, world, lambda done: False)
 
@@ -104,13 +104,13 @@ def _content(tensor: Tensor) -> tuple[str, bool]:
 
 
 def _elsewhere(by_rank: list[Content]) -> Content:
-    """What all ranks hold, without the struck particle."""
+    """The tensors of all ranks without those of the particle with the NaN."""
     union = {key: value for content in by_rank for key, value in content.items()}
     return {key: value for key, value in union.items() if not key.startswith(f"particle/{BROKEN}/")}
 
 
 def _train_to_the_signal(world: World, name: str, folder: Path, prior: Path, number: signal.Signals) -> None:
-    """Trains without an end; the others leave what ended them, and when, in a file."""
+    """Trains until an error. Each of the other ranks writes the error and its time to a file."""
     work = _train_distvsd if name == Distvsd.name else _train_loop
     if world.rank == LOST:
         threading.Thread(target=_strike, args=(folder, number), daemon=True).start()
@@ -139,7 +139,7 @@ def _train_distvsd(world: World, name: str, folder: Path, prior: Path) -> None:
 
 
 def _strike(folder: Path, number: signal.Signals) -> None:
-    """Signals its own process in the middle of the training, once that has logged three rounds."""
+    """Sends the signal to its own process after the training has logged three rounds."""
     log = folder / "run/metrics.jsonl"
     while not log.exists() or log.read_bytes().count(b"\n") < 3:
         time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""Probes of resuming: the same bits as an uninterrupted run, on the same and on another number of ranks."""
+"""Resumes on the same and on another number of ranks, and compares the bits with an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ Digests = dict[str, str]
 
 
 def resumed(name: str, folder: Path, before: int, after: int) -> Cell:
-    """Trains half on `before` ranks, kills them, the rest on `after`; compares with `before` ranks uninterrupted."""
+    """Trains the first half on `before` ranks, kills them, and trains the second half on `after` ranks. Compares the
+    result with an uninterrupted run on `before` ranks."""
     (folder / "whole").mkdir(parents=True)
     (folder / "parts").mkdir()
     expected = _union(together(before, _train, name, folder / "whole", 0, WHOLE, False))
@@ -28,9 +29,9 @@ def resumed(name: str, folder: Path, before: int, after: int) -> Cell:
         return Cell(False, f"error, {_complaint(str(error).replace(f'{folder}/parts/', ''))}")
     lost = {key.split("/")[1] for key in expected.keys() - found.keys()}
     if lost:
-        return Cell(False, f"goes on without {len(lost)} of {PARTICLES} particles")
+        return Cell(False, f"resumes without {len(lost)} of {PARTICLES} particles")
     different = sum(expected[key] != found[key] for key in expected)
-    return Cell(not different, f"goes on, {different} of {len(expected)} tensors differ" if different else "same bits")
+    return Cell(not different, f"resumes, {different} of {len(expected)} tensors differ" if different else "same bits")
 
 
 def _train(world: World, name: str, folder: Path, first: int, last: int, dies: bool) -> Digests:
@@ -46,7 +47,7 @@ def _train(world: World, name: str, folder: Path, first: int, last: int, dies: b
 
 
 def _union(by_rank: list[Digests]) -> Digests:
-    """All particles, and rank 0's network."""
+    """The particles of all ranks, and the network of rank 0."""
     shared = dict(by_rank[0])
     for digests in by_rank[1:]:
         shared |= {key: value for key, value in digests.items() if key.startswith("particle/")}
@@ -54,6 +55,6 @@ def _union(by_rank: list[Digests]) -> Digests:
 
 
 def _complaint(text: str) -> str:
-    """The first rank's own complaint: the last line of its traceback."""
+    """The error of the first rank: the last line of its traceback."""
     lines = [line for line in text.split("\nrank ")[0].strip().splitlines() if line.strip()]
     return f"`{lines[-1][:120]}`"

@@ -1,7 +1,7 @@
-"""The task of the comparison: particles that belong to ranks, and one network that all ranks train on all of them.
+"""The task of the comparison: particles divided among ranks, and one network that all ranks train on all particles.
 
-It has the shape of a training by variational score distillation and none of its cost. All state is float32 tensors
-under plain names: two states can be compared bit for bit, and a known state can be put in place of a trained one.
+It has the structure of variational score distillation at a fraction of the cost. The state consists of float32 tensors
+with plain names, so two states can be compared bit for bit, and a known state can replace a trained one.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from distvsd.parallel.assign import owners
 
 PARTICLES = 7
-NUMBERS = 2**17  # of one particle: 512 KiB, and twice that for Adam
+NUMBERS = 2**17  # in one particle: 512 KiB, and twice that for Adam
 FEATURES = 64
-WIDTH = 384  # of the network: 0.9 million parameters, as a small LoRA; enough for several buckets of DDP
+WIDTH = 384  # gives the network 0.9 million parameters, as a small LoRA has; enough for several buckets of DDP
 SEED = 5
 
 
 class Network(nn.Sequential):
-    """Stands for the score network."""
+    """Takes the place of the score network."""
 
     def __init__(self) -> None:
         sizes = [FEATURES, *[WIDTH] * 6, FEATURES]
@@ -34,7 +34,7 @@ class Network(nn.Sequential):
 
 
 class Task:
-    """One rank's particles and their optimisers, the network and its optimiser; the same on every rank at the start."""
+    """One rank's particles, the network, and their optimisers. All ranks start with the same network."""
 
     def __init__(self, rank: int, size: int) -> None:
         self.ids = owners(PARTICLES, size)[rank]
@@ -50,11 +50,11 @@ class Task:
             _make_state(optimizer)
 
     def features(self, particle: int, noise: Tensor) -> Tensor:
-        """`[FEATURES]`, differentiable: what stands for a render."""
+        """`[FEATURES]`, differentiable. Takes the place of a render."""
         return self.particles[particle].reshape(FEATURES, -1).sum(1) / 64 + 0.1 * noise
 
     def move(self, particle: int, features: Tensor) -> None:
-        """One step of a particle along a distillation gradient; the network is only asked."""
+        """One step of a particle along a distillation gradient. The network is evaluated but not trained."""
         with torch.no_grad():
             target = torch.linspace(-1, 1, FEATURES) * (particle + 1)
             gradient = features - target + self.network(features[None])[0]
@@ -64,7 +64,7 @@ class Task:
         optimizer.step()
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor that training changes and this rank holds, by name; the tensors themselves."""
+        """Every tensor of this rank that training changes, by name. They are not copies."""
         found: dict[str, Tensor] = {}
         for particle, value in self.particles.items():
             found |= self.particle_state(particle, value)
@@ -75,21 +75,21 @@ class Task:
         return found
 
     def particle_state(self, particle: int, value: nn.Parameter) -> dict[str, Tensor]:
-        """A particle's part of `state`."""
+        """The part of `state` that belongs to one particle."""
         moments = self.particle_optimizers[particle].state[value]
         return {f"particle/{particle}/{key}": tensor for key, tensor in {"value": value.data, **moments}.items()}
 
     def fill(self, step: int, variant: int = 0) -> None:
-        """Puts a state in place of the trained one that tells, in every tensor, which step and variant it is of."""
+        """Replaces the trained state by one in which every tensor encodes the step and the variant."""
         for name, tensor in self.state().items():
             tensor.copy_(_known(name, tensor, step, variant))
 
     def is_of(self, step: int, variant: int = 0) -> bool:
-        """Whether every tensor is, bit for bit, that of `fill`."""
+        """Whether every tensor has the bits that `fill` gives it."""
         return all(torch.equal(tensor, _known(name, tensor, step, variant)) for name, tensor in self.state().items())
 
     def digests(self) -> dict[str, str]:
-        """SHA-256 by tensor."""
+        """SHA-256 of every tensor, by name."""
         return {
             name: hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
             for name, tensor in self.state().items()
@@ -104,7 +104,7 @@ def _known(name: str, tensor: Tensor, step: int, variant: int) -> Tensor:
 
 
 def _make_state(optimizer: torch.optim.Optimizer) -> None:
-    """Adam's moments exist from the start, as zeros: a state can be loaded into them."""
+    """Creates Adam's moments as zeros, so that a state can be loaded into them before the first step."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)

@@ -1,4 +1,4 @@
-"""One trial: fresh programs on forked ranks, and the verdict on what they loaded."""
+"""One trial: starts programs on forked ranks, and judges what they loaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from distvsd.errors import RankError
 from distvsd.parallel.world import World
 from distvsd.testing.ranks import run_ranks
 
-# Steps that are saved: two that are there before the accident, one that it strikes, one after it.
+# The steps of the checkpoints: two saved before the fault, one during it, one after it.
 OLD, NEW, STRUCK, LATER = 10, 20, 30, 40
 NEWEST, OLDER, REFUSED, WRONG = "newest", "older", "refused", "WRONG"
 State = tuple[int, int]  # step and variant
@@ -25,7 +25,7 @@ State = tuple[int, int]  # step and variant
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of the table: whether the guarantee of its row holds (None where the row promises nothing), and how."""
+    """One cell of the table: whether the guarantee of the row holds (None if the row is no guarantee), and details."""
 
     holds: bool | None
     text: str
@@ -36,24 +36,24 @@ class Cell:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a program that was started again had: a kind, and the step it goes on from."""
+    """What a restarted program loaded: the kind of result, and the step from which it continues."""
 
     kind: str
     step: int = 0
 
 
 class Tally(collections.Counter[str]):
-    """Verdicts by kind."""
+    """Counts of verdicts by kind."""
 
     def __init__(self, verdicts: Iterable[Verdict] = ()) -> None:
         super().__init__(verdict.kind for verdict in verdicts)
 
     def __str__(self) -> str:
         said = {
-            WRONG: "loaded a wrong state without a word",
-            REFUSED: "error, no state",
-            OLDER: "went back to the one before",
-            NEWEST: "loaded the newest, whole",
+            WRONG: "loaded a wrong state without an error",
+            REFUSED: "ended in an error",
+            OLDER: "loaded the previous checkpoint",
+            NEWEST: "loaded the newest checkpoint",
         }
         found = [f"{self[kind]} {text}" for kind, text in said.items() if self[kind]]
         return f"of {self.total()}: {'; '.join(found)}"
@@ -68,16 +68,17 @@ def two_saves(world: World, name: str, folder: Path) -> None:
 
 
 def files_of(folder: Path, step: int) -> dict[str, int]:
-    """The files of one step's checkpoint below a candidate's folder, with their sizes."""
+    """The files of the checkpoint of one step below a candidate's folder, with their sizes in bytes."""
     files = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
     return {str(name): path.stat().st_size for name, path in sorted(files.items()) if str(step) in name.parts[0]}
 
 
 def looked(size: int, name: str, folder: Path, known: list[State]) -> Verdict:
-    """What `size` fresh ranks find. Ranks of different states are wrong, each of them whole or not."""
+    """What `size` restarted ranks load. The verdict is WRONG if they have no known state in common, even if each rank
+    alone has a complete one."""
     try:
         by_rank = (alone if size == 1 else together)(size, _look, name, folder, known)
-    except RankError:  # one crashed, or hung
+    except RankError:  # a rank crashed or hung
         return Verdict(REFUSED)
     if None in by_rank:
         return Verdict(REFUSED)
@@ -89,19 +90,19 @@ def looked(size: int, name: str, folder: Path, known: list[State]) -> Verdict:
 
 
 def _look(world: World, name: str, folder: Path, known: list[State]) -> list[State] | None:
-    """Those known states that all of this rank is of after it has loaded; None where that ended in an error."""
+    """Loads, and returns the known states that this rank's state equals. None if loading raised an error."""
     try:
         candidate = CANDIDATES[name](folder, world)
         step = candidate.load()
     except KeyboardInterrupt:
         raise
-    except BaseException:  # whatever it is, an error instead of a state; DCP's is no Exception
+    except BaseException:  # DCP raises errors that are not subclasses of Exception
         return None
     return [state for state in known if state[0] == step and candidate.is_of(*state)]
 
 
 def alone(size: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
-    """As `together`, for one process, which then is one that no launcher started."""
+    """As `together`, but as if no launcher had started the process. size: 1."""
 
     def unlaunched(world: World, *given: Any) -> Any:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
@@ -112,13 +113,13 @@ def alone(size: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
 
 
 def together(size: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
-    """`fn(world, *args)` on forked ranks, with what they print thrown away. Raises RankError."""
+    """Runs `fn(world, *args)` on forked ranks and discards their output. Raises RankError."""
     with _quiet():
         return run_ranks(fn, size, *args, timeout_s=60)
 
 
 def die(number: signal.Signals, size: int, fn: Callable[..., Any], *args: Any) -> bool:
-    """As `together`, for ranks that a signal should end: whether it did, before they were done."""
+    """As `together`, for ranks that a signal should end. Returns whether it ended them before they were done."""
     try:
         together(size, fn, *args)
     except RankError as error:
@@ -130,7 +131,7 @@ def die(number: signal.Signals, size: int, fn: Callable[..., Any], *args: Any) -
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Libraries log their errors, hundreds of which are expected here."""
+    """Discards the output of all libraries, which log hundreds of expected errors."""
     sys.stdout.flush()
     sys.stderr.flush()
     kept = [os.dup(1), os.dup(2)]

@@ -1,17 +1,17 @@
 #!/bin/sh
-# Between MIN and MAX machines; run the same line on each. When one dies or joins later, all start again from the newest
-# checkpoint, with the ranks that are there then.
+# Trains on MIN to MAX machines. Run the same line on each. When a machine dies or joins, all processes restart from the
+# newest checkpoint, with the machines that are then available.
 #
 #   DISTVSD_NODES=2:4 DISTVSD_HEAD=HOST:PORT sh launch/torchrun/elastic.sh CONFIG [key=value ...]
 #
 # DISTVSD_NODES     MIN:MAX
-# DISTVSD_HEAD      host:port of one of them, where the machines meet. It must stay alive: without it all end
-# DISTVSD_RANKS     processes on this machine (default: one for each of its GPUs; say how many where there is none)
+# DISTVSD_HEAD      host:port of one of them, for the rendezvous. If this machine dies, all end
+# DISTVSD_RANKS     processes on this machine (default: one per GPU; required without GPUs)
 # DISTVSD_JOB       any word of your own, the same on all machines (default distvsd)
-# DISTVSD_RESTARTS  how often processes that died are started again (default 3); machines that join do not count
-# torchrun waits half a minute for more machines once there are MIN: PET_RDZV_CONF=last_call_timeout=SECONDS.
-# A signal to one process ends it with exit code 3. That counts as a death, and it is started again: signal torchrun.
-# torchrun ends with 1 whenever a process did not end with 0, also after a clean preemption: read RUN/STATUS.json.
+# DISTVSD_RESTARTS  how often dead processes are restarted (default 3). Restarts for joining machines do not count
+# When there are MIN machines, torchrun waits half a minute for more; PET_RDZV_CONF=last_call_timeout=SECONDS changes that.
+# To stop the run send the signal to torchrun. A signal to one process ends it with exit code 3, and torchrun restarts it.
+# torchrun ends with 1 if any process did not end with 0, also after a clean preemption. RUN/STATUS.json has the state.
 set -eu
 
 case ${DISTVSD_NODES:-} in

@@ -1,4 +1,4 @@
-"""What a crash, a full disk or a damaged file can cost: one save, and never an older checkpoint."""
+"""A crash, a full disk or a damaged file loses at most one save and never an older checkpoint."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ METADATA = {"config": {}, "config_digest": "c", "prior_identity": "p", "metrics_
 NUM_PARTICLES = 5
 Figure = Callable[[str], None]
 
-# Where a save of three ranks can be killed: each point on each rank that passes it, and at several files. Rank 0 owns
-# particles 0 and 3, the adapter and its configuration, and writes the manifest: five files; the others have two or one.
+# The kills during a save on three ranks: at every point, on every rank that passes it, and for several files. Rank 0
+# writes five files: particles 0 and 3, the adapter, its configuration and the manifest. Rank 1 writes two files, rank 2
+# writes one.
 DEATHS = [
     *(f"kill@{point}:rank=0" for point in ("save.stage", "save.manifest", "save.rename", "save.swap")),
     *(f"kill@{point}:rank=0" for point in ("save.published", "save.prune", "save.discard")),
@@ -42,7 +43,7 @@ DEATHS = [
 
 
 def content(world: World, step: int, generation: int) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
-    """This rank's files of a step; `generation` tells two saves of one step apart."""
+    """This rank's files for a step. `generation` distinguishes two saves of the same step."""
     mark = torch.tensor([step, generation])
     files = {
         particle_file(particle): {"param/grid": torch.full((400,), float(particle)), "mark": mark}
@@ -55,7 +56,7 @@ def content(world: World, step: int, generation: int) -> tuple[dict[str, dict[st
 
 
 def save(world: World, folder: Path, steps: list[int], generation: int = 0, keep: int = 2, failures: int = 1) -> Saver:
-    """Saves steps one after the other, in the background, and waits for each."""
+    """Saves the steps in order, each in the background, and waits for each."""
     saver = Saver(folder, world, keep, asynchronous=True, max_failures=failures)
     for step in steps:
         begin_round(step)
@@ -65,7 +66,8 @@ def save(world: World, folder: Path, steps: list[int], generation: int = 0, keep
 
 
 def marks(checkpoint: Checkpoint) -> set[tuple[int, ...]]:
-    """The (step, generation) of every tensor file of a checkpoint: one of them, where nothing was mixed."""
+    """The (step, generation) pairs in the tensor files of a checkpoint. More than one means that two saves were
+    mixed."""
     files = [file for file in checkpoint.manifest.files if file.endswith(".safetensors")]
     assert len(files) == NUM_PARTICLES + 1
     return {tuple(checkpoint.read(file)["mark"].tolist()) for file in files}
@@ -76,7 +78,7 @@ def leftovers(folder: Path) -> list[str]:
 
 
 def killed(folder: Path, death: str) -> None:
-    """Saves step 5 again on three ranks, one or all of which die in it; the others must notice by themselves."""
+    """Saves step 5 again on three ranks and kills one or all of them during the save. The others must detect this."""
 
     def rerun(world: World) -> None:
         with injected(death):
@@ -90,10 +92,10 @@ def killed(folder: Path, death: str) -> None:
 
 @pytest.mark.guarantee("G1", "G2")
 def test_a_kill_at_any_point_of_a_save_leaves_the_old_checkpoint_or_the_new_one(tmp_path: Path, figure: Figure) -> None:
-    """kill -9 of a rank at any point of a save loses at most the checkpoint being written, also where it replaces one.
+    """kill -9 of a rank at any point of a save loses at most the checkpoint being written, even if it replaces another.
 
-    Step 5 is saved a second time and killed at every named point; what is found after is wholly the old or wholly the
-    new step 5, on the next start at the latest, and the next save works on another number of ranks.
+    Step 5 is saved a second time, and the save is killed at every named point. After the next start, step 5 is either
+    entirely the old or entirely the new one. The next save succeeds on another number of ranks.
     """
     base = tmp_path / "base"
     run_ranks(save, 3, base, [3, 4, 5], 0, 9)
@@ -101,7 +103,7 @@ def test_a_kill_at_any_point_of_a_save_leaves_the_old_checkpoint_or_the_new_one(
     for number, death in enumerate(DEATHS):
         folder = shutil.copytree(base, tmp_path / str(number))
         killed(folder, death)
-        found = newest(folder)  # a reader, before anything was cleaned up
+        found = newest(folder)  # what a reader finds before the cleanup
         assert found is not None and marks(found) <= {(4, 0), (5, 0), (5, 1)} and len(marks(found)) == 1, death
 
         def restart(world: World, folder: Path = folder) -> list[set[tuple[int, ...]]]:
@@ -109,7 +111,7 @@ def test_a_kill_at_any_point_of_a_save_leaves_the_old_checkpoint_or_the_new_one(
             checkpoint = saver.load()
             assert checkpoint is not None
             found = marks(checkpoint)
-            gather_objects(world, None)  # all have looked
+            gather_objects(world, None)  # waits until every rank has read its marks
             saver.begin(6, *content(world, 6, 1), METADATA)
             return [found, marks(reader.open_checkpoint(folder, 6))]
 
@@ -119,7 +121,7 @@ def test_a_kill_at_any_point_of_a_save_leaves_the_old_checkpoint_or_the_new_one(
         )
         assert reader.steps(folder) == [6, 5] and leftovers(folder) == [], death
         seen.append(results[0][0] == {(5, 1)})
-    assert any(seen) and not all(seen), "the kills did not lie on both sides of the publication"
+    assert any(seen) and not all(seen), "no kill was before the publication, or none was after it"
     points = {death.partition("@")[2].partition(":")[0] for death in DEATHS}
     figure(f"{len(DEATHS)} kills at {len(points)} points of a save on 3 ranks: 0 unreadable, 0 mixed, 0 hangs")
 
@@ -136,7 +138,7 @@ def test_the_points_that_are_struck_are_all_there_are_and_the_page_names_them() 
 def test_a_step_that_was_saved_before_is_saved_again_without_a_wait_or_a_mixture(
     tmp_path: Path, figure: Figure, there: str
 ) -> None:
-    """Reaching a step whose folder exists, whole or in parts, never hangs and never mixes."""
+    """Saving a step whose folder exists, complete or partial, never hangs and never mixes two states."""
     folder = tmp_path / "checkpoints"
     run_ranks(save, 3, folder, [4, 5])
     place = folder / "step-00000005"
@@ -172,9 +174,9 @@ ERRORS = [
 @pytest.mark.guarantee("G5")
 @pytest.mark.parametrize(("kind", "point"), ERRORS)
 def test_a_disk_error_at_any_point_of_a_save_costs_that_save_only(tmp_path: Path, kind: str, point: str) -> None:
-    """Disk full, over quota or an I/O error in a save: counted, all else as it was, and the next save works.
+    """A full disk, an exceeded quota or an I/O error fails one save and changes nothing else. The next save works.
 
-    What fails after the publication (deleting what is old) does not make a failed save of it.
+    The failure is counted. An error after the publication, while old checkpoints are deleted, does not fail the save.
     """
     folder = tmp_path / "checkpoints"
     run_ranks(save, 2, folder, [3, 4, 5], 0, 9)
@@ -196,7 +198,7 @@ def test_a_disk_error_at_any_point_of_a_save_costs_that_save_only(tmp_path: Path
     is_published = point in ("save.prune", "save.discard")
     assert failures == (0 if is_published else 1)
     assert is_published or (f"injected at {point}" in message and "check the free space" in message)
-    run_ranks(lambda world: Saver(folder, world) and None, 1)  # clears away what could not be deleted
+    run_ranks(lambda world: Saver(folder, world) and None, 1)  # the constructor deletes the leftovers
     assert reader.steps(folder) == [6, 5] and leftovers(folder) == []
     assert marks(reader.open_checkpoint(folder, 6)) == {(6, 1)}
     assert marks(reader.open_checkpoint(folder, 5)) == {(5, 1 if is_published else 0)}
@@ -204,7 +206,7 @@ def test_a_disk_error_at_any_point_of_a_save_costs_that_save_only(tmp_path: Path
 
 @pytest.mark.guarantee("G5")
 def test_saves_that_go_on_failing_end_the_run_with_the_old_checkpoints_intact(tmp_path: Path) -> None:
-    """After `checkpoint.max_failures` saves in a row that failed the run ends, in the same words on every rank."""
+    """After `checkpoint.max_failures` failed saves in a row the run ends with the same error on every rank."""
     folder = tmp_path / "checkpoints"
     run_ranks(save, 2, folder, [1, 2])
 
@@ -228,7 +230,7 @@ def test_saves_that_go_on_failing_end_the_run_with_the_old_checkpoints_intact(tm
 
 @contextlib.contextmanager
 def small_disk(folder: Path, megabytes: int) -> Iterator[None]:
-    """A real file system of that size in `folder`; skips the test where none may be mounted."""
+    """Mounts a file system of that size on `folder`. Skips the test if mounting is not permitted."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
     if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
@@ -241,16 +243,16 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[None]:
 
 @pytest.mark.guarantee("G5")
 def test_a_disk_that_really_is_full_costs_a_save_and_nothing_else(tmp_path: Path, figure: Figure) -> None:
-    """On a file system of 8 MB that fills up, the run goes on, and saves again when there is room."""
+    """When a file system of 8 MB fills up, the run continues. It saves again once there is space."""
     with small_disk(tmp_path / "disk", 8):
         folder = tmp_path / "disk" / "checkpoints"
 
         def run(world: World) -> tuple[str, list[int], int]:
             saver = Saver(folder, world, asynchronous=True, max_failures=2)
-            refused = told(lambda: saver.preflight(2 * 2**20))  # 4 MB a checkpoint, and three of them have to fit
+            refused = told(lambda: saver.preflight(2 * 2**20))  # 4 MB per checkpoint; three must fit
             saver.begin(1, *content(world, 1, 0), METADATA)
             saver.finish()
-            large = {particle_file(100 + world.rank): {"param": torch.zeros(5 * 2**18)}}  # 5 MB a rank: 10 in 8
+            large = {particle_file(100 + world.rank): {"param": torch.zeros(5 * 2**18)}}  # 5 MB per rank, 10 MB in all
             saver.begin(2, large, {}, METADATA)
             saver.finish()
             failed = saver.failures
@@ -270,7 +272,7 @@ def test_a_disk_that_really_is_full_costs_a_save_and_nothing_else(tmp_path: Path
 
 @pytest.mark.guarantee("G7")
 def test_what_is_saved_is_the_state_at_that_moment_however_the_run_goes_on(tmp_path: Path, figure: Figure) -> None:
-    """An asynchronous save holds the state of one round, although the run changes it while it is being written."""
+    """An asynchronous save holds the state of one round, even if the run changes that state during the write."""
     folder = tmp_path / "checkpoints"
 
     def run(world: World) -> tuple[bool, float]:
@@ -306,7 +308,8 @@ def test_what_is_saved_is_the_state_at_that_moment_however_the_run_goes_on(tmp_p
 
 @pytest.mark.guarantee("G7", "G23")
 def test_a_failure_in_the_background_is_known_to_all_ranks_when_the_writing_has_ended(tmp_path: Path) -> None:
-    """A writer that fails in the background surfaces at the next round at which nobody writes, on all ranks."""
+    """A failed write in the background is reported on all ranks, in the next round in which no rank is still
+    writing."""
     folder = tmp_path / "checkpoints"
 
     def run(world: World) -> tuple[list[int], str]:
@@ -314,14 +317,14 @@ def test_a_failure_in_the_background_is_known_to_all_ranks_when_the_writing_has_
         counts = []
         with injected("eio@save.flush:rank=1; sleep@save.write:rank=0:ms=100:nth=1"):
             saver.begin(1, *content(world, 1, 0), METADATA)
-            while saver.pending is not None:  # rounds, as a loop has them
+            while saver.pending is not None:  # like the rounds of a training loop
                 if not max_flags(world, int(saver.writing)):
                     assert saver.finish() is None
                 time.sleep(0.01)
             counts.append(saver.failures)
         saver.begin(2, *content(world, 2, 0), METADATA)
         message = saver.last_failure
-        saver.begin(3, *content(world, 3, 0), METADATA)  # finishes the one before
+        saver.begin(3, *content(world, 3, 0), METADATA)  # finishes the save of step 2
         counts.append(saver.failures)
         saver.finish()
         return counts, message
@@ -334,7 +337,7 @@ def test_a_failure_in_the_background_is_known_to_all_ranks_when_the_writing_has_
 
 @pytest.mark.guarantee("G8")
 def test_nothing_points_to_a_checkpoint_that_is_still_being_written(tmp_path: Path) -> None:
-    """A checkpoint is known to readers only when all of it is on the disk; there is no pointer that could be ahead."""
+    """Readers find a checkpoint only after all of it is on the disk. No pointer could name it earlier."""
     folder = tmp_path / "checkpoints"
 
     def run(world: World) -> list[Any]:
@@ -360,12 +363,12 @@ def test_nothing_points_to_a_checkpoint_that_is_still_being_written(tmp_path: Pa
 def test_a_checkpoint_that_was_found_damaged_is_not_counted_among_those_that_stay(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """At least two sound checkpoints stay: one that a resume passed over is not one of them."""
+    """At least two sound checkpoints stay. A checkpoint that a resume found damaged is not counted as one of them."""
     folder = tmp_path / "checkpoints"
     run_ranks(save, 2, folder, [1, 2, 3, 4], 0, 9)
     for step in (3, 4):
         path = folder / f"step-{step:08d}" / particle_file(0)
-        path.write_bytes(path.read_bytes()[:-1] + b"\xff")  # the size is right: only reading it shows
+        path.write_bytes(path.read_bytes()[:-1] + b"\xff")  # same size: only reading finds the damage
 
     def resume(world: World) -> int:
         saver = Saver(folder, world, keep=2)
@@ -383,7 +386,7 @@ def test_a_checkpoint_that_was_found_damaged_is_not_counted_among_those_that_sta
 
 @pytest.mark.guarantee("G4")
 def test_a_disk_that_fails_while_loading_falls_back_loudly_and_on_all_ranks(tmp_path: Path) -> None:
-    """A file that one rank cannot read makes all ranks take the same older checkpoint."""
+    """If one rank cannot read a file, all ranks load the same older checkpoint."""
     folder = tmp_path / "checkpoints"
     run_ranks(save, 2, folder, [4, 5])
 

@@ -1,4 +1,4 @@
-"""Whole trainings whose disk fails or whose checkpoints were damaged; test_durability.py has the saves themselves."""
+"""Whole trainings on a failing disk or with damaged checkpoints. test_durability.py tests single saves."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def leftovers(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, prior: Path) -> list[str]:
-    """The digest of a training of five rounds that nothing happened to."""
+    """The digest of a training of five rounds without any fault."""
     config = small_training(prior, tmp_path_factory.mktemp("undisturbed") / "run", True, rounds=5)
     run_ranks(lambda world: train(config), 2)
     return verify_run(Path(config.run.dir), digest=True)
@@ -35,7 +35,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, prior: Path) -> list[s
 def test_a_training_whose_disk_fails_now_and_then_ends_as_if_nothing_had_been(
     tmp_path: Path, prior: Path, undisturbed: list[str]
 ) -> None:
-    """A training goes on through saves that fail, and its last state has the bits it would have had."""
+    """A training continues after failed saves, and its final state has the same bits as without the failures."""
     config = small_training(prior, tmp_path / "run", True, rounds=5)
 
     def run(world: World) -> int:
@@ -49,11 +49,12 @@ def test_a_training_whose_disk_fails_now_and_then_ends_as_if_nothing_had_been(
 
 @pytest.mark.guarantee("G5")
 def test_a_training_whose_disk_stays_full_ends_with_the_checkpoints_it_had(tmp_path: Path, prior: Path) -> None:
-    """A disk that stays full ends a training after `checkpoint.max_failures` saves; the same command continues it."""
+    """If the disk stays full, the training ends after `checkpoint.max_failures` failed saves. The same command
+    continues it."""
     config = small_training(prior, tmp_path / "run", True, rounds=8)
 
     def run(world: World) -> str:
-        # By round 3 the save after round 2 has been published: it is finished before the next one begins.
+        # A save finishes before the next one begins, so the save after round 2 is published before the first fault.
         with injected("; ".join(f"enospc@save.write:rank=1:step={step}" for step in range(3, 8))):
             return told(lambda: train(config))
 
@@ -69,7 +70,7 @@ def test_a_training_whose_disk_stays_full_ends_with_the_checkpoints_it_had(tmp_p
 def test_a_training_resumes_from_the_checkpoint_before_a_damaged_one_and_ends_with_the_same_bits(
     tmp_path: Path, prior: Path, undisturbed: list[str], figure: Callable[[str], None]
 ) -> None:
-    """A damaged newest checkpoint is found before anything of it is used; the run continues from the one before."""
+    """A damaged newest checkpoint is detected before any of it is used. The run continues from the one before it."""
     run_ranks(lambda world: train(small_training(prior, tmp_path / "run", True, rounds=4)), 2)
     path = tmp_path / "run/checkpoints/step-00000004" / particle_file(2)
     data = bytearray(path.read_bytes())
@@ -82,7 +83,7 @@ def test_a_training_resumes_from_the_checkpoint_before_a_damaged_one_and_ends_wi
 
 @pytest.mark.guarantee("G4")
 def test_a_training_with_damaged_checkpoints_only_does_not_start_anew(tmp_path: Path, prior: Path) -> None:
-    """Where every checkpoint is damaged a run refuses to start, whatever is asked, and deletes none of them."""
+    """If every checkpoint is damaged, a run refuses to start and deletes none of them."""
     config = small_training(prior, tmp_path / "run", True, rounds=3)
     run_ranks(lambda world: train(config), 2)
     folder = tmp_path / "run/checkpoints"
@@ -99,8 +100,9 @@ def test_a_training_with_damaged_checkpoints_only_does_not_start_anew(tmp_path: 
 def test_the_room_a_run_asks_for_is_what_its_checkpoints_take_once_everything_is_full(
     tmp_path: Path, prior: Path, figure: Callable[[str], None], good_every: int
 ) -> None:
-    """Before the first round a run makes sure of the room of its largest checkpoint: with the moments of both
-    optimisers, a full replay buffer, and good states beside the present ones where a save falls between."""
+    """Before the first round, a run checks that the disk has space for its largest checkpoint. The estimate includes
+    the moments of both optimisers and a full replay buffer. It also includes the last good states if a save falls
+    between two of them."""
     growing = {"render.resolution": "{0: 16, 1: 24}", "score.replay_share": 0.25, "score.replay_rounds": 2}
     growing["particles.health.good_every"] = good_every
     config = small_config(tmp_path / "run", prior, **growing, **{"schedule.rounds": 4, "checkpoint.every": 3})
@@ -112,6 +114,6 @@ def test_the_room_a_run_asks_for_is_what_its_checkpoints_take_once_everything_is
         checkpoint = reader.open_checkpoint(tmp_path / "run/checkpoints", step)
         files = [file for file in checkpoint.manifest.files if file.endswith(".safetensors")]
         largest = max(largest, sum(value.nbytes for file in files for value in checkpoint.read(file).values()))
-    # A few numbers of a step each are not counted; the margin for headers, 1 MiB, has room for them.
+    # The estimate leaves out a few numbers of a few bytes each. The margin of 1 MiB for headers covers them.
     assert asked <= largest < asked + 4096
     figure(f"{asked} bytes asked for, {largest} taken")

@@ -1,6 +1,6 @@
-"""Bit for bit: what killing, resuming and the number of ranks do not change, by whole trainings.
+"""Whole trainings end with the same bits after a kill and a resume, and on any number of ranks.
 
-One reference, trained alone and never disturbed, is what all runs with exact numerics must equal.
+Every run with exact numerics must equal one reference, which is trained on one rank without interruption.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from tests.small_run import refusals
 Figure = Callable[[str], None]
 SMOKE = Path(__file__).parents[2] / "configs" / "smoke.yaml"
 PARTICLES = 5
-# Six rounds, saved after 2 and 4, killed at the start of the sixth; resolution, rates and replay change on the way. Two
-# lines of metrics: that of round 5 is written before the kill, and again after the resume from round 4.
+# Six rounds with saves after rounds 2 and 4. The kill comes at the start of the sixth round. Resolution, learning rate
+# and replay change during the run. metrics.jsonl gets two lines. The line of round 5 is written before the kill and
+# again after the resume from round 4.
 SMALL = {
     "run.seed": 41,
     "prompt": "a red cube",
@@ -44,7 +45,7 @@ SMALL = {
     "log.every": 5,
 }
 DEATH = "kill@round:step=5"
-# What of a line of metrics.jsonl is mathematics; the rest is time.
+# The fields of metrics.jsonl that come from the computation. The others measure time.
 MATHEMATICS = ("round", "score_loss", "score_steps_skipped", "lag", "healthy", "quarantined", "resolution", "t_max")
 State = tuple[dict[str, str], list[dict[str, Any]]]
 
@@ -56,7 +57,7 @@ def training(run: Path, prior: Path, numerics: str = "exact", **changes: Any) ->
 
 
 def state_of(run: Path) -> State:
-    """Digests of all components, and the mathematics of the metrics."""
+    """Digests of all components, and the MATHEMATICS fields of metrics.jsonl."""
     digests = dict(line.rsplit(" ", 1) for line in verify_run(run, digest=True))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return digests, [{key: line[key] for key in MATHEMATICS} for line in lines]
@@ -72,7 +73,7 @@ def killed(config: Config, size: int) -> Path:
 
 
 def resumed(killed_run: Path, run: Path, config: Callable[[Path], Config], size: int) -> State:
-    """What a copy of a killed run ends with on `size` ranks."""
+    """The final state of a copy of a killed run that is resumed on `size` ranks."""
     shutil.copytree(killed_run, run)
     assert run_ranks(lambda world: train(config(run)), size) == [0] * size
     return state_of(run)
@@ -88,7 +89,7 @@ def differing(found: State, expected: State) -> list[str]:
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory, prior: Path) -> State:
-    """Exact numerics, alone, not interrupted."""
+    """The final state of an uninterrupted run with exact numerics on one rank."""
     run = tmp_path_factory.mktemp("reference") / "run"
     config = training(run, prior)
     run_ranks(lambda world: train(config), 1)
@@ -99,7 +100,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory, prior: Path) -> State:
 
 @pytest.fixture(scope="module")
 def killed_on(tmp_path_factory: pytest.TempPathFactory, prior: Path) -> Callable[[int], Path]:
-    """The run that was killed on so many ranks; made once."""
+    """Returns the run that was killed on that number of ranks. Each is trained once."""
     made: dict[int, Path] = {}
 
     def run(size: int) -> Path:
@@ -116,7 +117,7 @@ def test_a_run_killed_and_resumed_equals_one_that_was_not(
     tmp_path: Path, prior: Path, reference: State, killed_on: Callable[[int], Path], figure: Figure, size: int
 ) -> None:
     """Exact numerics: kill -9 of all ranks and a resume change no bit of particles, score network, optimisers, replay
-    and metrics."""
+    or metrics."""
     found = resumed(killed_on(size), tmp_path / "run", lambda run: training(run, prior), size)
     assert not differing(found, reference), differing(found, reference)
     figure(f"0 of {len(found[0]) - 1} components differ on {size} rank{'s' * (size > 1)}")
@@ -127,7 +128,7 @@ def test_a_run_killed_and_resumed_equals_one_that_was_not(
 def test_fast_numerics_resume_with_the_same_bits_on_the_same_number_of_ranks(
     tmp_path: Path, prior: Path, figure: Figure, size: int
 ) -> None:
-    """Fast numerics: the same on the same number of ranks."""
+    """Fast numerics: kill -9 of all ranks and a resume on the same number of ranks change no bit."""
     whole = training(tmp_path / "whole", prior, "fast")
     run_ranks(lambda world: train(whole), size)
     broken_off = killed(training(tmp_path / "killed", prior, "fast"), size)
@@ -148,8 +149,8 @@ def test_a_run_goes_on_with_the_same_bits_on_another_number_of_ranks(
     before: int,
     after: int,
 ) -> None:
-    """Exact numerics: a run saved by any number of ranks goes on with any other, and ends with the bits of one rank
-    that was never interrupted."""
+    """Exact numerics: a run saved by any number of ranks continues on any other number. It ends with the bits of an
+    uninterrupted run on one rank."""
     found = resumed(killed_on(before), tmp_path / "run", lambda run: training(run, prior), after)
     assert not differing(found, reference), differing(found, reference)
     figure(f"{before} -> {after} ranks, {PARTICLES} particles: the same bits")
@@ -157,8 +158,8 @@ def test_a_run_goes_on_with_the_same_bits_on_another_number_of_ranks(
 
 @pytest.mark.guarantee("G12")
 def test_exact_numerics_refuse_a_renderer_that_adds_in_no_fixed_order(tmp_path: Path, prior: Path) -> None:
-    """Exact numerics with a renderer whose sums change from run to run are refused before anything is loaded, with the
-    renderers that may be used instead."""
+    """Exact numerics are refused with a renderer whose sums change from run to run. The refusal comes before anything
+    is loaded and names the renderers that can be used."""
     with pytest.raises(ConfigError, match=r"render\.backend is nerfacc.*exact.*auto, torch"):
         training(tmp_path / "run", prior, render__backend="nerfacc")
     assert not (tmp_path / "run").exists()
@@ -168,8 +169,9 @@ def test_exact_numerics_refuse_a_renderer_that_adds_in_no_fixed_order(tmp_path: 
 def test_another_configuration_is_refused_with_what_differs_and_accepted_when_it_is_meant(
     tmp_path: Path, prior: Path
 ) -> None:
-    """A resume whose configuration changes the mathematics is refused on every rank with each changed key and both
-    values; `--resume must` accepts it. What only keeps and reports may change freely."""
+    """A resume with a configuration that changes the computation is refused on every rank. The message lists each
+    changed key and both values. `--resume must` accepts the change. Settings for checkpoints and logs may change
+    freely."""
     few = {"particles__count": 2, "schedule__rounds": 2}
     before = training(tmp_path / "run", prior, **few)
     assert refusals(before, 2) == ["", ""]

@@ -1,4 +1,4 @@
-"""What a user, a file or another job may do wrong, tried on whole trainings and on everything that is read."""
+"""Mistakes of users, manipulated files and conflicting jobs, tested on whole trainings and their files."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ time.sleep(600)
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, prior: Path) -> Path:
-    """A finished run; for tests that copy it."""
+    """A finished run. Tests copy it before they change it."""
     config = training(tmp_path_factory.mktemp("finished") / "run", prior)
     run_ranks(lambda world: train(config), 1)
     return Path(config.run.dir)
@@ -76,7 +76,7 @@ def test_the_metrics_of_a_killed_and_resumed_run_have_every_round_once(
     sick = "; ".join(f"nan@render:particle=1:step={step}" for step in (1, 4))
     with injected(f"{sick}; kill@round:step=5"), pytest.raises(RankError, match="exit code -9"):
         run_ranks(lambda world: train(config), 2)
-    # Lines of rounds that no checkpoint holds: they will be written again.
+    # No checkpoint holds round 5, so the resumed run writes its line again.
     assert rounds(config) == [1, 2, 3, 4, 5]
     with injected(sick):
         run_ranks(lambda world: train(config), 2)
@@ -96,7 +96,7 @@ def rounds(config: Config) -> list[int]:
 
 @pytest.mark.guarantee("G30")
 def test_every_key_with_a_letter_missing_is_refused_and_the_right_one_named(tmp_path: Path, figure: Figure) -> None:
-    """Every key of the configuration, misspelt, is an error with file, line and the key that was meant."""
+    """Every misspelt key of the configuration is an error that names the file, the line and the intended key."""
     keys = [key for key in dotted_keys() if len(key.rpartition(".")[2]) > 3]
     caught = []
     for key in keys:
@@ -117,7 +117,8 @@ def test_every_key_with_a_letter_missing_is_refused_and_the_right_one_named(tmp_
 
 @pytest.mark.guarantee("G31")
 def test_a_world_other_than_the_launcher_promised_is_refused_by_every_rank() -> None:
-    """Ranks that find another number of peers than their launcher promised all refuse to train, with both numbers."""
+    """If the number of ranks differs from what the launcher promised, every rank refuses to train and names both
+    numbers."""
 
     def open_with_wrong_promise(world: World) -> str:
         os.environ["WORLD_SIZE"] = "3"
@@ -131,7 +132,7 @@ def test_a_world_other_than_the_launcher_promised_is_refused_by_every_rank() -> 
 
 
 def signed(manifest: dict[str, Any]) -> bytes:
-    """A manifest as docs/checkpoint-format.md spells and signs it, whoever wrote its content."""
+    """The bytes of a manifest with any content, serialized and signed as docs/checkpoint-format.md says."""
 
     def spelt(content: dict[str, Any]) -> bytes:
         return json.dumps(content, sort_keys=True, indent=1, ensure_ascii=True).encode("ascii") + b"\n"
@@ -146,11 +147,11 @@ OUTSIDE = ["../../outside.safetensors", "/etc/passwd", "particles/../../../outsi
 @pytest.mark.guarantee("G32")
 @pytest.mark.parametrize("name", [*OUTSIDE, "score/..\\outside.json", "particles/000000.safetensors\0", "score/a.pkl"])
 def test_a_manifest_signed_by_a_stranger_cannot_name_a_file_outside(tmp_path: Path, finished: Path, name: str) -> None:
-    """A manifest that was made by hand, with a valid signature, cannot make anything outside its folder be read."""
+    """A hand-made manifest with a valid signature cannot cause a read outside its folder."""
     shutil.copytree(finished, tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints" / "step-00000002"
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert signed(manifest) == (folder / "manifest.json").read_bytes(), "this test signs otherwise than the program"
+    assert signed(manifest) == (folder / "manifest.json").read_bytes(), "this test signs differently from the program"
     manifest["files"][name] = manifest["files"].pop("score/camera.safetensors")
     (folder / "manifest.json").write_bytes(signed(manifest))
     with pytest.raises(CheckpointError, match=r"manifest\.json"):
@@ -171,10 +172,11 @@ class Evil:
 
 @pytest.mark.guarantee("G32")
 def test_code_in_the_files_of_a_checkpoint_never_runs(tmp_path: Path, finished: Path, figure: Figure) -> None:
-    """Each file of a checkpoint is replaced by a pickle that runs code, and the manifest signed anew: nothing runs."""
+    """Each file of a checkpoint is replaced by a pickle that runs code, and the manifest is signed again. No code
+    runs."""
     mark, tried = tmp_path / "ran", 0
     pickle.loads(pickle.dumps(Evil(mark)))
-    assert mark.is_dir(), "the pickle of this test does nothing"
+    assert mark.is_dir(), "the pickle of this test has no effect"
     mark.rmdir()
     archive = tmp_path / "archive.pt"
     torch.save(Evil(mark), archive)
@@ -198,7 +200,8 @@ def test_code_in_the_files_of_a_checkpoint_never_runs(tmp_path: Path, finished: 
 
 @pytest.mark.guarantee("G32")
 def test_nothing_in_the_package_can_unpickle(figure: Figure) -> None:
-    """No module of the package imports or calls what runs code that it reads; between a test's own processes only."""
+    """No module of the package imports or calls anything that can run code from a file. distvsd/testing/ranks.py is
+    exempt, because it only passes objects between the processes of a test."""
     package = Path(distvsd.__file__).parent
     modules = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
     calls = {"torch.load", "torch.jit.load", "yaml.load", "yaml.unsafe_load", "eval", "exec"}
@@ -223,7 +226,7 @@ def test_nothing_in_the_package_can_unpickle(figure: Figure) -> None:
 
 @contextmanager
 def another_job(lock: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process that holds a run's lock; ended with the block."""
+    """A process that holds a run's lock. It is killed at the end of the block."""
     job = subprocess.Popen([sys.executable, "-c", HOLDER, str(lock)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         assert job.stdout is not None and job.stdout.readline() == "held\n"
@@ -237,8 +240,8 @@ def another_job(lock: Path) -> Iterator[subprocess.Popen[str]]:
 def test_a_second_job_is_refused_and_the_lock_of_a_dead_one_is_taken(
     tmp_path: Path, prior: Path, finished: Path
 ) -> None:
-    """A second job on a run directory is refused on every rank with who holds it, and touches nothing; when the holder
-    was killed, the same command trains."""
+    """A second job on a run directory is refused on every rank and changes no file. The message names the holder of the
+    lock. After the holder is killed, the same command trains."""
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     config = training(run, prior)
@@ -248,7 +251,7 @@ def test_a_second_job_is_refused_and_the_lock_of_a_dead_one_is_taken(
         assert said[0] == said[1] and said[0].startswith("RunError: ")
         assert f"{socket.gethostname()}:{job.pid}:" in said[0] and "another run.dir" in said[0]
         after = {path: path.stat().st_mtime_ns for path in sorted(run.rglob("*")) if path.is_file()}
-        # Who reports the refusal does not own the directory.
+        # A refused job does not own the directory, so it must not write its error there.
         assert after == before
         job.send_signal(signal.SIGKILL)
         job.wait()
@@ -259,7 +262,7 @@ def test_a_second_job_is_refused_and_the_lock_of_a_dead_one_is_taken(
 
 @pytest.mark.guarantee("G35")
 def test_a_resume_against_another_prior_in_the_same_place_is_refused_by_every_rank(tmp_path: Path) -> None:
-    """The weights of the frozen prior are part of a run: others are refused on resume, also under the same path."""
+    """A resume with other weights of the frozen prior is refused, even if they are at the same path."""
     run, place = tmp_path / "run", tmp_path / "prior"
     tiny_pipeline(place, "shapes", "v_prediction", 0)
     config = training(run, place)

@@ -1,8 +1,7 @@
-"""A particle that is not finite, or does not fit into memory, changes no bit of the others; one that keeps failing is
-quarantined.
+"""A particle that is not finite or does not fit into memory changes no bit of the others.
 
-Whole rounds on real ranks. The reference is a run in which the particle is absent from the struck rounds by
-construction: its samples have weight 0 from the start, and the test puts its state back.
+A particle that keeps failing is quarantined. The tests run whole rounds on real ranks. In the reference run the
+particle is absent from the faulty rounds by construction: its samples have weight 0, and the test restores its state.
 """
 
 import dataclasses
@@ -23,13 +22,13 @@ from distvsd.testing.ranks import run_ranks
 
 SMOKE = Path(__file__).parents[2] / "configs" / "smoke.yaml"
 STRUCK, ROUND = 2, 1
-# The particle is struck once in each of four rounds, in another way each time, and left alone in the last.
+# The particle has one fault in each of four rounds, a different one each time. The first and the last round have none.
 HITS, ROUNDS = range(1, 5), 6
 
 
 @pytest.fixture(scope="module")
 def settings(prior):
-    """Four particles of two views; every mechanism that could carry a NaN to others is on."""
+    """Four particles with two views each. Every mechanism that could pass a NaN on to other particles is enabled."""
 
     def load(**overrides):
         chosen = {
@@ -52,12 +51,12 @@ def settings(prior):
 
 
 def absent(samples):
-    """The reference: the struck particle's samples weigh nothing."""
+    """The reference: the samples of the struck particle have weight 0."""
     return dataclasses.replace(samples, weight=samples.weight * (samples.ids != STRUCK))
 
 
 def infinite(samples):
-    """Latents that overflowed, as the encoder would give them: with weight 0."""
+    """Infinite latents with weight 0, as the encoder returns them after an overflow."""
     struck = samples.ids == STRUCK
     latents = samples.latents * torch.where(struck, torch.inf, 1.0).reshape(-1, 1, 1, 1)
     return dataclasses.replace(samples, latents=latents, weight=samples.weight * ~struck)
@@ -72,7 +71,7 @@ def one_view(samples):
 
 
 def absurd(samples):
-    """Finite, of weight 1, and so large that no network can answer: only the gradient will tell."""
+    """Finite latents with weight 1 that are too large for any network. Only the gradient shows the fault."""
     factors = torch.where(samples.ids == STRUCK, 1e30, 1.0).reshape(-1, 1, 1, 1)
     return dataclasses.replace(samples, latents=samples.latents * factors)
 
@@ -85,7 +84,7 @@ def one_number(samples):
 
 
 def rounds(world, config, plan: str, changes: dict[int, Callable]):
-    """Every byte of this rank's run after ROUNDS rounds, by name. changes: what is done to the samples, by round."""
+    """Every byte of this rank's state after ROUNDS rounds, by name. changes: a function of the samples, by round."""
     parts = build_run(config, world, lambda done: False)
     step = -1
 
@@ -103,9 +102,9 @@ def rounds(world, config, plan: str, changes: dict[int, Callable]):
                 for name, value in parts.ensemble.state().get(STRUCK, {}).items():
                     value.copy_(before[name])
             elif step in HITS:
-                assert done.update.unhealthy == [STRUCK] * bool(before), "it was struck, and nobody else"
+                assert done.update.unhealthy == [STRUCK] * bool(before), "exactly the struck particle must be unhealthy"
             else:
-                assert not done.update.unhealthy, "only in those rounds"
+                assert not done.update.unhealthy, "all particles must be healthy in this round"
             found[f"round {step}"] = repr((done.lag, done.fit)).encode()
     for particle_id, tensors in parts.ensemble.state().items():
         found |= {f"particle {particle_id}: {name}": value.numpy().tobytes() for name, value in tensors.items()}
@@ -115,7 +114,7 @@ def rounds(world, config, plan: str, changes: dict[int, Callable]):
 
 
 def union(found):
-    """What all ranks hold; they must agree on what they share."""
+    """The states of all ranks in one dictionary. Ranks must agree on the names that they share."""
     together = {}
     for of_rank in found:
         for name, value in of_rank.items():
@@ -125,7 +124,8 @@ def union(found):
 
 @pytest.fixture(scope="module")
 def reference(settings):
-    """The run in which the particle is absent from the struck rounds; in exact numerics always on one rank."""
+    """The final state of a run without the particle in the struck rounds. With exact numerics it is trained on one
+    rank."""
 
     @functools.cache
     def run(numerics, size):
@@ -153,8 +153,8 @@ def expect_no_bit_changed(found, expected, figure):
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("numerics", ["exact", "fast"])
 def test_a_particle_that_is_not_finite_changes_no_bit_of_anything_else(settings, reference, figure, numerics, size):
-    """A particle whose render, latents, score answer or gradient is not finite skips that round, and every other
-    particle, the score network and all optimisers stay bit for bit as if it had been absent from it."""
+    """A particle whose render, latents, score output or gradient is not finite skips that round. Every other particle,
+    the score network and all optimisers have the same bits as if the particle had been absent."""
     points = zip(("render", "latent", "score", "gradient"), HITS, strict=True)
     plan = "; ".join(f"nan@{point}:particle={STRUCK}:step={step}" for point, step in points)
     found = union(run_ranks(rounds, size, settings(**{"parallel.numerics": numerics}), plan, {}))
@@ -163,8 +163,8 @@ def test_a_particle_that_is_not_finite_changes_no_bit_of_anything_else(settings,
 
 @pytest.mark.guarantee("G15")
 def test_infinite_half_finite_and_absurd_latents_are_as_harmless_as_nan(settings, reference, figure):
-    """Nor does a particle with infinite latents, with one view or one number that is not finite, or with finite latents
-    so large that the networks' answers overflow."""
+    """A particle changes no bit of the others if its latents are infinite, if one view or one number of them is not
+    finite, or if they are so large that the network outputs overflow."""
     changes = dict(zip(HITS, (infinite, one_view, absurd, one_number), strict=True))
     found = union(run_ranks(rounds, 2, settings(**{"parallel.numerics": "exact"}), "", changes))
     expect_no_bit_changed(found, reference("exact", 2), figure)
@@ -175,16 +175,16 @@ def test_infinite_half_finite_and_absurd_latents_are_as_harmless_as_nan(settings
 def test_a_particle_that_does_not_fit_into_memory_for_a_round_changes_no_bit_of_anything_else(
     settings, reference, figure, size
 ):
-    """One particle's OutOfMemoryError in a render costs that particle the round and changes no bit of the others (exact
-    numerics, where a particle is rendered alone)."""
+    """If the render of one particle runs out of memory, that particle skips the round and no bit of the others changes.
+    This holds for exact numerics, which render each particle alone."""
     plan = "; ".join(f"oom@render:particle={STRUCK}:step={step}" for step in HITS)
     found = union(run_ranks(rounds, size, settings(**{"parallel.numerics": "exact"}), plan, {}))
     expect_no_bit_changed(found, reference("exact", size), figure)
 
 
 def updates(world, config, plan, count):
-    """Each round's update and skipped score steps on this rank, then the ids in the replay, groups, and a checksum of
-    the score network."""
+    """This rank's updates and skipped score steps by round. Then its replayed ids, its groups, a checksum of the score
+    network and its health records."""
     parts = build_run(config, world, lambda done: False)
     told = []
     with injected(plan):
@@ -205,15 +205,15 @@ def updates(world, config, plan, count):
 
 @pytest.mark.guarantee("G16")
 def test_a_particle_that_keeps_failing_is_put_back_then_quarantined_and_the_run_goes_on(settings, figure):
-    """After particles.health.max_bad bad rounds in a row a particle goes back to its last good state; after
-    max_restores returns it is quarantined, and the others and the score network train on."""
+    """After particles.health.max_bad bad rounds in a row a particle is restored to its last good state. After
+    max_restores restores it is quarantined instead. The other particles and the score network continue to train."""
     limits = {"particles.health.max_bad": 2, "particles.health.max_restores": 1, "score.replay_rounds": 1}
     found = run_ranks(updates, 2, settings(**limits), f"nan@gradient:particle={STRUCK}", 6)
     ranks = {particle_id: of_rank for of_rank in found for particle_id in of_rank["health"]}
     owner = ranks[STRUCK]
     assert [told["restored"] for told in owner["rounds"]] == [[], [STRUCK], [], [], [], []]
     assert [told["quarantined"] for told in owner["rounds"]] == [[], [], [], [STRUCK], [], []]
-    # Bad in rounds 0 to 3; from then on it is drawn, but neither moved nor counted.
+    # It is bad in rounds 0 to 3. After that it is rendered, but neither updated nor counted.
     assert [told["unhealthy"] for told in owner["rounds"]] == [[STRUCK]] * 4 + [[]] * 2
     assert [told["absent"] for told in owner["rounds"]] == [[STRUCK]] * 6
     assert owner["health"][STRUCK] == {"bad": 0, "total": 4, "restores": 1, "quarantined": True, "good": "initial"}
@@ -228,8 +228,8 @@ def test_a_particle_that_keeps_failing_is_put_back_then_quarantined_and_the_run_
 
 @pytest.mark.guarantee("G18")
 def test_out_of_memory_in_a_group_halves_it_and_every_particle_still_moves(settings):
-    """A group of particles that does not fit into memory is drawn in halves, for the rest of the run; ranks stay in
-    step."""
+    """A group of particles that does not fit into memory is rendered in halves for the rest of the run. The ranks stay
+    synchronized."""
     found = run_ranks(updates, 2, settings(), "oom@render:rank=1:step=1:nth=1", 3)
     assert [of_rank["groups"] for of_rank in found] == [[[0, 1]], [[2], [3]]]
     assert all(
@@ -242,8 +242,8 @@ def test_out_of_memory_in_a_group_halves_it_and_every_particle_still_moves(setti
 
 @pytest.mark.guarantee("G18")
 def test_out_of_memory_in_a_backward_pass_costs_that_rank_the_round_and_nobody_hangs(settings):
-    """Where the backward pass of a rank does not fit, none of its particles moves in that round; the ranks stay in
-    step, and the others' particles and the score network train on."""
+    """If the backward pass of one rank runs out of memory, none of its particles is updated in that round. The ranks
+    stay synchronized. The other ranks' particles and the score network continue to train."""
     found = run_ranks(updates, 2, settings(), "oom@gradient:rank=1:step=1", 3)
     assert [told["healthy"] for told in found[0]["rounds"]] == [[0, 1]] * 3
     assert [told["healthy"] for told in found[1]["rounds"]] == [[2, 3], [], [2, 3]]
@@ -254,7 +254,7 @@ def test_out_of_memory_in_a_backward_pass_costs_that_rank_the_round_and_nobody_h
 
 @pytest.mark.guarantee("G18")
 def test_a_particle_that_never_fits_is_quarantined_and_the_others_train_on(settings, figure):
-    """A particle that does not fit alone either is quarantined like one that is never finite."""
+    """A particle that does not fit into memory even alone is quarantined, like one that is never finite."""
     limits = {"particles.health.max_bad": 2, "particles.health.max_restores": 0}
     found = run_ranks(updates, 2, settings(**limits), f"oom@render:particle={STRUCK}", 4)
     assert found[1]["health"][STRUCK]["quarantined"] and found[1]["groups"] == [[2], [3]]
@@ -266,8 +266,8 @@ def test_a_particle_that_never_fits_is_quarantined_and_the_others_train_on(setti
 
 @pytest.mark.guarantee("G17")
 def test_all_ranks_leave_out_the_same_score_step_when_one_ranks_gradient_is_not_finite(settings):
-    """A score gradient that is not finite on one rank makes all ranks skip that step together; the replicas stay the
-    same and go on."""
+    """If the score gradient is not finite on one rank, all ranks skip that step. The replicas stay equal and training
+    continues."""
     found = run_ranks(updates, 3, settings(), "nan@reduce:rank=1:step=1", 3)
     assert [[told["skipped"] for told in of_rank["rounds"]] for of_rank in found] == [[0, 1, 0]] * 3
     assert len({of_rank["network"] for of_rank in found}) == 1
@@ -275,7 +275,8 @@ def test_all_ranks_leave_out_the_same_score_step_when_one_ranks_gradient_is_not_
 
 
 def until_the_end(world, config, plan, change):
-    """The text of the error that ends the run, the round it came in, and the score network's steps by then."""
+    """The text of the error that ends the run, its round, and the number of the score network's optimiser steps until
+    then."""
     parts = build_run(config, world, lambda done: False)
     training = parts.loop.training
     for step in range(5):
@@ -293,8 +294,8 @@ def until_the_end(world, config, plan, change):
 
 @pytest.mark.guarantee("G17")
 def test_a_score_that_stays_not_finite_ends_the_run_with_one_text_that_names_particle_round_and_timestep(settings):
-    """After score.max_skipped steps that all ranks left out, the run ends on every rank with the same text, which
-    names the particle, the round and the timestep."""
+    """After score.max_skipped skipped steps the run ends with the same error on every rank. The error names the
+    particle, the round and the timestep."""
     found = run_ranks(until_the_end, 3, settings(**{"score.max_skipped": 2, "score.replay_share": 0}), "", absurd)
     texts, steps, taken = zip(*found, strict=True)
     assert set(steps) == {ROUND + 1} and set(taken) == {ROUND}
@@ -307,7 +308,8 @@ def test_a_score_that_stays_not_finite_ends_the_run_with_one_text_that_names_par
 
 @pytest.mark.guarantee("G17")
 def test_a_sum_that_stays_not_finite_says_that_no_particle_is_to_blame(settings):
-    """The same where the fault lies in one rank's sum, and no row of any rank has a loss that is not finite."""
+    """If only the gradient sum of one rank is not finite and every loss is finite, the error names the sum over ranks
+    and no particle."""
     plan, limits = "nan@reduce:rank=1", {"score.max_skipped": 2}
     found = run_ranks(until_the_end, 2, settings(**limits), plan, lambda samples: samples)
     assert found[0] == found[1]

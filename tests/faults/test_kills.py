@@ -1,4 +1,4 @@
-"""SIGKILL at random instants of real trainings on two ranks; hundreds of them are in benchmarks/kill_campaign.py."""
+"""SIGKILL at random instants of trainings on two ranks. benchmarks/kill_campaign.py repeats this hundreds of times."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from benchmarks.kill_campaign import campaign, small_training
 from distvsd.config import Config
 
-# In the foreground a round is saved before the next begins; in the background, its save ends after the next report.
+# In the foreground a round is saved before the next one begins. In the background its save ends after the next report.
 MOST_LOST = {False: 1, True: 2}
 
 
@@ -20,8 +20,8 @@ MOST_LOST = {False: 1, True: 2}
 def test_a_kill_at_any_instant_loses_no_more_than_the_save_under_way_and_changes_no_bit(
     tmp_path: Path, prior: Path, figure: Callable[[str], None], asynchronous: bool
 ) -> None:
-    """kill -9 at a random instant of a training: the newest checkpoint is sound and of the last save or the one before,
-    nobody hangs, and the resumed training ends with the bits of one that was never disturbed."""
+    """After kill -9 at a random instant of a training, the newest checkpoint is sound and holds the last save or the
+    one before it. No rank hangs. The resumed training ends with the bits of an undisturbed one."""
 
     def config_in(run: Path) -> Config:
         return small_training(prior, run, asynchronous, rounds=6, **{"particles.count": 2})

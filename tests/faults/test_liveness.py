@@ -1,6 +1,7 @@
-"""D. Liveness: no failure of one rank leaves the others waiting, and the report names who failed, where, doing what.
+"""Liveness: no failure of one rank leaves the others waiting. The error names the rank, its host and its phase.
 
-Whole trainings on forked ranks with real signals; the same under launchers is in tests/launchers/test_cluster_life.py.
+These are whole trainings on forked ranks with real signals. tests/launchers/test_cluster_life.py does the same under
+launchers.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def config(run: Path, prior: Path, **changes: Any) -> Config:
 
 
 def train_with(world: World, run: Config, faults: str, folder: Path) -> None:
-    """Trains under faults; leaves the error that ended it, and when, in a file: some ranks will not return."""
+    """Trains under faults. Writes the final error and its time to a file, because some ranks do not return."""
     try:
         with injected(faults):
             train(run)
@@ -47,7 +48,7 @@ def train_with(world: World, run: Config, faults: str, folder: Path) -> None:
 
 
 def reports(folder: Path, run: Config, faults: str, size: int) -> dict[int, dict[str, Any]]:
-    """What each rank that could still speak said, of a run that fails."""
+    """The reports of a failing run, by rank. A rank that was killed or stopped has none."""
     folder.mkdir()
     with pytest.raises(RankError):
         run_ranks(lambda world: train_with(world, run, faults, folder), size)
@@ -67,10 +68,10 @@ def last_round_ended(run: Config) -> float:
 def test_a_dead_rank_ends_the_others_with_its_name(
     tmp_path: Path, prior: Path, figure: Figure, point: str, phase: str
 ) -> None:
-    """A rank that is killed ends the run on all ranks within seconds, and every one names the dead rank, its host, its
+    """If a rank is killed, the run ends on all ranks within seconds. Every error names the dead rank, its host, its
     process, the phase and the round."""
     run = config(tmp_path / "run", prior, **{"checkpoint.every": 3, "checkpoint.asynchronous": "false"})
-    # The sleep is for a heartbeat, which comes every second: it tells where the rank was at the last one.
+    # Heartbeats are written every second. The sleep ensures that the last one holds the phase and the round.
     faults = f"sleep@{point}:rank=1:step=2:nth=1:ms=2500; kill@{point}:rank=1:step=2:nth=1"
     found = reports(tmp_path / "said", run, faults, 3)
     assert sorted(found) == [0, 2]
@@ -80,9 +81,9 @@ def test_a_dead_rank_ends_the_others_with_its_name(
             r"rank 1 \(host (\S+), pid \d+, last seen in phase '(\w+)' of round 2\) is gone", report["text"]
         )
         assert named, report["text"]
-        assert "; rank 0 (" not in report["text"] and "; rank 2 (" not in report["text"], "a living rank is accused"
+        assert "; rank 0 (" not in report["text"] and "; rank 2 (" not in report["text"], "a running rank is named"
         assert named.groups() == (os.uname().nodename, phase)
-    # Far below the timeout of 60 s. The bound leaves room for a busy machine.
+    # Far below the timeout of 60 s. The bound allows for a busy machine.
     seconds = max(report["time"] for report in found.values()) - last_round_ended(run) - 2.5
     assert seconds < 30
     status = json.loads((tmp_path / "run/STATUS.json").read_text())
@@ -92,9 +93,9 @@ def test_a_dead_rank_ends_the_others_with_its_name(
 
 @pytest.mark.guarantee("G20")
 def test_a_hung_rank_is_found_by_the_timeout_and_named(tmp_path: Path, prior: Path, figure: Figure) -> None:
-    """A rank that hangs is found when parallel.timeout_s is over, and named as stopped with its place."""
+    """A rank that hangs is detected after parallel.timeout_s. The error says that it is stopped, and in which phase."""
     run = config(tmp_path / "run", prior, **{"parallel.timeout_s": 4})
-    # The sleep is for a heartbeat, as above.
+    # The sleep lets a heartbeat record the phase, as above.
     faults = "sleep@reduce:rank=2:step=2:nth=1:ms=2500; stop@reduce:rank=2:step=2:nth=1"
     found = reports(tmp_path / "said", run, faults, 3)
     assert sorted(found) == [0, 1]
@@ -114,12 +115,12 @@ def test_a_hung_rank_is_found_by_the_timeout_and_named(tmp_path: Path, prior: Pa
 def test_a_rank_lost_inside_another_librarys_collectives_is_named_too(
     tmp_path: Path, prior: Path, figure: Figure, request: pytest.FixtureRequest, strategy: dict[str, Any], lost: str
 ) -> None:
-    """Where torch's FSDP2 or DeepSpeed waits for a rank that died or hangs, the run ends as it does under `flat`."""
+    """If FSDP2 or DeepSpeed waits for a rank that is dead or hangs, the run ends as under `flat`."""
     if strategy["strategy"] == "deepspeed":
         request.getfixturevalue("deepspeed")
     changes = {f"parallel.{name}": value for name, value in strategy.items()}
     run = config(tmp_path / "run", prior, **{"parallel.timeout_s": 8} | changes)
-    # The sleep is for a heartbeat, as above.
+    # The sleep lets a heartbeat record the phase, as above.
     faults = f"sleep@reduce:rank=1:step=1:nth=1:ms=2500; {lost}@reduce:rank=1:step=1:nth=1"
     found = reports(tmp_path / "said", run, faults, 3)
     assert sorted(found) == [0, 2]
@@ -139,8 +140,8 @@ def test_a_rank_lost_inside_another_librarys_collectives_is_named_too(
 def test_a_rank_that_is_stopped_before_the_end_of_the_first_round_is_named_as_soon_as_later(
     tmp_path: Path, prior: Path, figure: Figure, point: str, place: str
 ) -> None:
-    """A rank that was stopped while ranks load or in the first round, which may take them very different times, is
-    named when parallel.timeout_s is over."""
+    """Ranks may take very different times to load and to finish the first round. A rank that is stopped there is still
+    named after parallel.timeout_s."""
     run = config(tmp_path / "run", prior, **{"parallel.timeout_s": 3})
     began = time.time()
     found = reports(tmp_path / "said", run, f"sleep@{point}:rank=1:ms=1500; stop@{point}:rank=1", 4)
@@ -149,7 +150,7 @@ def test_a_rank_that_is_stopped_before_the_end_of_the_first_round_is_named_as_so
         assert report["kind"] == "RankError"
         named = re.search(r"rank 1 \(host \S+, pid \d+, last seen in phase (.+)\) is stopped", report["text"])
         assert named and named[1] == place, report["text"]
-        assert not re.search(r"; rank [023] \(", report["text"]), "a living rank is accused"
+        assert not re.search(r"; rank [023] \(", report["text"]), "a running rank is named"
     seconds = max(report["time"] for report in found.values()) - began
     assert 4 < seconds < 45
     status = json.loads((tmp_path / "run/STATUS.json").read_text())
@@ -159,7 +160,8 @@ def test_a_rank_that_is_stopped_before_the_end_of_the_first_round_is_named_as_so
 
 @pytest.mark.guarantee("G20")
 def test_a_rank_that_loads_slowly_is_waited_for(tmp_path: Path, prior: Path) -> None:
-    """A rank that takes longer to load, or in the first round, than parallel.timeout_s ends nothing: it beats."""
+    """A rank may take longer than parallel.timeout_s to load or to finish the first round. This does not end the run,
+    because its heartbeats continue."""
     run = config(tmp_path / "run", prior, **{"parallel.timeout_s": 1, "schedule.rounds": 2})
 
     def slowly(world: World) -> int:
@@ -171,7 +173,7 @@ def test_a_rank_that_loads_slowly_is_waited_for(tmp_path: Path, prior: Path) -> 
 
 @pytest.mark.guarantee("G20")
 def test_a_rank_beats_on_when_the_disk_is_full(tmp_path: Path) -> None:
-    """On a full disk living ranks still give signs of life, so that none of them is taken for a silent one."""
+    """On a full disk a rank still updates its heartbeat, so it is not taken for a hung one."""
     with small_disk(tmp_path / "disk", 1):
         file, others = tmp_path / "disk/heartbeats/rank-00000.json", tmp_path / "disk/others"
         with Heartbeat(file.parent, 0, 1, 120.0, 0.01):
@@ -181,14 +183,14 @@ def test_a_rank_beats_on_when_the_disk_is_full(tmp_path: Path) -> None:
             seen = set()
             deadline = time.monotonic() + 20
             while len(seen) < 5:
-                assert time.monotonic() < deadline, "it beats no more"
+                assert time.monotonic() < deadline, "the heartbeats have stopped"
                 seen.add(json.loads(file.read_text())["beats"])
                 time.sleep(0.01)
 
 
 @pytest.mark.guarantee("G19", "G23")
 def test_an_error_of_one_rank_alone_is_told_by_all(tmp_path: Path, prior: Path) -> None:
-    """An exception that strikes one rank between two collectives ends all ranks; the others repeat what it said."""
+    """An exception on one rank between two collectives ends all ranks. The others repeat its message."""
     run = config(tmp_path / "run", prior)
     found = reports(tmp_path / "said", run, "eio@exchange:rank=1:step=1", 3)
     assert found[1]["kind"] == "OSError"
@@ -200,7 +202,8 @@ def test_an_error_of_one_rank_alone_is_told_by_all(tmp_path: Path, prior: Path) 
 
 @pytest.mark.guarantee("G23")
 def test_what_only_one_rank_can_see_is_one_error_on_all(tmp_path: Path, prior: Path) -> None:
-    """A disk that fails one rank while a run resumes: every rank raises the same error, none waits for the timeout."""
+    """If one rank cannot read the disk while a run resumes, every rank raises the same error without waiting for the
+    timeout."""
     run = config(tmp_path / "run", prior, **{"schedule.rounds": 2})
     run_ranks(lambda world: train(run), 3)
     longer = config(tmp_path / "run", prior, **{"checkpoint.every": 1})
@@ -211,7 +214,7 @@ def test_what_only_one_rank_can_see_is_one_error_on_all(tmp_path: Path, prior: P
             with injected("eio@load.read:rank=1"):
                 train(longer, resume="must")
         except Exception as error:
-            assert time.monotonic() - began < 30, "it waited for the timeout"
+            assert time.monotonic() - began < 30, "the rank waited for the timeout"
             return [type(error).__name__, str(error)]
         return []
 
@@ -222,7 +225,7 @@ def test_what_only_one_rank_can_see_is_one_error_on_all(tmp_path: Path, prior: P
 
 @pytest.mark.guarantee("G23")
 def test_no_rank_raises_alone_where_the_source_singles_one_out() -> None:
-    """Nothing in the package raises for one rank only, except inside what is run by `agreed`."""
+    """No code of the package raises on one rank only, except in functions that `agreed` runs."""
     wrong, functions = [], 0
     for path in sorted((ROOT / "distvsd").rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -238,7 +241,7 @@ def test_no_rank_raises_alone_where_the_source_singles_one_out() -> None:
             if function.name not in agreed_on:
                 wrong += [f"{path.relative_to(ROOT)}:{line}" for line in lonely_raises(function)]
     assert functions > 300
-    assert not wrong, "raised on one rank while the others go on: " + ", ".join(wrong)
+    assert not wrong, "raised on one rank while the others continue: " + ", ".join(wrong)
 
 
 def lonely_raises(function: ast.FunctionDef) -> list[int]:
@@ -258,7 +261,7 @@ def raises_in(statement: ast.stmt) -> list[int]:
     return [node.lineno for node in ast.walk(statement) if isinstance(node, ast.Raise)]
 
 
-def test_the_reader_finds_what_it_looks_for() -> None:
+def test_lonely_raises_finds_raises_of_one_rank_only() -> None:
     source = (
         "def f(world):\n    if world.rank == 0:\n        raise ValueError\n    raise KeyError\n"
         "def g(world):\n    if world.rank != 0:\n        return\n    if bad:\n        raise ValueError\n"
@@ -270,8 +273,8 @@ def test_the_reader_finds_what_it_looks_for() -> None:
 
 @pytest.mark.guarantee("G22")
 def test_a_slow_rank_is_named(tmp_path: Path, prior: Path, figure: Figure, capfd: pytest.CaptureFixture[str]) -> None:
-    """A rank whose own work takes longer than 1.5 times the median, three windows in a row, is named once with its
-    host, and metrics.jsonl holds the imbalance of every window."""
+    """A rank whose work takes more than 1.5 times the median in three windows in a row is named once, with its host.
+    metrics.jsonl holds the imbalance of every window."""
     run = config(tmp_path / "run", prior, **{"schedule.rounds": 5, "checkpoint.every": 0})
 
     def slowly(world: World) -> int:

@@ -1,6 +1,7 @@
-"""E. Preemption: a signal to any one rank ends the whole run after the round, saved, and it goes on as if never ended.
+"""Preemption: after a signal to any rank, all ranks save and end, and the resumed run has the same result.
 
-Whole trainings on forked ranks with real signals; the same under launchers is in tests/launchers/test_cluster_life.py.
+These are whole trainings on forked ranks with real signals. tests/launchers/test_cluster_life.py does the same under
+launchers.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ def config(run: Path, prior: Path, every: int) -> Config:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, prior: Path) -> list[str]:
-    """The digest of the same run, left alone."""
+    """The digest of the same run without a signal."""
     run = config(tmp_path_factory.mktemp("alone") / "run", prior, 2)
     assert run_ranks(lambda world: train(run), 1) == [0]
     return verify_run(Path(run.run.dir), digest=True)
 
 
 def trained(run: Config, size: int, faults: str = "") -> tuple[list[int], float]:
-    """The ranks' exit codes, and when the last of them left."""
+    """The exit codes of the ranks, and the time at which the last of them returned."""
 
     def on_a_rank(world: World) -> Any:
         with injected(faults):
@@ -54,7 +55,7 @@ def trained(run: Config, size: int, faults: str = "") -> tuple[list[int], float]
     [
         ("term@render:rank=1:step=1:nth=1", "another rank was told to stop", 2, 0),
         ("usr1@reduce:rank=0:step=1:nth=1", "SIGUSR1", 3, 0),
-        # While the checkpoint of the round before may still be being written.
+        # The checkpoint of the round before may still be in progress.
         ("term@round:rank=2:step=1", "another rank was told to stop", 3, 1),
         ("term@render:rank=0:step=1:nth=1; usr1@render:rank=1:step=1:nth=1", "SIGTERM", 2, 1),
     ],
@@ -62,8 +63,8 @@ def trained(run: Config, size: int, faults: str = "") -> tuple[list[int], float]
 def test_a_signal_to_one_rank_saves_the_round_and_the_run_goes_on_to_the_same_bits(
     tmp_path: Path, prior: Path, uninterrupted: list[str], figure: Figure, fault: str, why: str, size: int, every: int
 ) -> None:
-    """SIGTERM or SIGUSR1 to any one rank: all ranks finish the round, save it, say so in STATUS.json and end with 3;
-    the same call, on another number of ranks, ends with the bits of a run that was never interrupted."""
+    """After SIGTERM or SIGUSR1 to any rank, all ranks finish the round, save it, record it in STATUS.json and exit with
+    3. The same call on another number of ranks ends with the bits of an uninterrupted run."""
     run = config(tmp_path / "run", prior, every)
     codes, left = trained(run, size, fault)
     assert codes == [3] * size
@@ -86,7 +87,7 @@ def test_a_signal_to_one_rank_saves_the_round_and_the_run_goes_on_to_the_same_bi
 
 @pytest.mark.guarantee("G24")
 def test_a_signal_in_the_last_round_changes_nothing(tmp_path: Path, prior: Path, uninterrupted: list[str]) -> None:
-    """A run that is told to stop in its last round is done."""
+    """A run that gets the signal in its last round finishes as done."""
     run = config(tmp_path / "run", prior, 2)
     assert trained(run, 2, "term@round:rank=1:step=3")[0] == [0, 0]
     assert json.loads((tmp_path / "run/STATUS.json").read_text())["state"] == "done"
@@ -98,10 +99,11 @@ def test_a_signal_in_the_last_round_changes_nothing(tmp_path: Path, prior: Path,
 def test_where_a_run_was_stopped_and_saved_does_not_change_what_a_particle_goes_back_to(
     tmp_path: Path, prior: Path, figure: Figure, every: int, size: int
 ) -> None:
-    """Stopped and saved at a round at which nothing was due, a run whose particle fails afterwards puts it back to the
-    same state, and ends with the same bits, as one that was not stopped and is saved at other rounds."""
+    """A run is stopped and saved between two good states, and one of its particles fails later. The particle is
+    restored to the same state as in a run that was not stopped and was saved in other rounds. Both runs end with the
+    same bits."""
     streak = "nan@gradient:particle=1:step=3; nan@gradient:particle=1:step=4"
-    # The good states of these six rounds: after 2 and 4.
+    # In these six rounds, good states are taken after rounds 2 and 4.
     limits = {"schedule.rounds": 6, "particles.health.max_bad": 2, "particles.health.good_every": 2, "log.every": 1}
 
     whole = small_config(tmp_path / "whole", prior, **limits, **{"checkpoint.every": 4})

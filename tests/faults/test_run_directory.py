@@ -1,6 +1,6 @@
-"""What lies under a run's names and is not what the run wrote: links, pipes, folders, other people's files.
+"""Run directories in which something else is in the place of a file: a link, a pipe, a folder or another file.
 
-A small run is trained, drawn and evaluated once. Every file and folder that it leaves is then replaced in turn.
+A small run is trained, rendered and evaluated once. Then each file and folder that it leaves is replaced in turn.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.small_run import SMOKE, overrides
 ROOT = Path(__file__).parents[2]
 KINDS = ("link", "dangling", "pipe", "other")
 COMMANDS = ("train", "render", "evaluate", "verify", "log")
-# What each command reads or writes, with all that is below.
+# The files and folders that each command reads or writes, with everything inside the folders.
 USED = {
     "train": "STATUS.json config.yaml metrics.jsonl health.jsonl run.lock evaluation.json heartbeats checkpoints wandb "
     "renders",
@@ -37,8 +37,8 @@ USED = {
     "verify": "config.yaml checkpoints",
     "log": "config.yaml metrics.jsonl health.jsonl evaluation.json renders wandb.json wandb",
 }
-UNUSED = {"train": r"wandb/|renders/.*mp4", "render": r"renders/round"}  # of these
-# Pictures and telemetry end no run, and an unsound checkpoint is skipped: then a warning has the path.
+UNUSED = {"train": r"wandb/|renders/.*mp4", "render": r"renders/round"}  # exceptions from USED
+# Errors with images and telemetry do not end a run, and an unsound checkpoint is skipped. A warning names the path.
 LENIENT = ("renders/", "wandb", "checkpoints/")
 Said = Callable[..., tuple[int, str]]
 
@@ -62,7 +62,7 @@ def few_frames_and_no_real_wandb(tmp_path_factory: pytest.TempPathFactory) -> It
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory, settings: list[str]) -> Path:
-    """A run that was drawn, evaluated and logged, and then killed in its second round; for tests that copy it."""
+    """A run that was rendered, evaluated and logged, in the state after a kill in its second round. Tests copy it."""
     run = tmp_path_factory.mktemp("killed") / "run"
     assert main(["train", str(SMOKE), f"run.dir={run}", *settings]) == 0
     for command in COMMANDS[1:]:
@@ -72,7 +72,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory, settings: list[str]) -> Pat
     dead.wait()
     (run / "run.lock").write_text(f"{socket.gethostname()}:{dead.pid}")
     (run / "heartbeats").mkdir()
-    for rank in (0, 7):  # a run on fewer ranks than before deletes the others' files
+    for rank in (0, 7):  # the next run has fewer ranks and deletes the file of rank 7
         (run / f"heartbeats/rank-{rank:05d}.json").write_text("{}")
     return run
 
@@ -84,7 +84,7 @@ def run(tmp_path: Path, killed: Path) -> Path:
 
 @pytest.fixture
 def said(settings: list[str], capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> Said:
-    """Runs a command on a run directory; its exit code, and all that it said on the streams and in the log."""
+    """Runs a command on a run directory. Returns its exit code and its output, including the log."""
 
     def call(command: str, run: Path, *more: str) -> tuple[int, str]:
         capsys.readouterr(), caplog.clear()
@@ -102,7 +102,7 @@ def names_of(run: Path) -> list[str]:
 
 
 def replace(path: Path, kind: str, outside: Path) -> None:
-    """Puts something else in the place of a file or folder. A link leads to a copy: who follows it notices nothing."""
+    """Replaces a file or folder. A link points to the original content, so code that follows it works as before."""
     was_folder = path.is_dir() and not path.is_symlink()
     if kind == "link":
         shutil.move(path, outside / path.name)
@@ -132,13 +132,14 @@ def uses(command: str, name: str) -> bool:
 
 
 def cases(run: Path, command: str, kind: str) -> Iterator[str]:
-    """The names to replace for a command, in a run whose second round is done again if it is `train`."""
+    """The names to replace for a command. `train` runs the second round again."""
     for number, name in enumerate(names_of(run)):
         if "round-00000001" in name or name.endswith("rank-00007.json"):
-            continue  # like those of the second round, and of rank 0
+            continue  # the files of the second round and of rank 0 stand for these
         if not uses(command, name) or (command == "log" and kind == "other" and "." not in name.rpartition("/")[2]):
-            continue  # without its folder a picture is not missed
-        # A training that is not refused takes a second, and tests/unit/checkpoint has the files there one by one.
+            continue  # without a folder of images `log` sends none
+        # Only a share of the names, because a training takes a second. tests/unit/checkpoint replaces each checkpoint
+        # file.
         share = 8 if name.startswith("checkpoints/") else 3 if command == "train" and name.startswith("renders/") else 1
         if (number + KINDS.index(kind) + COMMANDS.index(command)) % share == 0:
             yield name
@@ -162,7 +163,7 @@ def test_a_run_leaves_the_names_that_are_tried_here(killed: Path) -> None:
 def test_nothing_that_took_the_place_of_a_file_is_followed_waited_for_or_overlooked(
     killed: Path, tmp_path: Path, said: Said, command: str, kind: str
 ) -> None:
-    """Every file and folder that a command uses, replaced in turn: nothing outside changes, and the path is named."""
+    """Replaces each file and folder that a command uses. Nothing outside changes, and a message names the path."""
     for name in cases(killed, command, kind):
         with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
             run, outside = shutil.copytree(killed, Path(folder) / "run"), Path(folder) / "outside"
@@ -197,7 +198,8 @@ def test_the_run_directory_itself_may_be_reached_through_a_link(run: Path, said:
 
 @contextmanager
 def files_of_at_most(num_bytes: int) -> Iterator[None]:
-    """The system refuses every write beyond, as a full disk or a quota does. Not with output that goes to a file."""
+    """Limits the size of files, so that larger writes fail as on a full disk. Do not use it while the output goes to a
+    file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
     try:
@@ -224,7 +226,7 @@ def test_a_run_directory_that_may_not_be_written_to_is_said_before_the_work(
         run = shutil.copytree(killed, Path(folder) / "run")
         run.chmod(0o555)
         mine = os.geteuid()
-        if mine == 0:  # whom no permissions stop
+        if mine == 0:  # permissions do not restrict root
             os.seteuid(65534)
         try:
             code, text = said(command, run)
@@ -236,7 +238,7 @@ def test_a_run_directory_that_may_not_be_written_to_is_said_before_the_work(
 
 def test_a_lock_of_any_bytes_is_a_lock_that_somebody_holds(run: Path, said: Said) -> None:
     (run / "run.lock").write_bytes(b"\xff\xfe\x80 not text")
-    shutil.rmtree(run / "heartbeats")  # which would tell that nobody is alive
+    shutil.rmtree(run / "heartbeats")  # old heartbeats would show that the holder is dead
     code, text = said("train", run)
     assert code == 1 and "run.lock" in text and "delete the file" in text
     assert (run / "run.lock").read_bytes() == b"\xff\xfe\x80 not text"
@@ -262,7 +264,7 @@ def test_a_damaged_config_yaml_is_named(run: Path, said: Said, command: str, dam
     foreign = damage.startswith("with ")
     code, text = said(command, run)
     if (command == "log" and foreign) or (command in ("train", "verify") and damage == "missing"):
-        assert code == 0, text  # it looks at no particle; it needs none
+        assert code == 0, text  # `log` reads no particles; `train` and `verify` do not need the file
     else:
         assert str(run) in text and ("config.yaml" in text or "another configuration" in text), text
         assert code in (1, 2) or (command == "verify" and damage == "with larger particles"), text

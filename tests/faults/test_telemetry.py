@@ -1,4 +1,4 @@
-"""Telemetry never costs a step: whatever wandb does, the run is the same, ends, and metrics.jsonl holds every round."""
+"""Telemetry never delays a step. Whatever wandb does, the run ends with the same bits and complete metrics."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Calls = Callable[[str], list[dict[str, Any]]]
 
 @pytest.fixture
 def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calls:
-    """Puts the stand-in of tests/fakes in the place of wandb; returns its calls of a name."""
+    """Replaces wandb by the fake of tests/fakes. Returns the recorded calls of one name."""
     path = tmp_path / "calls.jsonl"
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests/fakes"))
     monkeypatch.setenv("FAKE_WANDB_CALLS", str(path))
@@ -67,7 +67,7 @@ def seconds_a_round(run: Path) -> float:
 
 @pytest.fixture
 def spent(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[float, float]]]:
-    """Seconds that each call of Tracker.log took on the step path: of the clock, and of the processor."""
+    """Seconds of wall-clock time and of processor time that each call of Tracker.log takes in a step."""
     durations: list[tuple[float, float]] = []
     log = Tracker.log
 
@@ -100,10 +100,10 @@ def test_a_broken_wandb_costs_no_time_and_changes_no_bit(
     figure: Figure,
     trouble: str,
 ) -> None:
-    """wandb that hangs, raises or dies while it is opened, used or closed does not block or fail a step: the run ends
-    in bounded time with the same bits, and metrics.jsonl has every round."""
+    """If wandb hangs, raises or exits while it is opened, used or closed, no step blocks or fails. The run ends in
+    bounded time with the same bits, and metrics.jsonl has every round."""
     monkeypatch.setenv("FAKE_WANDB", trouble)
-    if trouble == "hang@init":  # one of those that hang is given as long as it has in earnest
+    if trouble == "hang@init":  # saves time; hang@log keeps the timeout of real runs
         close = Tracker.close
         monkeypatch.setattr(Tracker, "close", lambda self, outcome="done": close(self, 2.0, outcome))
     run = tmp_path / "run"
@@ -126,7 +126,7 @@ def test_a_broken_wandb_costs_no_time_and_changes_no_bit(
 
 @pytest.mark.guarantee("G27")
 def test_only_rank_0_opens_wandb_and_pictures_and_the_table_arrive(tmp_path: Path, prior: Path, calls: Calls) -> None:
-    """Of all ranks one opens wandb; it gets every logged round, the contact sheets and the table of particles."""
+    """Only rank 0 opens wandb. It sends every logged round, the contact sheets and the table of particles."""
     run = config(tmp_path / "run", prior, **{"log.images_every": 4, "schedule.rounds": 4})
     run_ranks(lambda world: train(run), 2)
     assert len(calls("import")) == len(calls("init")) == len(calls("finish")) == 1
@@ -144,8 +144,8 @@ def test_only_rank_0_opens_wandb_and_pictures_and_the_table_arrive(tmp_path: Pat
 def test_a_killed_and_resumed_run_has_every_round_once_and_is_one_run_in_wandb(
     tmp_path: Path, prior: Path, calls: Calls
 ) -> None:
-    """metrics.jsonl and health.jsonl after a kill and a resume have no line twice and none missing; in wandb the run
-    goes on under its id."""
+    """After a kill and a resume, metrics.jsonl and health.jsonl have every line exactly once. wandb continues the same
+    run."""
     run = config(tmp_path / "run", prior)
     unwell = "nan@gradient:particle=1:step=1; nan@gradient:particle=1:step=4"
 
@@ -170,7 +170,7 @@ def test_a_killed_and_resumed_run_has_every_round_once_and_is_one_run_in_wandb(
 
 @pytest.mark.guarantee("G27")
 def test_metrics_that_cannot_be_written_do_not_end_the_run(tmp_path: Path, prior: Path, alone: Path) -> None:
-    """A disk that takes no line of metrics.jsonl loses that line, and nothing else."""
+    """If a line of metrics.jsonl cannot be written, only that line is lost."""
     run = tmp_path / "run"
     with injected("enospc@telemetry:step=2; eio@telemetry:step=5"):
         assert train(config(run, prior, **{"log.wandb": "off"})) == 0
@@ -182,7 +182,7 @@ def test_metrics_that_cannot_be_written_do_not_end_the_run(tmp_path: Path, prior
 def test_a_run_without_wandb_is_replayed_into_it(
     tmp_path: Path, alone: Path, calls: Calls, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """metrics.jsonl is the truth: `distvsd log RUN` sends every round, the pictures and the evaluation afterwards."""
+    """`distvsd log RUN` sends every round of metrics.jsonl, the images and the evaluation to wandb after the run."""
     (alone / "evaluation.json").write_text(
         json.dumps(
             {
@@ -218,7 +218,7 @@ def test_a_run_without_wandb_is_replayed_into_it(
 def test_a_replay_of_nothing_is_an_error(
     tmp_path: Path, alone: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Here wandb is what was asked for, so its failure is one, and so is a run without a line."""
+    """`distvsd log` exists to use wandb, so a failure of wandb is an error. A run without metrics is an error too."""
     monkeypatch.setenv("FAKE_WANDB", "raise@init")
     assert main(["log", str(alone)]) == 1
     said = capsys.readouterr().err

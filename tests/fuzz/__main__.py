@@ -1,4 +1,5 @@
-"""`python -m tests.fuzz KIND [--count N] [--seed S] [--first I]`: a campaign of one kind; exit code 1 with findings."""
+"""`python -m tests.fuzz KIND [--count N] [--seed S] [--first I]`: runs one campaign; the exit code is 1 with
+findings."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ KINDS = ("configurations", "overrides", "prior_folders", "checkpoints")
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("kind", choices=KINDS)
-    parser.add_argument("--count", type=int, default=1000, help="cases (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of all cases (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=1000, help="number of cases (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all cases (default: %(default)s)")
     parser.add_argument("--first", type=int, default=0, help="number of the first case (default: %(default)s)")
     args = parser.parse_args()
     began = time.monotonic()

@@ -1,7 +1,8 @@
-"""Checkpoints of finished runs, changed in any way and signed anew: what `distvsd verify` calls sound a resume reads.
+"""Checkpoints of finished runs with random changes and a valid signature: a resume reads all that `distvsd verify`
+accepts.
 
-A case is a copy of a run's directory. Its parts are built once a process, and every resume restores into them: the
-trainer that does so is the real one. A resume that is refused must have left the state and the files as they were.
+A case is a copy of a run directory. The parts of each run are built once per process, and the real trainer restores
+every case into them. A refused resume must leave the state and the files unchanged.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from tests.signing import change_tensors, enter, resume, signed, trainer_of
 from tests.small_run import small_config
 
 STEP = 3
-# Of all three kinds of good states, of particles that failed, were put back and were given up, of an SDS run.
+# The runs cover all three kinds of good states, failed, restored and quarantined particles, and SDS.
 SETTINGS: dict[str, dict[str, Any]] = {
     "nerf": {
         "render.resolution": "{0: 16, 2: 24}",
@@ -48,7 +49,7 @@ FAULTS = "nan@gradient:particle=1; nan@latent:particle=0:step=2"
 
 @dataclass(frozen=True)
 class Finished:
-    """A run that has ended, and its parts, into which a resume restores."""
+    """A finished run and its parts, into which a resume restores."""
 
     config: Config
     parts: Run
@@ -73,11 +74,11 @@ def _all_finished() -> list[Finished]:
     return [_finished(folder / name, prior, changes) for name, changes in SETTINGS.items()]
 
 
-RUNS = _all_finished()  # before the first case: making them takes longer than a case may
+RUNS = _all_finished()  # at import, because training takes longer than the time limit of a case
 
 
 def attempt(draw: random.Random, folder: Path) -> None:
-    """Verifies and resumes a changed run. Raises AssertionError where the two do not agree."""
+    """Verifies and resumes a changed run. Raises AssertionError if the two do not agree."""
     finished = draw.choice(RUNS)
     run = folder / "run"
     shutil.copytree(finished.config.run.dir, run)
@@ -95,15 +96,15 @@ def attempt(draw: random.Random, folder: Path) -> None:
     try:
         resume(finished.config, finished.parts, run)
     except CheckpointError as error:
-        # The prior that a run needs is none of what a checkpoint holds: a resume asks, and `verify` does not.
+        # A checkpoint does not contain the prior. A resume compares the prior's identity, and `verify` does not.
         if refused is None and manifest.get("prior_identity") == identity:
-            raise AssertionError(f"verify calls sound what a resume refuses: {error}") from error
+            raise AssertionError(f"verify accepts what a resume refuses: {error}") from error
     if refused is not None:
         raise refused
 
 
 def _change_a_value(draw: random.Random, manifest: dict[str, Any], checkpoint: Path) -> None:
-    """Of the manifest, at any depth; often of the parts that only a resume reads."""
+    """Changes a value of the manifest at any depth, often in the parts that only a resume reads."""
     holder, key = manifest, draw.choice(["health_bytes", "metrics_bytes", *manifest])
     if draw.random() < 0.4 and isinstance(manifest.get("particles"), list) and manifest["particles"]:
         record = draw.choice(manifest["particles"])
@@ -142,12 +143,12 @@ def _change_a_tensor(draw: random.Random, manifest: dict[str, Any], checkpoint: 
     def change(tensors: dict[str, Tensor]) -> None:
         for _ in range(draw.choice((1, 1, 3))):
             names = sorted(tensors)
-            # Scalars and counts lie between many tensors of one kind: they are to be struck as often.
+            # There are few scalars and counts among many other tensors, so they are chosen more often.
             few = [name for name in names if tensors[name].dtype == torch.int64 or tensors[name].ndim == 0]
             name = draw.choice(few if few and draw.random() < 0.4 else names) if names else "none"
             draw.choice(TENSORS)(draw, tensors, name)
 
-    with contextlib.suppress(SafetensorError, ValueError):  # an earlier change of this case made it something else
+    with contextlib.suppress(SafetensorError, ValueError):  # an earlier change of this case damaged the file
         change_tensors(manifest, checkpoint, file, change)
 
 
@@ -207,7 +208,7 @@ TENSORS: list[Callable[[random.Random, dict[str, Tensor], str], None]] = [
 
 
 def _change_a_file(draw: random.Random, manifest: dict[str, Any], checkpoint: Path) -> None:
-    """A file's bytes, a file that is not there any more, one more, one in another's place."""
+    """Changes a file's bytes, removes or adds a file, or replaces a file by a copy of another."""
     file = draw.choice(sorted(str(path.relative_to(checkpoint)) for path in checkpoint.glob("*/*")))
     data = bytearray((checkpoint / file).read_bytes())
     match draw.randrange(6):

@@ -1,6 +1,6 @@
-"""Configuration files: right ones, the project's own with changes at every level, and bytes that were never any.
+"""Configuration files: valid ones, changed files of the project, and random bytes.
 
-What loads must be written and read back to the same, and must be planned.
+An accepted configuration must be equal after it is written and read back, and `distvsd plan` must accept it.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def attempt(draw: random.Random, folder: Path) -> None:
 
 
 def check(draw: random.Random, folder: Path, load: Callable[[], Config]) -> None:
-    """Loads; a refusal must show well in a terminal, and what is accepted must survive all that is done with it."""
+    """Loads a configuration. A refusal must be short and printable. An accepted one must pass the round trip and the
+    plan."""
     try:
         config = load()
     except ConfigError as error:
@@ -78,12 +79,12 @@ def check(draw: random.Random, folder: Path, load: Callable[[], Config]) -> None
     try:
         back = load_config(again)
     except DistvsdError as error:
-        raise AssertionError(f"what was accepted is refused when it is read back: {error}") from error
-    assert back == config and digest(back) == digest(config), "what was written reads back as another configuration"
+        raise AssertionError(f"an accepted configuration is refused when it is read back: {error}") from error
+    assert back == config and digest(back) == digest(config), "the configuration that is read back differs"
     nodes, ranks = draw.choice((1, 2, 7, 10**6)), draw.choice((1, 8, 1024))
     plan = plan_run(config, nodes, ranks)
     json.dumps(plan, allow_nan=False)
-    assert len(drawn(plan)) < 30_000, "a plan of that length is not read"
+    assert len(drawn(plan)) < 30_000, "the plan is too long to be read"
 
 
 def _content(draw: random.Random) -> bytes:
@@ -100,7 +101,7 @@ def _sources() -> tuple[str, ...]:
 
 
 def value(draw: random.Random, key: str, nasty: float) -> str:
-    """YAML of a value of this field: one that its annotation allows, or with probability `nasty` anything."""
+    """A YAML value for this field: one that its annotation allows, or with probability `nasty` any text."""
     if draw.random() < nasty:
         word = draw.choice(WORDS)
         return f"!!{draw.choice(TAGS)} {word}" if draw.random() < 0.2 else word
@@ -119,7 +120,8 @@ def value(draw: random.Random, key: str, nasty: float) -> str:
 
 
 def _stages(draw: random.Random, nasty: float) -> str:
-    """A list of stages with a field each, or with probability `nasty` one that no stage may change."""
+    """A list of stages that change one field each. With probability `nasty` fields that no stage may change are
+    possible."""
     fields = [key for key in dotted_keys() if "." in key and not is_a_section(key)]
     stages = []
     for number in range(draw.randint(1, 4)):
@@ -153,7 +155,7 @@ def _fitting(draw: random.Random, annotation: Any, allowed: Range) -> str:
 
 
 def _grammar(draw: random.Random) -> str:
-    """A mapping of fields of the schema, in JSON's style or in blocks."""
+    """A mapping of fields of the schema, in flow style or in block style."""
     tree: dict[str, Any] = {}
     nasty = draw.choice((0.0, 0.0, 0.05, 0.5))
     for key in draw.choices(dotted_keys(), k=draw.choice((1, 3, 10, 60))):
@@ -185,7 +187,7 @@ def _written(draw: random.Random, tree: dict[str, Any], indent: int | None) -> s
 
 
 def _changed_values(draw: random.Random) -> str:
-    """A configuration of the project as data, with other values, keys and structure here and there, written anew."""
+    """A configuration of the project with random changes of values, keys and structure."""
     tree = yaml.safe_load(draw.choice(_sources()))
     for _ in range(draw.choice((0, 1, 1, 2, 5))):
         place: Any = tree
@@ -224,7 +226,7 @@ def _thing(draw: random.Random, depth: int) -> Any:
 
 
 def _changed_text(draw: random.Random) -> str:
-    """A configuration of the project with lines, words and characters moved, doubled, lost and put in."""
+    """The text of a configuration of the project with lines, words and characters removed, repeated or inserted."""
     text = draw.choice(_sources())
     for _ in range(draw.choice((0, 1, 1, 2, 5, 20))):
         lines = text.split("\n")
@@ -254,7 +256,7 @@ def _changed_text(draw: random.Random) -> str:
 
 
 def _nested(draw: random.Random) -> str:
-    """Deep, wide, and through aliases."""
+    """Deep nesting, wide collections and YAML aliases."""
     depth = draw.choice((5, 30, 33, 330, 5000))
     inner = draw.choice(WORDS)
     match draw.randrange(7):
@@ -294,7 +296,7 @@ def _noise(draw: random.Random) -> bytes | str:
 
 
 def _flipped(draw: random.Random, data: bytes) -> bytes:
-    """With some of its bytes changed, or cut off."""
+    """The data with some bytes changed or the end cut off."""
     changed = bytearray(data[: draw.randint(0, len(data))] if draw.random() < 0.3 else data)
     for _ in range(min(len(changed), draw.choice((1, 3, 30)))):
         changed[draw.randrange(len(changed))] = draw.randrange(256)

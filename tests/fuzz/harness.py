@@ -22,16 +22,16 @@ from types import FrameType
 from distvsd.errors import DistvsdError
 
 Attempt = Callable[[random.Random, Path], None]
-MEMORY_BYTES = 4 * 2**30  # that a case may ask for beside what the process has
+MEMORY_BYTES = 4 * 2**30  # that a case may allocate beyond the memory of the process
 
 
 class Hang(BaseException):
-    """A case ran out of time. No `except Exception` on the way may take it for an answer."""
+    """A case exceeded its time limit. A BaseException, so that no `except Exception` in the program catches it."""
 
 
 @dataclass
 class Tally:
-    """What became of the cases. tracebacks, hangs: one text a finding, with the number that makes the case again."""
+    """The results of the cases. tracebacks, hangs: one text per finding, with the number that reproduces the case."""
 
     cases: int = 0
     accepted: int = 0
@@ -79,7 +79,7 @@ def _one(attempt: Attempt, number: int, seed: int, folder: Path, limit_s: float,
 
 @contextmanager
 def limited(seconds: float) -> Iterator[None]:
-    """Raises Hang in the block when it takes longer; on the main thread."""
+    """Raises Hang if the block takes longer. Only for the main thread."""
 
     def ring(number: int, frame: FrameType | None) -> None:
         raise Hang
@@ -95,7 +95,7 @@ def limited(seconds: float) -> Iterator[None]:
 
 @contextmanager
 def _little_memory() -> Iterator[None]:
-    """A case that asks for much more memory than it needs ends in a MemoryError instead of taking the machine."""
+    """Limits memory, so that an excessive allocation raises MemoryError and does not exhaust the machine."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY_BYTES, before[1]))

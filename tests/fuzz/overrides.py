@@ -1,4 +1,4 @@
-"""Words of a command line: `key=value` overrides of every kind, and the options of `distvsd plan` among them."""
+"""Command-line words: random `key=value` overrides and options of `distvsd plan`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def attempt(draw: random.Random, folder: Path) -> None:
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(told):
         try:
             code = main(["plan", SMOKE, *words])
-        except SystemExit as ended:  # argparse, which has said why
+        except SystemExit as ended:  # from argparse, after it has printed its message
             code = ended.code if isinstance(ended.code, int) else 1
     if code:
         assert code == 2 and told.getvalue(), f"ended with {code} and said {told.getvalue()!r}"

@@ -1,4 +1,4 @@
-"""Folders of pipelines that somebody changed: any value of any configuration, any file, any link, any weight."""
+"""Pipeline folders with random changes of configuration values, files, links and weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from distvsd.looking import describe_prior
 from distvsd.prior import load_prior
 from distvsd.testing.pipelines import tiny_pipeline
 
-# Made with the module, so that what importing takes counts neither as time nor as memory of a case.
+# Made at import, so that the imports of libraries count neither as time nor as memory of a case.
 _HOME = tempfile.TemporaryDirectory(prefix="fuzz-priors-")
 BASES = [tiny_pipeline(Path(_HOME.name) / layout, layout) for layout in ("sd15", "sd21", "shapes")]
 for _base in BASES:
@@ -50,7 +50,7 @@ VALUES: list[Any] = [
         "v_prediction",
     ),
 ]
-# Settings that libraries know, beside those that the files have already.
+# Settings that the libraries know, in addition to those in the files.
 KEYS = [
     *(
         "quantization_config",
@@ -83,7 +83,7 @@ def attempt(draw: random.Random, folder: Path) -> None:
 
 
 def _use(draw: random.Random, prior: Path) -> None:
-    """As the commands and a training do: what it is, then what it answers."""
+    """Uses the prior as the commands and a training do: describes, loads, encodes, predicts and samples."""
     if draw.random() < 0.3:
         json.dumps(describe_prior.describe(str(prior)))
     loaded = load_prior(str(prior), ["a red cube", "b"], view_dependent=draw.random() < 0.5)
@@ -108,7 +108,7 @@ def _change_value(draw: random.Random, prior: Path) -> None:
     try:
         document = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError):
-        return  # an earlier change took it
+        return  # an earlier change removed or damaged it
     places = [place for place in _places(document) if not isinstance(place[0], str)]
     if not places:
         return
@@ -161,7 +161,7 @@ def _change_bytes(draw: random.Random, prior: Path) -> None:
 
 
 def _change_file(draw: random.Random, prior: Path) -> None:
-    """Puts something else in a file's place, or the same file behind a link, as a cache of the hub has it."""
+    """Removes a file, puts something else in its place, or puts it behind a link as a cache of the hub does."""
     file = _some_file(draw, prior)
     blob = prior.parent / f"blob-{draw.randrange(10**9)}"
     shutil.move(file, blob)
@@ -196,7 +196,7 @@ def _change_weights(draw: random.Random, prior: Path) -> None:
     file = draw.choice(sorted(prior.rglob("*.safetensors")) or [prior / "unet/diffusion_pytorch_model.safetensors"])
     try:
         weights = load_file(file)
-    except Exception:  # an earlier change took it
+    except Exception:  # an earlier change removed or damaged it
         return
     name = draw.choice([key for key in sorted(weights) if weights[key].is_floating_point()] or sorted(weights))
     half = {key: value.half() for key, value in weights.items()}
@@ -236,7 +236,7 @@ def _change_weights(draw: random.Random, prior: Path) -> None:
 
 
 def _cut_up(draw: random.Random, file: Path, weights: dict[str, torch.Tensor]) -> None:
-    """In two shards and their index, which may be right."""
+    """Splits the weights into two shards with an index. The index may be correct."""
     names = sorted(weights)
     parts = {
         f"{file.stem}-00001-of-00002.safetensors": names[::2],

@@ -1,4 +1,4 @@
-"""A short form of every fuzz campaign, and that a campaign finds what it is there to find."""
+"""Short forms of all fuzz campaigns, and tests of the harness."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_random_bad_input_never_ends_in_a_traceback_or_a_hang(kind: str) -> None
     attempt = importlib.import_module(f"tests.fuzz.{kind}").attempt
     tally = campaign(attempt, 0, COUNTS[kind], seed=1)
     assert not tally.findings, "\n".join(tally.findings[:3])
-    # A campaign whose every case is refused, or accepted, tests one branch only.
+    # If all cases were refused or all were accepted, the campaign would test one branch only.
     assert tally.refused and tally.accepted, str(tally)
 
 

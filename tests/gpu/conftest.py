@@ -1,7 +1,7 @@
-"""Tests that need CUDA: skipped without it, and counted, so that a suite that ran none of them says so.
+"""Tests that need CUDA. Without it they are skipped, and the summary reports their number.
 
-They run in a process of their own (`DISTVSD_TEST_GPU=1 pytest tests/gpu`): tests/ranks forks ranks, and a process that
-has computed gradients on a GPU cannot be forked, because autograd's device threads do not survive it.
+They run in a separate process (`DISTVSD_TEST_GPU=1 pytest tests/gpu`). tests/ranks forks ranks, and a process that has
+computed gradients on a GPU cannot be forked, because autograd's device threads do not survive a fork.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The renderer on CUDA: the same images and gradients as on the CPU, and each fast path as its plain reference."""
+"""The renderer on CUDA gives the images and gradients of the CPU, and each fast path those of its plain reference."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def nerf(backend: VolumeBackend = "torch", gather: bool = False, **fields: Any) 
 
 
 def image_and_gradients(particle: NerfParticle, device: torch.device | str) -> tuple[Tensor, dict[str, Tensor]]:
-    """One training render of three particles and the gradients of a weighted sum, brought to the CPU."""
+    """Renders three particles for training. Returns the images and the gradients of a weighted sum, on the CPU."""
     ids = torch.tensor([4, 0, 9], device=device)
-    # From the CPU's start, so that only the render is compared.
+    # Initialized on the CPU for both devices, so that only the render is compared.
     start = particle.init(5, ids.cpu())
     parameters = {name: value.to(device).requires_grad_() for name, value in start.items()}
     rendered = particle.render(parameters, SAMPLER.sample(5, ids, 3, 2, None), 32, Keys(5, ids, 3))

@@ -1,4 +1,4 @@
-"""Training on CUDA: whole runs on a prior that was never trained, and the promise of exact numerics."""
+"""Training on CUDA: whole runs on an untrained prior, and the guarantee of exact numerics."""
 
 from __future__ import annotations
 
@@ -88,7 +88,8 @@ def test_a_resumed_run_goes_on(configured: Callable[..., Config]) -> None:
 
 
 def trained_in_a_new_process(arguments: list[str], ranks: int = 1) -> None:
-    """Deterministic algorithms are chosen for a whole process, before its first product of matrices."""
+    """Trains in a new process, because deterministic algorithms must be chosen before a process's first matrix
+    product."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     environment = {name: value for name, value in os.environ.items() if name != "CUBLAS_WORKSPACE_CONFIG"}
     subprocess.run(

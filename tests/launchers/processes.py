@@ -1,4 +1,4 @@
-"""Whole families of processes: started with a mark in their environment, which all that they start inherits."""
+"""Process trees, found by a mark in the environment that every child process inherits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PATIENCE_S = 120.0  # for imports on a busy machine
 
 
 class Family:
-    """One command and all that comes of it; `output` is what they have printed so far."""
+    """A command and all processes that it starts. `output` is what they have printed so far."""
 
     def __init__(self, command: list[str], log: Path, **variables: str) -> None:
         self.name = uuid.uuid4().hex
@@ -41,7 +41,7 @@ class Family:
         return self._log.read_text()
 
     def ranks(self) -> list[int]:
-        """The living processes of this family that train; a forked one that has not become one yet is none."""
+        """The running ranks of this family. A forked process without RANK in its environment is not one yet."""
         return [pid for pid in self.living() if pid != self.parent.pid and _is_a_rank(pid)]
 
     def living(self) -> list[int]:
@@ -54,17 +54,17 @@ class Family:
         return found
 
     def until(self, condition: Callable[[], object], limit_s: float = PATIENCE_S) -> float:
-        """Waits; how long it took."""
+        """Waits for the condition. Returns the seconds that this took."""
         began = time.monotonic()
         while not condition():
-            assert time.monotonic() - began < limit_s, f"it did not happen:\n{self.output}"
-            time.sleep(0.1)  # each look reads all of /proc
+            assert time.monotonic() - began < limit_s, f"the condition was not met in time:\n{self.output}"
+            time.sleep(0.1)  # each check reads all of /proc
         return time.monotonic() - began
 
 
 @contextmanager
 def family(command: list[str], log: Path, **variables: str) -> Iterator[Family]:
-    """Leaves no process behind, whatever the test finds."""
+    """Starts a family. Kills all its processes at the end, even if the test fails."""
     started = Family(command, log, **variables)
     try:
         yield started

@@ -1,4 +1,5 @@
-"""Launched by the tests: opens the world as a run does and writes what it finds to a file for each process."""
+"""Started by the tests through launchers. Opens the world as a run does and writes the result to one file per
+process."""
 
 from __future__ import annotations
 

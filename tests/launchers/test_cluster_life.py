@@ -1,6 +1,7 @@
-"""Real launchers and real signals: what a cluster does to a run, and what is left of it afterwards.
+"""Signals and failures as a cluster causes them, with real launchers.
 
-Each test starts a launcher and its two ranks, ten seconds and more; tests/faults has the many cases, on forked ranks.
+Each test starts a launcher with two ranks and takes at least ten seconds. tests/faults has many more cases on forked
+ranks.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ PATIENCE_S = 240.0  # for imports on a busy machine
 
 Figure = Callable[[str], None]
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the worlds of these tests are of two CPU ranks")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="these tests train on two CPU ranks")
 
 
 def settings(run: Path, prior: Path, **changes: Any) -> list[str]:
@@ -43,12 +44,12 @@ def settings(run: Path, prior: Path, **changes: Any) -> list[str]:
 
 
 class Job:
-    """One launcher with the run it trains; `output` is what all its processes have printed so far."""
+    """A launcher and the run that it trains. `output` is what all its processes have printed so far."""
 
     def __init__(self, launcher: list[str], run: Path, overrides: list[str], log: Path, **environment: str) -> None:
         launchers_own = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "ACCELERATE_", "TORCHELASTIC_", "PET_")
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(launchers_own)}
-        # An empty HF_HOME: the user's own accelerate configuration must not decide what is tested.
+        # An empty HF_HOME, so that the user's accelerate configuration does not affect the test.
         more = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HOME": str(log.with_suffix(".hf"))}
         self.run, self._log = run, log
         # A file and not a pipe: a worker that outlives its launcher would keep a pipe open.
@@ -81,14 +82,14 @@ class Job:
 
     def metrics(self) -> list[dict[str, Any]]:
         try:
-            # The last line may be half written.
+            # The last line may be incomplete.
             lines = (self.run / "metrics.jsonl").read_text().split("\n")[:-1]
         except FileNotFoundError:
             return []
         return [json.loads(line) for line in lines]
 
     def until_trained(self, rounds: int) -> dict[int, int]:
-        """Waits until that many rounds are logged; the process id of every rank."""
+        """Waits until that many rounds are logged. Returns the process id of every rank."""
         self.until(lambda: len(self.metrics()) >= rounds)
         beats = [json.loads(path.read_text()) for path in (self.run / "heartbeats").glob("rank-*.json")]
         assert sorted(beat["rank"] for beat in beats) == [0, 1]
@@ -97,7 +98,7 @@ class Job:
     def until(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + PATIENCE_S
         while not condition():
-            assert time.monotonic() < deadline, f"it did not happen:\n{self.output}"
+            assert time.monotonic() < deadline, f"the condition was not met in time:\n{self.output}"
             time.sleep(0.05)
 
     def newest(self) -> str:
@@ -106,7 +107,7 @@ class Job:
 
 @contextmanager
 def job(launcher: list[str], run: Path, overrides: list[str], name: str = "log", **environment: str) -> Iterator[Job]:
-    """A job that leaves no process behind, whatever the test finds."""
+    """Starts a job. Kills its processes at the end, even if the test fails."""
     started = Job(launcher, run, overrides, run.with_name(name), **environment)
     try:
         yield started
@@ -120,7 +121,7 @@ def job(launcher: list[str], run: Path, overrides: list[str], name: str = "log",
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and that nobody has asked about does not."""
+    """Whether a process runs. A zombie does not."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -133,7 +134,7 @@ def parent_of(pid: int) -> int:
 
 
 def is_preempted(job: Job, why: str) -> None:
-    """Stopped by request: said so, with the state of that very round on the disk, whole, and nothing else left."""
+    """Asserts that the run ended as preempted, saved its last round, and left no lock and no heartbeats."""
     status = job.status
     assert status["state"] == "preempted", f"{status}\n{job.output}"
     assert status["message"].startswith(why)
@@ -145,14 +146,14 @@ def is_preempted(job: Job, why: str) -> None:
 
 @pytest.mark.guarantee("G21")
 def test_a_killed_rank_is_restarted_and_the_run_finishes_by_itself(tmp_path: Path, prior: Path, figure: Figure) -> None:
-    """Rank 0 is killed under accelerate launch --max_restarts: the launcher starts all ranks anew with the same command
-    line, they go on from the newest checkpoint, and the run ends with the bits of one that nothing happened to."""
+    """Rank 0 is killed under accelerate launch --max_restarts. The launcher restarts all ranks with the same command
+    line, and they continue from the newest checkpoint. The run ends with the bits of an undisturbed one."""
     alone, run = tmp_path / "alone", tmp_path / "run"
     assert train(load_config(SMOKE, settings(alone, prior))) == 0
     faults = "kill@round:rank=0:step=3:restart=0"
     with job([*ACCELERATE, "--max_restarts", "1"], run, settings(run, prior), DISTVSD_FAULTS=faults) as started:
         assert started.wait() == 0, started.output
-        # The rank that was left names the dead one, though nobody reads it on the console of rank 0.
+        # The remaining rank names the dead one. Usually only rank 0 prints.
         assert re.search(r"error on rank 1: .*rank 0 \(host \S+, pid \d+, .*\) is gone", started.output)
         assert started.status["state"] == "done"
         assert verify_run(run, digest=True) == verify_run(alone, digest=True)
@@ -164,8 +165,8 @@ def test_a_killed_rank_is_restarted_and_the_run_finishes_by_itself(tmp_path: Pat
 
 @pytest.mark.guarantee("G19")
 def test_one_of_two_machines_dies(tmp_path: Path, prior: Path, figure: Figure) -> None:
-    """Everything on one of two machines is killed at once, its launcher too: the other machine's rank names the dead
-    one, says so in STATUS.json, and its launcher ends within seconds."""
+    """All processes on one of two machines are killed at once, including its launcher. The rank on the other machine
+    names the dead rank in its error and in STATUS.json, and its launcher ends within seconds."""
     run = tmp_path / "run"
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -193,10 +194,10 @@ def test_one_of_two_machines_dies(tmp_path: Path, prior: Path, figure: Figure) -
 
 @pytest.mark.guarantee("G20")
 def test_a_hung_rank_does_not_keep_the_job(tmp_path: Path, prior: Path, figure: Figure) -> None:
-    """A rank that hangs in a round: after parallel.timeout_s the others name it and end, and the launcher kills it."""
+    """If a rank hangs in a round, the others name it and end after parallel.timeout_s, and the launcher kills it."""
     run = tmp_path / "run"
     overrides = settings(run, prior, **ENDLESS, **{"parallel.timeout_s": 5})
-    # torchrun waits 30 s between asking a process to end and killing it, unless it is told otherwise.
+    # By default torchrun waits 30 s between asking a process to end and killing it.
     with job(TORCHRUN, run, overrides, PET_SHUTDOWN_TIMEOUT="3") as started:
         pids = started.until_trained(3)
         began = time.monotonic()
@@ -206,7 +207,7 @@ def test_a_hung_rank_does_not_keep_the_job(tmp_path: Path, prior: Path, figure: 
         assert 4 < seconds < 60
         assert re.search(rf"rank 1 \(host \S+, pid {pids[1]}, .*\) is stopped", started.output)
         assert started.status["state"] == "failed" and "is stopped" in started.status["message"]
-        # torchrun's own summary shows that error too, not only an exit code.
+        # torchrun's summary shows that error too, and not only an exit code.
         assert re.search(r"Root Cause[\s\S]*RankError", started.output)
         assert not any(map(is_alive, pids.values()))
         figure(f"{seconds:.0f} s from the hang to the end of the job: timeout 5 s, torchrun's own 3 s")
@@ -214,13 +215,13 @@ def test_a_hung_rank_does_not_keep_the_job(tmp_path: Path, prior: Path, figure: 
 
 @pytest.mark.guarantee("G24")
 def test_sigterm_to_one_worker_under_torchrun(tmp_path: Path, prior: Path, figure: Figure) -> None:
-    """SIGTERM to one of torchrun's workers: both save the same round and end with 3."""
+    """After SIGTERM to one of torchrun's workers, both save the same round and exit with 3."""
     run = tmp_path / "run"
     with job(TORCHRUN, run, settings(run, prior, **ENDLESS)) as started:
         pids = started.until_trained(3)
         began = time.monotonic()
         os.kill(pids[1], signal.SIGTERM)
-        assert started.wait() == 1  # torchrun's answer to whatever is not 0
+        assert started.wait() == 1  # torchrun exits with 1 if any worker does not exit with 0
         figure(f"{time.monotonic() - began:.1f} s from the signal to the end of the launcher")
         assert re.search(r"exitcode\s*:\s*3\b", started.output), started.output
         is_preempted(started, "another rank was told to stop")
@@ -229,8 +230,8 @@ def test_sigterm_to_one_worker_under_torchrun(tmp_path: Path, prior: Path, figur
 
 @pytest.mark.guarantee("G24")
 def test_sigusr1_to_the_accelerate_launcher(tmp_path: Path, prior: Path, figure: Figure) -> None:
-    """SIGUSR1 to accelerate launch, as Slurm sends it before the time is over: forwarded with PET_SIGNALS_TO_HANDLE,
-    both ranks save the same round and end."""
+    """SIGUSR1 to accelerate launch, as Slurm sends it before the time limit, is forwarded with PET_SIGNALS_TO_HANDLE.
+    Both ranks save the same round and end."""
     run = tmp_path / "run"
     forwarded = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGUSR1"}
     with job(ACCELERATE, run, settings(run, prior, **ENDLESS), **forwarded) as started:
@@ -245,7 +246,7 @@ def test_sigusr1_to_the_accelerate_launcher(tmp_path: Path, prior: Path, figure:
 
 @pytest.mark.guarantee("G26")
 def test_killing_the_launcher_leaves_no_orphans(tmp_path: Path, prior: Path, figure: Figure) -> None:
-    """kill -9 of the launcher: the workers notice, save the round, and end by themselves."""
+    """After kill -9 of the launcher, the workers detect it, save the round and end."""
     run = tmp_path / "run"
     with job(TORCHRUN, run, settings(run, prior, **ENDLESS)) as started:
         pids = started.until_trained(3)

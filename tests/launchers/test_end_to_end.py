@@ -1,7 +1,7 @@
-"""Whole trainings through real launchers: what a user types, what lies on the disk afterwards, what the exit code says.
+"""Whole trainings through real launchers: the user's command, the files afterwards and the exit code.
 
-The command lines are those of launch/README.md, with a smaller run at their end. Each launch costs seconds a rank for
-imports, so each is looked at from all sides; more is in tests/ranks.
+The commands are those of launch/README.md with the settings of a small run. Each launch takes seconds per rank for
+imports, so each test checks many results of one launch. tests/ranks has more cases.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ALONE, TORCHRUN, NODES, ACCELERATE = (
     "ACCELERATE_USE_CPU=true accelerate launch",
 )
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the worlds of these tests are of two CPU ranks")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="these tests train on two CPU ranks")
 
 
 def settings(run: Path, prior: Path, **changes: Any) -> list[str]:
@@ -53,7 +53,8 @@ class Launched:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """As in a user's shell: the commands of this Python's folder on the path, nothing left of a launcher's."""
+    """The environment of a user's shell: this Python's commands are on the path, and no variables of a launcher are
+    set."""
     launchers_own = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "ACCELERATE_", "TORCHELASTIC_")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(launchers_own)}
     path = os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", "")])
@@ -67,13 +68,13 @@ def documented() -> list[str]:
 
 
 def command(beginning: str, settings: list[str]) -> str:
-    """The documented line that begins so, with settings at its end."""
+    """The documented line with this beginning, with the settings appended."""
     (line,) = (line for line in documented() if line.startswith(beginning))
     return f"{line} {shlex.join(settings)}"
 
 
 def start(line: str, home: Path) -> subprocess.Popen[str]:
-    # An empty HF_HOME: the user's own accelerate configuration must not decide what is tested.
+    # An empty HF_HOME, so that the user's accelerate configuration does not affect the test.
     return subprocess.Popen(
         ["/bin/sh", "-c", line],
         env=environment(HF_HOME=str(home / "hf")),
@@ -85,7 +86,7 @@ def start(line: str, home: Path) -> subprocess.Popen[str]:
 
 
 def launch(*lines: str, home: Path) -> Launched:
-    """Runs lines at the same time, as on several machines; the largest exit code, and all that was printed."""
+    """Runs the lines in parallel, as on several machines. Returns the largest exit code and all output."""
     processes = [start(line, home) for line in lines]
     try:
         outputs = [process.communicate(timeout=300)[0] for process in processes]
@@ -101,7 +102,7 @@ def digest(run: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, prior: Path) -> list[str]:
-    """The digest of the same run in this one process."""
+    """The digest of the same run, trained in this process."""
     run = tmp_path_factory.mktemp("alone") / "run"
     assert train(load_config(SMOKE, settings(run, prior))) == 0
     return digest(run)
@@ -130,7 +131,7 @@ def test_torchrun_trains_one_run_on_two_ranks_and_a_second_start_finds_it_done(
     assert first.code == 0, first.output
     is_a_complete_run(run)
     assert digest(run) == alone
-    # Two ranks print as one.
+    # Only one of the two ranks prints.
     assert [first.count(f"round {number}/4") for number in (2, 4)] == [1, 1]
     assert "Traceback" not in first.output
 
@@ -146,7 +147,7 @@ def test_accelerate_goes_on_where_one_process_stopped_and_gives_the_same_particl
 ) -> None:
     run = tmp_path / "run"
     assert train(load_config(SMOKE, settings(run, prior, **{"schedule.rounds": 2}))) == 0
-    # A longer schedule is another configuration: only --resume must takes it.
+    # A longer schedule changes the configuration, so the resume needs --resume must.
     line = command(ACCELERATE, settings(run, prior)) + " --resume must"
     done = launch(line, home=tmp_path)
     assert done.code == 0, done.output
@@ -156,7 +157,7 @@ def test_accelerate_goes_on_where_one_process_stopped_and_gives_the_same_particl
 
 
 def test_torchrun_on_two_machines_makes_one_world(tmp_path: Path, prior: Path, alone: list[str]) -> None:
-    """The same line twice on this machine: two agents with one rank each, which meet at an address."""
+    """Runs the same line twice on this machine: two agents with one rank each and one rendezvous address."""
     run = tmp_path / "run"
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -170,7 +171,7 @@ def test_torchrun_on_two_machines_makes_one_world(tmp_path: Path, prior: Path, a
 
 
 def test_a_wrong_configuration_ends_with_2_and_is_told_once(tmp_path: Path, prior: Path) -> None:
-    """What each process ends with; torchrun itself ends with 1 whatever they do, and prints their exit codes."""
+    """Each process exits with 2. torchrun itself exits with 1 after any failure and prints their exit codes."""
     line = command(TORCHRUN, settings(tmp_path / "run", prior, **{"particles.cuont": 3}))
     done = launch(line, home=tmp_path)
     assert done.code != 0
@@ -200,7 +201,7 @@ def test_the_demo_without_a_folder_says_how_it_is_called(tmp_path: Path) -> None
 
 
 def is_a_complete_run(run: Path, world_size: int = 2) -> None:
-    """Everything a run of 4 rounds and 3 particles leaves, and nothing else."""
+    """Asserts that the folder contains exactly the files of a run of 4 rounds and 3 particles."""
     files = sorted(path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file())
     checkpoint = [
         "manifest.json",

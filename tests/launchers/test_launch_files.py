@@ -1,6 +1,6 @@
-"""The files of launch/: what accelerate and torchrun make of them, and whether the page's lines fit.
+"""The files of launch/ and the lines of launch/README.md, read by the parsers of accelerate and torchrun.
 
-Nothing is trained here and nothing needs a GPU: the launchers' own parsers read what the files and lines give them.
+Nothing is trained here, and no GPU is needed.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ SCRIPTS = sorted([*LAUNCH.rglob("*.sh"), *LAUNCH.rglob("*.sbatch"), *(ROOT / "te
 PROGRAMS = ("accelerate", "torchrun", "distvsd", "docker", "kubectl")
 STARTS = ["-m", "distvsd.train", "configs/smoke.yaml"]
 
-# Read by accelerate as a whole, or turned into something else, which is tested by what is started.
+# accelerate does not copy these keys to its arguments. The tests of the started processes cover them.
 NOT_COPIED = {"compute_environment", "distributed_type"}
 
 
 def read_by_accelerate(path: Path, *options: str) -> argparse.Namespace:
-    """What `accelerate launch --config_file PATH OPTIONS -m distvsd.train ...` knows after reading all of it."""
+    """The arguments of `accelerate launch --config_file PATH OPTIONS -m distvsd.train ...` after it has read the
+    file."""
     given = launch_command_parser().parse_args(["--config_file", str(path), *options, *STARTS])
     args, _, _ = _validate_launch_command(given)
     assert isinstance(args, argparse.Namespace)
@@ -45,7 +46,7 @@ def read_by_accelerate(path: Path, *options: str) -> argparse.Namespace:
 
 
 def passed_over(path: Path) -> list[str]:
-    """The keys of a file that do not arrive, at any depth; accelerate itself says nothing of them."""
+    """The keys of a file, at any depth, that accelerate ignores. accelerate does not report them."""
     content = yaml.safe_load(path.read_text())
     inner = {key: value for part in content.values() if isinstance(part, dict) for key, value in part.items()}
     outer = {key: value for key, value in content.items() if not isinstance(value, dict) and key not in NOT_COPIED}
@@ -56,7 +57,7 @@ def passed_over(path: Path) -> list[str]:
 
 
 def launched(path: Path, *options: str) -> torchrun.LaunchConfig:
-    """What torch's launcher is told by accelerate."""
+    """The configuration that accelerate passes to torch's launcher."""
     args = read_by_accelerate(path, *options)
     prepare_multi_gpu_env(args)
     own = ["--training_script", args.training_script, "--training_script_args", args.training_script_args]
@@ -71,7 +72,7 @@ def test_accelerate_reads_every_key_of_its_files(path: Path) -> None:
 
 
 def test_a_key_that_accelerate_passes_over_is_found(tmp_path: Path) -> None:
-    """Why rdzv_backend is not in nodes.yaml: accelerate 1.15 takes it from its command line only."""
+    """accelerate 1.15 reads rdzv_backend from its command line only, so nodes.yaml does not have it."""
     path = tmp_path / "more.yaml"
     more = "rdzv_backend: c10d\nsame_network: true\nenable_cpu_affinity: true\nfsdp_config: {fsdp_verzion: 2}\n"
     path.write_text((LAUNCH / "accelerate/nodes.yaml").read_text() + more)
@@ -109,7 +110,7 @@ def test_accelerate_starts_one_process_for_one_gpu() -> None:
     assert environment["ACCELERATE_USE_CPU"] == "False" and "MASTER_ADDR" not in environment
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the world of this test is of two CPU ranks")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this test starts two CPU ranks")
 def test_the_cpu_file_makes_one_world_of_two(tmp_path: Path) -> None:
     show = ["--config_file", str(LAUNCH / "accelerate/cpu.yaml"), str(Path(__file__).with_name("show_world.py"))]
     done = subprocess.run(
@@ -130,7 +131,7 @@ def without_launchers() -> dict[str, str]:
 
 
 class Shell:
-    """Runs lines of shell in which every launcher is a program that only notes what it was given."""
+    """Runs shell lines in which each launcher is replaced by a program that only records its arguments."""
 
     def __init__(self, home: Path) -> None:
         self._notes = home / "notes"
@@ -138,8 +139,8 @@ class Shell:
         programs.mkdir()
         for name in PROGRAMS:
             path = programs / name
-            # Arguments are separated by what cannot be in one of these lines; each line is one write, as several
-            # programs may write at once.
+            # Tabs separate the arguments, because none of these lines contains one. Each call is one write, because
+            # several programs may write at the same time.
             what = f'{name} "$PET_SIGNALS_TO_HANDLE" "$PET_SHUTDOWN_TIMEOUT" "$@"'
             path.write_text(f"#!/bin/sh\nline=$(printf '%s\\t' {what})\nprintf '%s\\n' \"$line\" >>'{self._notes}'\n")
             path.chmod(0o755)
@@ -157,7 +158,7 @@ class Shell:
         )
 
     def noted(self) -> list[tuple[str, dict[str, str], list[str]]]:
-        """Every call: the program, its environment of torchrun's, its arguments."""
+        """Every call: the program, the variables of torchrun in its environment, and its arguments."""
         calls = []
         for line in self._notes.read_text().splitlines():
             name, signals, timeout, *arguments = line.split("\t")[:-1]
@@ -232,14 +233,15 @@ def test_what_a_torchrun_script_cannot_do_without_is_asked_for(shell: Shell, lin
 
 
 def page_lines() -> list[str]:
-    """The lines of the page that test_end_to_end.py does not run."""
+    """The lines of launch/README.md that test_end_to_end.py does not run."""
     blocks = re.findall(r"^```sh\n(.*?)^```", (LAUNCH / "README.md").read_text(), re.DOTALL | re.MULTILINE)
     return [line for block in blocks for line in block.splitlines()]
 
 
 @pytest.mark.parametrize("line", page_lines())
 def test_every_line_of_the_page_starts_what_it_shows(shell: Shell, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
-    """Up to the launcher, whose own parser reads what it was given; and the program's configuration, what it is."""
+    """Runs each line up to the launcher. The launcher's parser must accept its arguments, and distvsd must load the
+    configuration."""
     for word in re.findall(r"(?:launch|configs)/\S+", line):
         assert (ROOT / word).is_file(), word
     done = shell.run(line)
@@ -264,14 +266,15 @@ def test_every_line_of_the_page_starts_what_it_shows(shell: Shell, monkeypatch: 
 
 
 def test_a_job_of_four_nodes_starts_as_many_processes_as_they_have_gpus(shell: Shell) -> None:
-    """One launcher a node, each with the rank of its own node: expanded in the job's shell it would be 0 on all."""
+    """Each node starts one launcher with the rank of that node. If the job's shell expanded the variable, the rank
+    would be 0 on all nodes."""
     line = "sbatch --nodes=4 --gpus-per-node=4 launch/slurm/train.sbatch configs/smoke.yaml run.dir=runs/none"
     done = shell.run(line)
     assert done.returncode == 0, done.stderr
     started = [launch_command_parser().parse_args(arguments[1:]) for _, _, arguments in shell.noted()]
     assert sorted(given.machine_rank for given in started) == [0, 1, 2, 3]
     assert {(given.num_machines, given.num_processes) for given in started} == {(4, 16)}
-    # The stand-in's job has the id 1234567.
+    # The fake sbatch gives the job the id 1234567.
     assert {(given.main_process_ip, given.main_process_port) for given in started} == {("localhost", 24567)}
 
 
@@ -281,7 +284,7 @@ def test_scripts_are_plain_shell(path: Path) -> None:
     assert checked.returncode == 0, checked.stderr
     text = path.read_text()
     assert not re.search(r"\[\[|\blocal |\bsource |<\(|\bpipefail\b", text), "not POSIX"
-    assert "set -eu" in text or path.name == "job.sh"  # read by scripts that have set it
+    assert "set -eu" in text or path.name == "job.sh"  # sourced by scripts that have set it
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
@@ -317,7 +320,7 @@ def test_the_container_is_built_from_what_is_here() -> None:
             assert (ROOT / source).exists(), source
     copied = {source for word, rest in steps if word == "COPY" for source in rest.split()[:-1]}
     assert {"distvsd", "launch", "configs", project["readme"], *project["license-files"]} <= copied
-    # As its own user, and with the launcher as the first process, which gets the signals.
+    # The container runs as its own user. The launcher is the first process, because that one gets the signals.
     assert [rest for word, rest in steps if word == "USER"] == ["1000"]
     assert json.loads(next(rest for word, rest in steps if word == "CMD"))[0] in project["scripts"]
 
@@ -338,20 +341,19 @@ def test_the_parts_of_the_kubernetes_job_fit_together(shell: Shell, monkeypatch:
     environment = {each["name"]: each["value"] for each in container["env"]}
     assert job["completionMode"] == "Indexed"
     assert job["completions"] == job["parallelism"] == int(environment["DISTVSD_NODES"])
-    # The first pod's name is the job's, its index, and the service that gives names.
+    # The host name of the first pod consists of the job's name, its index and the name of the service.
     name, subdomain = found["Job"]["metadata"]["name"], service["metadata"]["name"]
     assert environment["DISTVSD_HEAD"] == f"{name}-0.{subdomain}:{container['ports'][0]['containerPort']}"
     assert pod["subdomain"] == subdomain and service["spec"]["clusterIP"] == "None"
-    assert service["spec"]["selector"] == {"job-name": name}  # a label that Kubernetes gives to a job's pods
+    assert service["spec"]["selector"] == {"job-name": name}  # Kubernetes sets this label on the pods of a job
     assert int(environment["DISTVSD_RANKS"]) == container["resources"]["limits"]["nvidia.com/gpu"]
-    # It must not be killed while it saves.
+    # Kubernetes must not kill the pod during a save.
     assert pod["terminationGracePeriodSeconds"] > int(environment["PET_SHUTDOWN_TIMEOUT"])
-    assert pod["restartPolicy"] == "Never"  # else podFailurePolicy is refused
+    assert pod["restartPolicy"] == "Never"  # podFailurePolicy requires it
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
     assert {mount["name"] for mount in container["volumeMounts"]} == set(volumes)
     assert volumes["runs"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
-    # What the container is told to run.
     done = shell.run(" ".join(container["command"]), **environment)
     assert done.returncode == 0, done.stderr
     ((_, launchers, arguments),) = shell.noted()

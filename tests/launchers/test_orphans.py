@@ -1,4 +1,4 @@
-"""kill -9 of a launcher at any moment: no rank is left, and the run goes on with the next start."""
+"""After kill -9 of a launcher at any time, no rank is left, and the next start continues the run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.small_run import SMOKE, overrides
 
 Figure = Callable[[str], None]
 RANKS = ["-m", "distvsd.train", str(SMOKE)]
-# A parent that starts ranks as a person's own script would, and waits for them.
+# A parent that starts ranks as a user's script would, and waits for them.
 PARENT = """
 import os, socket, subprocess, sys
 size, present = int(sys.argv[1]), int(sys.argv[2])
@@ -39,10 +39,10 @@ for rank in started:
     rank.wait()
 """
 ENDLESS = {"parallel.numerics": "fast", "schedule.rounds": 100_000, "checkpoint.every": 20, "log.every": 1}
-# Where there is nothing to save a quiet machine takes below a second; in training, the rest of a round and a save.
+# An idle machine takes less than a second if there is nothing to save. A training also finishes its round and saves.
 BOUND_S = 15.0
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the worlds of these tests are of CPU ranks")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="these tests train on CPU ranks")
 
 
 def torchrun(size: int) -> list[str]:
@@ -50,7 +50,7 @@ def torchrun(size: int) -> list[str]:
 
 
 def parent(size: int, present: int) -> list[str]:
-    """Of a world of `size` only the first ranks come, so that they wait for the others."""
+    """Starts only the first `present` ranks of a world of `size`, so that they wait for the others."""
     return [sys.executable, "-c", PARENT, str(size), str(present), *RANKS]
 
 
@@ -86,14 +86,14 @@ def test_no_rank_outlives_its_launcher_whenever_that_is_killed(
     moment: Callable[[Family, Path], bool],
     later_s: float,
 ) -> None:
-    """kill -9 of the launcher while its ranks start, import, wait for each other or train, in a world of one too, and
-    where a rank is halted: nothing is left, and the next start goes on."""
+    """After kill -9 of the launcher while its ranks start, import, wait for each other or train, no process is left and
+    the next start continues the run. The same holds for a world of one rank and for a rank that SIGSTOP has halted."""
     run = tmp_path / "run"
     with family([*command, *settings(run, prior)], tmp_path / "log") as found:
         found.until(lambda: moment(found, run))
         time.sleep(later_s)
-        assert found.ranks(), f"the moment has passed:\n{found.output}"
-        if moment is training:  # a thread that is halted with its process sees nothing
+        assert found.ranks(), f"the ranks have ended before the kill:\n{found.output}"
+        if moment is training:  # no thread of a halted process can detect the kill
             for rank in found.ranks():
                 os.kill(rank, signal.SIGSTOP)
         found.parent.kill()
@@ -109,7 +109,8 @@ def test_no_rank_outlives_its_launcher_whenever_that_is_killed(
 
 
 def test_a_run_that_a_person_started_outlives_the_shell_and_needs_no_stream(tmp_path: Path, prior: Path) -> None:
-    """From a shell that ends at once, with standard input, output and error closed, the run goes on to its end."""
+    """A shell starts the run with closed standard input, output and error and exits at once. The run continues to its
+    end."""
     run = tmp_path / "run"
     settings = overrides(run, prior, **{"schedule.rounds": 2})
     command = ["/bin/sh", "-c", '"$@" 0<&- 1>&- 2>&- & exit 0', "sh", sys.executable, *RANKS, *settings]

@@ -1,8 +1,8 @@
-"""The jobs of launch/slurm, run as Slurm runs them: a copy of the script, in the folder of the submission, with Slurm's
-variables, and stand-ins for srun and scontrol on the path (tests/fakes/slurm). Nothing here has Slurm.
+"""The jobs of launch/slurm, run as Slurm runs them, but without Slurm.
 
-Two tests train on two ranks through the real launchers. In the others the launcher is a line of shell that leaves a
-STATUS.json, as the ranks would.
+Each test runs a copy of the script in the folder of the submission, with Slurm's variables and with fakes of srun and
+scontrol on the path (tests/fakes/slurm). Two tests train on two ranks through the real launchers. In the others the
+launcher is a shell script that writes a STATUS.json, as the ranks would.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ PATIENCE_S = 240.0  # for imports on a busy machine
 
 Figure = Callable[[str], None]
 
-cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="the worlds of these tests are of two CPU ranks")
+cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="these tests train on two CPU ranks")
 
 
 class Slurm:
-    """One job of Slurm's: its script, its variables, and what scontrol was asked."""
+    """A Slurm job: its script, its variables and its requests to scontrol."""
 
     def __init__(self, home: Path, nodes: int, **environment: str) -> None:
         self.home, self.id = home, free_job_id()
@@ -54,7 +54,7 @@ class Slurm:
         slurm = {"SLURM_JOB_ID": self.id, "SLURM_JOB_NODELIST": f"node[1-{nodes}]", "SLURM_JOB_NUM_NODES": str(nodes)}
         slurm |= {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_NODEID": "0", "SLURM_PROCID": "0", "DISTVSD_RANKS": "1"}
         more = {"PATH": os.pathsep.join([*path, os.environ["PATH"]]), "FAKE_SLURM": str(self.state)}
-        # An empty HF_HOME: the user's own accelerate configuration must not decide what is tested.
+        # An empty HF_HOME, so that the user's accelerate configuration does not affect the test.
         more |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HOME": str(home / "hf")}
         self.environment = inherited | slurm | more | environment
 
@@ -86,11 +86,11 @@ class Slurm:
         return asked.read_text().split() if asked.exists() else []
 
     def tasks(self) -> list[int]:
-        """The process ids of the launchers, one a node."""
+        """The process ids of the launchers, one per node."""
         return [int(pid) for pid in (self.state / "tasks").read_text().split()]
 
     def program(self, name: str, *lines: str) -> None:
-        """Puts a launcher of these lines of shell in the place of the real one; it notes its arguments."""
+        """Replaces a launcher by a script of these shell lines, which first records its arguments."""
         path = self.programs / name
         note = f"printf '%s\\n' \"$@\" >'{self.state}/{name}'"
         path.write_text("\n".join(["#!/bin/sh", note, *lines, ""]))
@@ -101,7 +101,7 @@ class Slurm:
 
 
 def free_job_id() -> str:
-    """One whose port, as the jobs make it of the id, is free."""
+    """A job id whose port is free. The jobs derive the port from the id."""
     while True:
         job_id = random.SystemRandom().randrange(1_000_000, 9_000_000)
         with socket.socket() as probe:
@@ -126,7 +126,7 @@ MESSAGE = 'a "message": with "state": "done" in it'
 
 
 def ends_with(slurm: Slurm, run: Path, state: State | None, round: int, code: int, message: str = MESSAGE) -> None:
-    """From now on the ranks leave this STATUS.json, the real one, and their launcher ends with this code."""
+    """Replaces the launcher by one that leaves this STATUS.json and exits with this code. state: None for no file."""
     leave = ""
     if state is not None:
         run.mkdir(exist_ok=True)
@@ -145,18 +145,18 @@ def left_before(run: Path, state: State, round: int) -> None:
     ("state", "code", "is_requeued", "exit_code"),
     [
         ("done", 0, False, 0),
-        ("done", 1, False, 0),  # all was saved, and then a launcher stumbled
+        ("done", 1, False, 0),  # the launcher failed after the run was saved
         ("preempted", 1, True, 0),
         ("failed", 1, True, 0),
-        ("running", 137, True, 0),  # nobody was left to say that it failed
-        (None, 1, False, 1),  # refused before it began: the same line would be refused again
+        ("running", 137, True, 0),  # no process was left to record the failure
+        (None, 1, False, 1),  # refused at the start; the same command would be refused again
     ],
 )
 def test_what_the_run_says_decides_whether_the_job_is_queued_again(
     slurm: Slurm, run: Path, state: State | None, code: int, is_requeued: bool, exit_code: int
 ) -> None:
-    """STATUS.json, and not the launcher's exit code, decides whether a Slurm job is queued again: preempted, failed and
-    interrupted runs are, finished ones and those that were refused at the start are not."""
+    """STATUS.json, and not the launcher's exit code, decides whether a Slurm job is requeued. Preempted, failed and
+    interrupted runs are requeued. Finished runs and runs that were refused at the start are not."""
     ends_with(slurm, run, state, 4, code)
     assert slurm.run("train", "config.yaml", f"run.dir={run}") == exit_code, slurm.output
     assert slurm.requeued == ([slurm.id] if is_requeued else []), slurm.output
@@ -164,7 +164,8 @@ def test_what_the_run_says_decides_whether_the_job_is_queued_again(
 
 @pytest.mark.parametrize("kind", [kind for kind in vars(errors).values() if isinstance(kind, type)])
 def test_a_run_that_was_refused_is_not_queued_again(slurm: Slurm, run: Path, kind: type[errors.DistvsdError]) -> None:
-    """What ends a process with 2 is wrong usage; a launcher says 1 for all of it, so the message decides."""
+    """Errors of usage end a process with 2. A launcher exits with 1 for all errors, so the message in STATUS.json
+    decides."""
     ends_with(slurm, run, "failed", 4, 1, f"{kind.__name__}: there is no folder 'PriorError: x'")
     slurm.run("train", "config.yaml", f"run.dir={run}")
     assert slurm.requeued == ([] if kind.exit_code == 2 else [slurm.id]), slurm.output
@@ -172,8 +173,8 @@ def test_a_run_that_was_refused_is_not_queued_again(slurm: Slurm, run: Path, kin
 
 @pytest.mark.guarantee("G25")
 def test_a_run_that_fails_again_and_again_is_given_up(slurm: Slurm, run: Path) -> None:
-    """Three requeues after failures that saved nothing new, then the job ends; a later round saved in between makes the
-    count begin anew, so that a long run outlives any number of dying nodes."""
+    """After three requeues without a newly saved round the job ends. A newly saved round resets the count, so that a
+    long run survives any number of node failures."""
     ends_with(slurm, run, "failed", 4, 1)
     codes = [slurm.run("train", "config.yaml", f"run.dir={run}") for _ in range(4)]
     assert codes == [0, 0, 0, 1] and len(slurm.requeued) == 3
@@ -183,7 +184,7 @@ def test_a_run_that_fails_again_and_again_is_given_up(slurm: Slurm, run: Path) -
 
 
 def test_a_status_of_an_earlier_start_is_not_taken_for_that_of_this_one(slurm: Slurm, run: Path) -> None:
-    """Else a job whose nodes cannot even start the launcher would be queued again for ever, as preempted."""
+    """If an old status counted, a job whose nodes cannot start the launcher would be requeued forever, as preempted."""
     left_before(run, "preempted", 4)
     (run / "slurm-failures").write_text("0 4\n")
     slurm.program("accelerate", "exit 127")
@@ -200,7 +201,7 @@ def test_a_finished_run_that_is_started_with_something_else_is_not_queued_again(
 
 
 def test_a_cancelled_job_is_not_brought_back(slurm: Slurm, run: Path) -> None:
-    """scancel makes the ranks save and end as a time limit does; only Slurm knows the difference."""
+    """After scancel the ranks save and end as at a time limit. Only Slurm knows the difference."""
     (slurm.state / "job-state").write_text("CANCELLED\n")
     ends_with(slurm, run, "preempted", 4, 1)
     assert slurm.run("train", "config.yaml", f"run.dir={run}") == 1
@@ -208,7 +209,7 @@ def test_a_cancelled_job_is_not_brought_back(slurm: Slurm, run: Path) -> None:
 
 
 def test_sigterm_to_the_job_lets_the_ranks_save_and_ends_it(slurm: Slurm, run: Path) -> None:
-    """It must not reach srun as it is: srun kills its tasks on it."""
+    """The job must not forward SIGTERM to srun, because srun would then kill its tasks."""
     run.mkdir()
     write_status(slurm.state / "next", "preempted", 4, 10)
     save = f"trap \"cp '{slurm.state}/next' '{run}/STATUS.json'; exit 1\" USR1"
@@ -224,7 +225,7 @@ def test_sigterm_to_the_job_lets_the_ranks_save_and_ends_it(slurm: Slurm, run: P
 def test_a_job_that_is_told_to_stop_before_it_has_begun_is_queued_again_but_not_for_ever(
     slurm: Slurm, run: Path
 ) -> None:
-    """Ranks that get the signal while they import leave no STATUS.json; the same line starts the run later."""
+    """Ranks that get the signal during their imports leave no STATUS.json. The same command can start the run later."""
     leave = "trap 'exit 1' USR1"
     slurm.program("accelerate", leave, f"touch '{slurm.state}/began'", "while :; do sleep 0.05; done")
     codes = []
@@ -240,7 +241,7 @@ def test_a_job_that_is_told_to_stop_before_it_has_begun_is_queued_again_but_not_
 
 @pytest.mark.parametrize("job", ["train", "elastic"])
 def test_no_head_node_is_an_error_before_anything_starts(slurm: Slurm, run: Path, job: str) -> None:
-    """With a fallback to localhost each node would be a world of its own, and all would write to one run."""
+    """With a fallback to localhost each node would form a separate world, and all would write to one run."""
     (slurm.state / "no-hosts").touch()
     for name in ("accelerate", "torchrun"):
         slurm.program(name)
@@ -275,7 +276,7 @@ def test_an_array_trains_each_task_with_its_own_line_and_requeues_it_alone(slurm
     slurm.program("torchrun", f"cp '{slurm.state}/next' '{runs}/2/STATUS.json'", "exit 1")
     slurm.program("distvsd")
     assert slurm.run(*line, **task) == 0, slurm.output
-    # The plain job id of an array's task may name the whole array.
+    # The plain job id of an array task may refer to the whole array.
     assert slurm.requeued == [f"{slurm.id}_2"]
     started = ["distvsd.train", "config.yaml", "log.wandb_group=sizes", "prior.guidance_scale=7.5"]
     started += ["prompt=a $(red) cube", f"run.dir={runs}/2"]
@@ -291,7 +292,7 @@ def test_an_array_trains_each_task_with_its_own_line_and_requeues_it_alone(slurm
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda path: path.stem)
 def test_slurm_reads_what_the_jobs_ask_for(job: Path) -> None:
-    """sbatch reads #SBATCH lines up to the first command; the signal must leave time for the save."""
+    """sbatch reads #SBATCH lines up to the first command. The signal must leave time for the save."""
     lines = job.read_text().splitlines()
     first = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
     asked = [line.split(maxsplit=1)[1] for line in lines[:first] if line.startswith("#SBATCH")]
@@ -321,13 +322,13 @@ def rounds(run: Path) -> list[int]:
 def wait_for(condition: Callable[[], bool], job: subprocess.Popen[str], slurm: Slurm) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not condition():
-        assert job.poll() is None and time.monotonic() < deadline, f"it did not happen:\n{slurm.output}"
+        assert job.poll() is None and time.monotonic() < deadline, f"the condition was not met in time:\n{slurm.output}"
         time.sleep(0.05)
 
 
 @pytest.fixture
 def two_nodes(tmp_path: Path) -> Iterator[Slurm]:
-    """A job of two nodes with a rank each, of which no process is left after the test."""
+    """A job of two nodes with one rank each. Its processes are killed after the test."""
     slurm = Slurm(tmp_path, 2, ACCELERATE_USE_CPU="true", DISTVSD_FAULTS="sleep@round:ms=400")
     yield slurm
     for pid in slurm.tasks():
@@ -335,7 +336,7 @@ def two_nodes(tmp_path: Path) -> Iterator[Slurm]:
 
 
 def kill_all_of(pid: int) -> None:
-    """A process and all below it, as when a machine loses its power."""
+    """Kills a process and its descendants, as a power failure does."""
     if psutil.pid_exists(pid):
         process = psutil.Process(pid)
         for each in [process, *process.children(recursive=True)]:
@@ -347,8 +348,8 @@ def kill_all_of(pid: int) -> None:
 def test_a_job_whose_time_is_over_saves_is_queued_again_and_finishes(
     two_nodes: Slurm, run: Path, prior: Path, figure: Figure
 ) -> None:
-    """SIGUSR1 to train.sbatch on two nodes, as Slurm sends it before the time limit: the ranks save, scontrol requeue
-    is called exactly once, and the job that is started again goes on and finishes."""
+    """After SIGUSR1 to train.sbatch on two nodes, as Slurm sends it before the time limit, the ranks save and scontrol
+    requeue is called exactly once. The restarted job continues and finishes."""
     line = ("train", *training(run, prior, 8))
     job = two_nodes.start(*line)
     wait_for(lambda: len(rounds(run)) >= 2, job, two_nodes)
@@ -372,13 +373,13 @@ def test_a_job_whose_time_is_over_saves_is_queued_again_and_finishes(
 @cpu_only
 @pytest.mark.guarantee("G21")
 def test_a_job_goes_on_with_the_nodes_that_are_left(two_nodes: Slurm, run: Path, prior: Path, figure: Figure) -> None:
-    """Everything on one of the two nodes of elastic.sbatch is killed at once: the other one goes on alone from the
-    newest checkpoint, in the same job, and finishes."""
+    """All processes on one of the two nodes of elastic.sbatch are killed at once. In the same job, the other node
+    continues alone from the newest checkpoint and finishes."""
     job = two_nodes.start("elastic", *training(run, prior, 10), PET_RDZV_CONF="last_call_timeout=3")
     wait_for(lambda: len(rounds(run)) >= 3, job, two_nodes)
     port = 10000 + int(two_nodes.id) % 20000
     tasks = two_nodes.tasks()
-    # The one where they meet must live.
+    # The node with the rendezvous must survive.
     (head,) = (pid for pid in tasks if port in {at.laddr.port for at in listening(pid)})
     (dies,) = set(tasks) - {head}
     began, reached = time.monotonic(), rounds(run)[-1]

@@ -1,6 +1,6 @@
-"""Sweeps: what wandb's own agent makes of the files in launch/sweep is a command line that trains.
+"""wandb's agent makes a command line that trains from each file of launch/sweep.
 
-The agent is the real one, without its server: it is handed a trial as the server would send it.
+The agent is the real one, without its server. The test passes it a trial as the server would send it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.small_run import TINY
 ROOT = Path(__file__).parents[2]
 SWEEPS = sorted((ROOT / "launch/sweep").glob("*.yaml"))
 BASE = "configs/quickstart.yaml"
-# What the issue of a sweep is: these must be among the parameters of every file, or its name says why not.
+# Every sweep must vary these parameters.
 SUBJECTS = {"prior.guidance_scale", "particles.count", "score.steps_per_round"}
 
 sweep_utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
@@ -55,7 +55,7 @@ def draw(parameter: dict[str, Any], source: random.Random) -> Any:
             return low * (high / low) ** source.random()
         case "q_log_uniform_values":
             return round(low * (high / low) ** source.random() / parameter["q"]) * parameter["q"]
-    raise AssertionError(f"no distribution {parameter['distribution']!r} here; write down how it draws")
+    raise AssertionError(f"distribution {parameter['distribution']!r} is missing here; add how the server draws it")
 
 
 def trial(path: Path, seed: int) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def trial(path: Path, seed: int) -> dict[str, Any]:
 @pytest.mark.guarantee("G28")
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.name)
 def test_every_sample_of_a_sweep_is_a_legal_configuration(path: Path) -> None:
-    """The arguments that wandb's agent makes of 30 samples set exactly the drawn values."""
+    """The arguments that wandb's agent makes from 30 samples set exactly the drawn values."""
     content = sweep(path)
     assert content["program"] == "launch/sweep/trial.sh" and content["metric"]["name"] == "evaluation/label_accuracy"
     assert content["parameters"].keys() >= SUBJECTS
@@ -87,7 +87,7 @@ def test_every_sample_of_a_sweep_is_a_legal_configuration(path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The quickstart with a tiny prior and tiny particles, as a file."""
+    """The file of the quickstart configuration with a tiny prior and tiny particles."""
     folder = tmp_path_factory.mktemp("base")
     tiny_pipeline(folder / "prior")
     small = {
@@ -103,7 +103,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start_trial(path: Path, seed: int, base: Path, home: Path, monkeypatch: pytest.MonkeyPatch, **more: str) -> Any:
-    """Lets the agent start a trial on 2 CPU ranks; returns its process. The agent changes our environment."""
+    """Starts a trial on 2 CPU ranks through the agent. Returns its process. The agent changes the environment of the
+    test."""
     from wandb.wandb_agent import Agent
 
     launchers_own = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "ACCELERATE_", "TORCHELASTIC_", "WANDB_")
@@ -137,12 +138,12 @@ def start_trial(path: Path, seed: int, base: Path, home: Path, monkeypatch: pyte
 
 
 @pytest.mark.guarantee("G28")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the worlds of these tests are of two CPU ranks")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="these tests train on two CPU ranks")
 def test_a_trial_trains_on_two_ranks_and_is_one_run_in_wandb(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The command that wandb's agent makes of a sweep's file trains on 2 ranks with the drawn values, as the one run
-    that the agent chose, and ends with its evaluation in that run."""
+    """The command that wandb's agent makes from a sweep file trains on 2 ranks with the drawn values. The training and
+    its evaluation are logged in the one run that the agent chose."""
     path = ROOT / "launch/sweep/bayes.yaml"
     process = start_trial(path, 7, base, tmp_path, monkeypatch, DISTVSD_LAUNCHER="torchrun")
     assert process.wait(timeout=300) == 0
@@ -154,7 +155,7 @@ def test_a_trial_trains_on_two_ranks_and_is_one_run_in_wandb(
     assert config.prior.guidance_scale == pytest.approx(drawn["prior.guidance_scale"]["value"])
     assert config.score.steps_per_round == drawn["score.steps_per_round"]["value"]
     assert json.loads((run / "wandb.json").read_text()) == {"run_id": "trial7"}
-    # Once for the training, by rank 0 alone, and once for the evaluation after it.
+    # One for the training, by rank 0 only, and one for the evaluation after it.
     offline = sorted(run.glob("wandb/offline-run-*/run-*.wandb"))
     assert len(offline) == 2 and {file.name for file in offline} == {"run-trial7.wandb"}
     assert b"label_accuracy" in offline[1].read_bytes()
@@ -162,19 +163,19 @@ def test_a_trial_trains_on_two_ranks_and_is_one_run_in_wandb(
 
 
 @pytest.mark.guarantee("G28")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the worlds of these tests are of two CPU ranks")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="these tests train on two CPU ranks")
 def test_a_trial_that_is_stopped_ends_as_preempted_and_goes_on_when_queued_again(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The agent's SIGTERM to a trial reaches the ranks, which save; the same trial then goes on where it was, as the
-    same run in wandb."""
+    """The agent's SIGTERM to a trial reaches the ranks, and they save. When the trial is started again, it continues
+    from that checkpoint as the same run in wandb."""
     path = ROOT / "launch/sweep/grid.yaml"
     slow = {"DISTVSD_FAULTS": "sleep@round:ms=500"}
     process = start_trial(path, 3, base, tmp_path, monkeypatch, DISTVSD_LAUNCHER="accelerate", **slow)
     run = tmp_path / "sweep/sweep9/trial3"
     deadline = time.monotonic() + 120
     while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
-        assert process.poll() is None and time.monotonic() < deadline, "the trial never came to its first round"
+        assert process.poll() is None and time.monotonic() < deadline, "the trial did not finish its first round"
         time.sleep(0.05)
     os.kill(process._popen.pid, signal.SIGTERM)
     assert process.wait(timeout=120) == 3
@@ -186,7 +187,7 @@ def test_a_trial_that_is_stopped_ends_as_preempted_and_goes_on_when_queued_again
     assert json.loads((run / "STATUS.json").read_text())["state"] == "done"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["round"] for line in lines] == [1, 2, 3, 4]
-    # Twice trained, once evaluated.
+    # Two trainings and one evaluation.
     offline = sorted(run.glob("wandb/offline-run-*/run-*.wandb"))
     assert len(offline) == 3 and {file.name for file in offline} == {"run-trial3.wandb"}
 
@@ -218,8 +219,8 @@ def test_a_trial_without_a_configuration_says_how_it_is_called() -> None:
 
 @pytest.mark.guarantee("G28")
 def test_ranks_with_different_configurations_are_refused_with_the_key(tmp_path: Path, base: Path) -> None:
-    """All ranks compare their whole configurations before anything is made; the error names the key and both values, on
-    every rank."""
+    """All ranks compare their whole configurations before they create anything. The error names the key and both values
+    on every rank."""
 
     def start(world: Any) -> None:
         scale = 3 if world.rank == 0 else 7.5

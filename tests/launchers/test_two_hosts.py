@@ -1,7 +1,7 @@
-"""The lines of launch/README.md for several machines, on two hosts that are joined by a cable and by nothing else.
+"""The lines of launch/README.md for several machines, on two hosts that only a cable connects.
 
-Each test starts a launcher and a rank on both, twenty seconds of a core and more; other ends of a run are in
-test_cluster_life.py, on one host.
+Each test starts a launcher and a rank on both hosts and takes at least twenty seconds of processor time.
+test_cluster_life.py has more cases on one host.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from tests.small_run import SMOKE, overrides
 ROUNDS = 8
 PATIENCE_S = 240.0  # for imports on a busy machine
 TIMEOUT_S = 5
-# Long enough to strike in the middle of a run.
+# Makes rounds long enough for a fault in the middle of a run.
 SLOWLY = {"DISTVSD_FAULTS": "sleep@round:ms=400"}
 
 Figure = Callable[[str], None]
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the worlds of these tests are of two CPU ranks")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="these tests train on two CPU ranks")
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def settings(run: Path, prior: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, prior: Path) -> list[str]:
-    """The digest of the same run in this one process."""
+    """The digest of the same run, trained in this process."""
     run = tmp_path_factory.mktemp("alone") / "run"
     assert train(load_config(SMOKE, settings(run, prior))) == 0
     return verify_run(run, digest=True)
@@ -68,12 +68,12 @@ def torchrun() -> str:
 
 
 def elastic() -> str:
-    """As many hosts as there are, from one on."""
+    """The elastic script for one or two hosts."""
     return documented("launch/torchrun/elastic.sh", "DISTVSD_HEAD").replace("DISTVSD_NODES=2:4", "DISTVSD_NODES=1:2")
 
 
 def accelerate(machine: int) -> str:
-    """A CPU rank on each host instead of eight GPUs."""
+    """The line for one CPU rank per host instead of eight GPUs."""
     line = documented("accelerate launch", "launch/accelerate/nodes.yaml", "--machine_rank 0")
     return line.replace("--machine_rank 0", f"--num_processes 2 --machine_rank {machine}")
 
@@ -91,7 +91,7 @@ def end_of(process: subprocess.Popen[bytes], host: Host) -> int:
 
 def rounds(run: Path) -> list[int]:
     try:
-        lines = (run / "metrics.jsonl").read_text().split("\n")[:-1]  # the last one may be half written
+        lines = (run / "metrics.jsonl").read_text().split("\n")[:-1]  # the last one may be incomplete
     except FileNotFoundError:
         return []
     return [json.loads(line)["round"] for line in lines]
@@ -101,7 +101,7 @@ def until_trained(run: Path, hosts: tuple[Host, Host]) -> None:
     """Waits for the second round of a world with a rank on each host."""
     deadline = time.monotonic() + PATIENCE_S
     while len(rounds(run)) < 2 or {beat["host"] for beat in beats(run)} != {"one", "two"}:
-        assert time.monotonic() < deadline, "no round:\n" + "\n".join(host.log for host in hosts)
+        assert time.monotonic() < deadline, "round 2 was not reached:\n" + "\n".join(host.log for host in hosts)
         time.sleep(0.05)
 
 
@@ -127,7 +127,7 @@ def is_done_as_alone(run: Path, alone: list[str], world_size: int) -> None:
 def test_accelerate_on_two_hosts_makes_the_particles_of_one(
     tmp_path: Path, prior: Path, alone: list[str], hosts: tuple[Host, Host], figure: Figure
 ) -> None:
-    """`accelerate launch` on two hosts with networks of their own gives the bits of one process on one host."""
+    """`accelerate launch` on two hosts with separate networks gives the bits of one process on one host."""
     run = tmp_path / "run"
     jobs = [start(host, accelerate(machine), run, prior) for machine, host in enumerate(hosts)]
     for job, host in zip(jobs, hosts, strict=True):
@@ -140,13 +140,13 @@ def test_accelerate_on_two_hosts_makes_the_particles_of_one(
 def test_a_cut_cable_ends_both_hosts_and_one_of_them_goes_on(
     tmp_path: Path, prior: Path, alone: list[str], hosts: tuple[Host, Host], figure: Figure
 ) -> None:
-    """The network between two hosts of a torchrun job is cut in the middle of it: no connection breaks, so after
-    parallel.timeout_s both end, and say between which hosts; one of them continues alone, through the elastic script,
-    and ends with the bits of a run that nothing happened to."""
+    """The network between two hosts of a torchrun job is cut during the run. No connection is closed, so both hosts end
+    after parallel.timeout_s, and their errors name the hosts. One host continues alone through the elastic script and
+    ends with the bits of an undisturbed run."""
     run = tmp_path / "run"
     one, two = hosts
-    # torchrun's timeouts do not hold for a connection that is cut (torch 2.13): the launcher on the host where they do
-    # not meet waits until the kernel gives up sending, after a quarter of an hour or, with 6 retries, 25 s.
+    # torchrun's timeouts do not apply to a cut connection (torch 2.13). The launcher on the host without the rendezvous
+    # waits until the kernel stops retransmitting: a quarter of an hour by default, 25 s with 6 retries.
     two.run("sh", "-c", "echo 6 >/proc/sys/net/ipv4/tcp_retries2")
     jobs = [start(host, torchrun(), run, prior, **SLOWLY) for host in hosts]
     until_trained(run, hosts)
@@ -177,8 +177,8 @@ def test_a_cut_cable_ends_both_hosts_and_one_of_them_goes_on(
 def test_one_of_two_hosts_dies_and_the_other_goes_on_alone_by_itself(
     tmp_path: Path, prior: Path, alone: list[str], hosts: tuple[Host, Host], figure: Figure
 ) -> None:
-    """One of the two hosts of the elastic script dies in the middle, with everything on it: the other one names it,
-    starts again by itself as a world of one, and ends with the bits of a run that nothing happened to."""
+    """One of the two hosts of the elastic script is killed during the run, with all its processes. The other host names
+    it and restarts by itself as a world of one. It ends with the bits of an undisturbed run."""
     run = tmp_path / "run"
     one, two = hosts
     soon = {"PET_RDZV_CONF": "last_call_timeout=10,keep_alive_interval=1", "DISTVSD_RANKS": "1"}

@@ -1,7 +1,7 @@
-"""G31: launchers that start several processes which are no world are refused with the right command.
+"""Processes of one launcher that do not form one world are refused, and the error names the right command.
 
-These start real launchers, seconds each. What an environment alone shows is tested in tests/unit/parallel, worlds that
-train in test_end_to_end.py.
+Each test starts a real launcher, which takes seconds. tests/unit/parallel tests what the environment alone shows, and
+test_end_to_end.py tests worlds that train.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def launch(folder: Path, command: list[str], **environment: str) -> tuple[int, l
     """The launcher's exit code and what each process found."""
     launchers_own = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "ACCELERATE_", "TORCHELASTIC_")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(launchers_own)}
-    # An empty HF_HOME: the user's own accelerate configuration must not decide what is tested.
+    # An empty HF_HOME, so that the user's accelerate configuration does not affect the test.
     environment = inherited | {"OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "hf")} | environment
     environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{environment.get('PYTHONPATH', '')}"
     found = folder / "found"
@@ -43,7 +43,8 @@ def launch(folder: Path, command: list[str], **environment: str) -> tuple[int, l
 @pytest.mark.guarantee("G31")
 @cpu_only
 def test_accelerate_for_gpus_without_gpus_is_refused_by_both_processes(tmp_path: Path) -> None:
-    """Two processes that would each train alone are both refused, with the command that makes one world of them."""
+    """Two processes that would each train alone are both refused. The error names the command that makes them one
+    world."""
     code, results = launch(tmp_path, GPU_PROCESSES)
     assert code != 0 and len(results) == 2
     for result in results:
@@ -52,7 +53,7 @@ def test_accelerate_for_gpus_without_gpus_is_refused_by_both_processes(tmp_path:
 
 @pytest.mark.guarantee("G31")
 def test_a_multi_cpu_configuration_that_starts_one_process_is_refused(tmp_path: Path) -> None:
-    """One process that was started where two were asked for does not train."""
+    """If a launcher starts one process although two were requested, the process refuses to train."""
     config = tmp_path / "accelerate.yaml"
     config.write_text(
         "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nnum_machines: 1\nnum_processes: 2\n"

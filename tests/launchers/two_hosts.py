@@ -1,7 +1,7 @@
-"""Two hosts on one machine, each with processes, a name and a network of its own, and a cable between them.
+"""Two simulated hosts on one machine, with separate processes, names and networks, and a virtual cable between them.
 
-A host is the first process of new namespaces (pid, net, uts, mnt). Its death takes everything on it along at once, as
-when the power goes; its network and its end of the cable vanish with it. Disks are shared. Linux and root only.
+A host is the first process of new namespaces (pid, net, uts, mnt). Killing it ends all its processes at once, as a
+power failure does, and removes its network and its end of the cable. Disks are shared. Requires Linux and root.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ PROGRAMS = ("ip", "mount", "nsenter", "unshare")
 
 
 def missing() -> str:
-    """What is missing here to make two hosts; empty where they can be made."""
+    """What this machine lacks for two hosts; empty if it lacks nothing."""
     absent = [name for name in PROGRAMS if shutil.which(name) is None]
     if absent or os.geteuid() != 0:
         return f"two hosts need root and the programs {', '.join(PROGRAMS)}; here: user {os.geteuid()}, no {absent}"
     probe = ["unshare", *NAMESPACES, "--fork", "ip", "link", "add", CABLE, "type", "veth"]
     done = subprocess.run(probe, capture_output=True, text=True)
-    return "" if done.returncode == 0 else f"no namespaces with a network of their own here: {done.stderr.strip()}"
+    return "" if done.returncode == 0 else f"network namespaces cannot be created here: {done.stderr.strip()}"
 
 
 class Host:
-    """One host while it lives; `start` runs lines of shell on it."""
+    """A running host. `start` runs shell lines on it."""
 
     def __init__(self, name: str, address: str, folder: Path) -> None:
         self.name, self._folder = name, folder
-        # It ends by itself should nobody be left to end it.
+        # The sleep limits the lifetime of the host if the test is killed.
         script = 'hostname "$1" && mount --bind "$2" /etc/hosts && ip link set lo up && echo up && exec sleep 1800'
         shell = ["sh", "-c", script, "sh", name, str(folder / "hosts")]
         self._unshare = subprocess.Popen(
@@ -52,7 +52,8 @@ class Host:
         self._address = address
 
     def plug_in(self, other: Host) -> None:
-        """Its end of the cable, which is there, leads to the other host. Its own address does not go with the cable."""
+        """Routes to the other host through this host's end of the cable. The address is on `lo`, so it remains if the
+        cable is cut."""
         self.run("ip", "address", "add", self._address, "dev", "lo")
         self.run("ip", "link", "set", CABLE, "up")
         self.run("ip", "route", "add", other._address, "dev", CABLE, "src", self._address)
@@ -61,14 +62,14 @@ class Host:
         subprocess.run([*self._entering(), *command], check=True, capture_output=True, text=True)
 
     def start(self, line: str, **environment: str) -> subprocess.Popen[bytes]:
-        """A line of shell in the project's folder, as in a user's shell; `log` holds what it prints."""
+        """Runs a shell line in the project folder, with the environment of a user's shell. `log` holds its output."""
         launchers_own = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "ACCELERATE_", "TORCHELASTIC_", "PET_", "DISTVSD_")
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(launchers_own)}
         own = {
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", "")]),
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
-            # Empty: the user's own accelerate configuration must not decide what is tested.
+            # Empty, so that the user's accelerate configuration does not affect the test.
             "HF_HOME": str(self._folder / "hf"),
             "ACCELERATE_USE_CPU": "true",
         }
@@ -89,7 +90,7 @@ class Host:
         return self._folder / f"{self.name}.log"
 
     def die(self) -> None:
-        """At once, with all that runs on it."""
+        """Kills the host and all its processes at once."""
         self._unshare.kill()
         self._unshare.wait()
 
@@ -99,7 +100,7 @@ class Host:
 
 @contextmanager
 def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
-    """Hosts that know each other by name, `one` and `two`; nothing of them is left afterwards."""
+    """Two hosts that find each other by the names `one` and `two`. Both are killed at the end."""
     addresses = [f"10.231.7.{number}" for number in (1, 2)]
     entries = ["127.0.0.1 localhost", *map(" ".join, zip(addresses, NAMES, strict=True))]
     (folder / "hosts").write_text("".join(f"{entry}\n" for entry in entries))

@@ -1,4 +1,4 @@
-"""Counts what ran on several ranks: a suite whose ranks all turned out to be alone tests nothing, and must say so."""
+"""Counts the runs on several ranks. The suite fails if no run had a second rank, because it would then test nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Collectives on real gloo ranks: what one rank knows, all know; one rank's failure never leaves the others waiting."""
+"""Collectives on real gloo ranks. A failure of one rank never leaves the others waiting."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_values_reach_every_rank_in_rank_order() -> None:
     assert run_ranks(talk, 3) == [expected] * 3
 
 
-def test_an_empty_value_travels() -> None:
+def test_an_empty_value_is_gathered() -> None:
     assert run_ranks(lambda world: collectives.gather_objects(world, ""), 2) == [["", ""]] * 2
 
 
@@ -39,7 +39,7 @@ FULL, OTHER, STRANGE = CheckpointError("the disk is full"), RunError("other"), K
 
 
 def failing(world: World, errors: list[Exception | None]) -> Callable[[], int]:
-    """Work that fails on the ranks that have an error there, and else gives the rank."""
+    """Work that raises the error of this rank, or returns the rank if it has none."""
 
     def work() -> int:
         error = errors[world.rank]
@@ -57,7 +57,8 @@ def test_a_failure_of_one_rank_is_the_same_error_on_all() -> None:
         except Exception as error:
             return [type(error).__name__, str(error)]
 
-    # What a rank raised is raised again as it is; the others know the house's own classes, and else say RunError.
+    # All ranks raise the error of the lowest failing rank. If its class is not one of distvsd's, the other ranks raise
+    # RunError.
     full, other = ["CheckpointError", "the disk is full"], ["RunError", "other"]
     foreign, raised = ["RunError", "'strange'"], ["KeyError", "'strange'"]
     expected: list[tuple[list[Exception | None], list[list[Any]]]] = [
@@ -73,7 +74,7 @@ def test_a_failure_of_one_rank_is_the_same_error_on_all() -> None:
     assert [list(by_rank) for by_rank in zip(*answers, strict=True)] == [by_rank for _, by_rank in expected]
 
 
-def test_every_rank_hears_what_each_did_and_why_others_failed() -> None:
+def test_every_rank_gets_the_results_and_the_errors_of_all() -> None:
     def answer(world: World, errors: list[Exception | None]) -> list[Any]:
         values, problems, mine = collectives.attempt(world, failing(world, errors))
         return [values, problems, str(mine)]
@@ -110,12 +111,13 @@ def test_what_all_ranks_did_together_is_one_error_that_names_the_ranks() -> None
 
 
 def test_hosts_meet_before_they_wait_for_devices_and_the_silent_one_is_found_there() -> None:
-    """Nothing can be raised out of a wait for a device; what travels between hosts needs no meeting."""
+    """A wait for a device cannot raise, so the hosts synchronize before it. A wait for CPU tensors has a timeout and
+    needs no such step."""
 
     def wait(world: World) -> str:
         collectives.set_timeout(world, 0.5)
         collectives.meet(world, torch.device("cuda"), "the sum over ranks")
-        collectives.meet(world, torch.device("cpu"), "the sum over ranks")  # nobody has to come
+        collectives.meet(world, torch.device("cpu"), "the sum over ranks")  # returns without waiting for the others
         if world.rank == 1:
             time.sleep(2)
             return "late"

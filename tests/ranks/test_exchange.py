@@ -1,4 +1,4 @@
-"""The exchange of samples on real ranks: the union in one order, bit for bit, however the particles lie on ranks."""
+"""The exchange on real ranks gives the same union in the same order for every assignment of particles to ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHAPE = (4, 3, 2)
 
 
 def samples_of(ids: list[int]) -> Samples:
-    """Values that are a function of (particle, slot) alone, among them NaN with a payload, -0, inf and a huge id."""
+    """Values that depend on (particle, slot) only. Among them are a NaN with a payload, -0, -inf and a large int64."""
     latents = normal(0, Purpose.NOISE, ids, 0, SHAPE)
     if ids:
         latents[:, 0, 0, 0] = torch.tensor(0x7FC12345, dtype=torch.int32).view(torch.float32)
@@ -69,7 +69,7 @@ def test_work_between_start_and_wait_and_a_change_of_shape_do_no_harm() -> None:
         exchange = Exchange(world, [2, 1])
         mine = samples_of([[0, 1], [2]][world.rank])
         pending = exchange.start(mine)
-        mine.latents.add_(1)  # the samples were taken when the exchange started
+        mine.latents.add_(1)  # the exchange copied the samples at its start
         smaller = exchange.start(Samples(mine.latents[..., :1], mine.cameras, mine.ids, mine.views, mine.weight))
         first, second = pending.wait(), smaller.wait()
         same = torch.equal(first.latents.view(torch.int32), samples_of([0, 1, 2]).latents.view(torch.int32))

@@ -1,4 +1,4 @@
-"""The points at which a fault plan strikes what ranks do together."""
+"""The fault points in collectives."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_poisoned_gradient_of_one_rank_is_seen_by_all_and_only_in_its_turn(num
                 found.append([reduced.usable, bool(reduced.flags & Flag.NONFINITE), whole and reduced.usable])
         return found
 
-    # The second vector of rank 1 is poisoned, which is in its first reduction.
+    # The fault is in the second vector of rank 1, which belongs to its first reduction.
     assert run_ranks(reduce, 3) == [[[False, True, False], [True, False, True], [True, False, True]]] * 3
 
 

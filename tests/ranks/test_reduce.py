@@ -41,7 +41,7 @@ def fingerprint(reduced: Reduced) -> str:
 
 @pytest.mark.guarantee("G10")
 def test_exact_has_the_same_bits_for_every_world_size() -> None:
-    """The exact sum of gradients has the same bits on 1 to 4 ranks, however the addends lie on them."""
+    """The exact sum of gradients has the same bits on 1 to 4 ranks, for every distribution of the addends."""
     prints = {fingerprint(result) for size in (1, 2, 3, 4) for result in run_ranks(reduce_share, size, "exact")}
     prints.add(fingerprint(run_ranks(reduce_share, 2, "exact", [[6, 3, 0], [5, 1, 4, 2]])[0]))
     prints.add(fingerprint(run_ranks(reduce_share, 2, "exact", [[], [0, 1, 2, 3, 4, 5, 6]])[0]))
@@ -66,7 +66,7 @@ def test_sums_that_are_written_while_the_vectors_are_computed_are_whole(numerics
 
 def test_exact_is_the_correctly_rounded_sum() -> None:
     result = run_ranks(reduce_share, 3, "exact")[0]
-    # A float64 sum of seven float32 values is right to 2^-50 of the largest addend, and then rounded once.
+    # A float64 sum of seven float32 values is accurate to 2^-50 of the largest addend, and is then rounded once.
     expected = vectors().double().sum(0)
     assert (result.gradient.double() - expected).abs().div(expected.abs()).max() <= 2.0**-24
     assert result.sums.tolist() == pytest.approx([2.8, 7.0], rel=1e-15)
@@ -76,7 +76,7 @@ def test_exact_is_the_correctly_rounded_sum() -> None:
 @pytest.mark.guarantee("G13")
 @pytest.mark.parametrize("counts", [(3, 1), (0, 4), (2, 1, 1)])
 def test_fast_is_the_gradient_of_the_union_up_to_rounding(counts: tuple[int, ...]) -> None:
-    """The fast sum of gradients is that of the union, up to rounding."""
+    """The fast sum of gradients equals the sum over all samples, up to rounding."""
     ends = [sum(counts[: rank + 1]) for rank in range(len(counts))]
     assignment = [list(range(end - count, end)) for end, count in zip(ends, counts, strict=True)]
     results = run_ranks(reduce_share, len(counts), "fast", assignment)
@@ -115,14 +115,14 @@ def test_exact_reports_what_does_not_fit_instead_of_wrapping(monkeypatch: pytest
     assert largest * 2.0**reduce.COARSE_BITS * reduce.MAX_ADDENDS < 2.0**63
     # Rounding leaves half a coarse unit, in fine units: 2^-31 * 2^80.
     assert 2.0 ** (reduce.FINE_BITS - reduce.COARSE_BITS - 1) * reduce.MAX_ADDENDS < 2.0**63
-    # Adding that many takes seconds; a smaller limit shows that the ranks' addends are counted together.
+    # MAX_ADDENDS additions take seconds. A smaller limit shows that the addends of all ranks are counted together.
     monkeypatch.setattr(reduce, "MAX_ADDENDS", 8)
     assert run_ranks(overflow, 2, largest, 4) == [[0, 8 * largest]] * 2
     assert run_ranks(overflow, 2, largest, 5)[0][0] == Flag.OVERFLOW
 
 
 @pytest.mark.parametrize("numerics", ["fast", "exact"])
-def test_everything_travels_in_one_collective(numerics: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reduction_takes_one_collective(numerics: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     real = reduce.all_reduce_sum_
 

@@ -1,4 +1,4 @@
-"""Ranks that would train against different priors, or with different programs, are refused before the first round."""
+"""Ranks with different priors or different versions of a program are refused before the first round."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def nothing(prior: Path) -> None:
 
 @pytest.fixture
 def refusals(tmp_path: Path, prior: Path) -> Callable[[Callable[[Path], None]], list[str]]:
-    """What two ranks say whose working directories hold each their own `prior`, rank 1's changed; '' if they train."""
+    """The errors of two ranks, '' for a rank that trains. Each rank has a copy of `prior` in its working directory;
+    `change` is applied to that of rank 1."""
 
     def start(change: Callable[[Path], None]) -> list[str]:
         for rank in range(2):

@@ -1,4 +1,4 @@
-"""Ranks save and load together: the same checkpoint whatever their number, and one error on all of them."""
+"""Ranks save and load together. Any number of ranks gives the same checkpoint, and all ranks raise the same error."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SCORE = "score/adapter_model.safetensors"
 
 
 def shard(rank: int, size: int, step: int) -> dict[str, dict[str, Tensor]]:
-    """Every size-th particle; with more ranks than particles some hold none."""
+    """Every size-th particle. With more ranks than particles, some ranks have none."""
     return {
         particle_file(particle): {"param/grid0": torch.arange(5.0) + particle, "adam_step": torch.tensor(step)}
         for particle in range(rank, NUM_PARTICLES, size)
@@ -73,7 +73,7 @@ def test_other_ranks_read_what_they_need_from_the_same_checkpoint(tmp_path: Path
 @pytest.mark.guarantee("G5")
 @pytest.mark.parametrize("failing", [0, 1, 2])
 def test_one_rank_that_cannot_write_is_one_error_on_all_and_no_checkpoint(tmp_path: Path, failing: int) -> None:
-    """A rank that cannot write is one error on all ranks; the checkpoints are as they were."""
+    """If one rank cannot write, all ranks raise the same error and the checkpoints stay unchanged."""
     folder = tmp_path / "checkpoints"
     run_ranks(save, 3, folder, 4)
     before = verify_run(tmp_path, digest=True)
@@ -83,7 +83,7 @@ def test_one_rank_that_cannot_write_is_one_error_on_all_and_no_checkpoint(tmp_pa
             write = store.write_file
 
             def blocked(staging: Path, file: str, data: bytes) -> FileEntry:
-                (staging / file).mkdir()  # a folder in the file's place: not even root can write there
+                (staging / file).mkdir()  # a folder in place of the file, because root ignores permissions
                 return write(staging, file, data)
 
             store.write_file = blocked
@@ -132,7 +132,8 @@ def test_what_a_checkpoint_cannot_hold_is_refused_on_all_ranks(tmp_path: Path, c
 
 
 def test_only_errors_of_disks_are_counted_and_survived(tmp_path: Path) -> None:
-    """One rank's disk fails and another's state is not one: nobody may go on as if the disk were all that is wrong."""
+    """If one rank's disk fails and another rank's state is invalid, the save raises. It does not count as a failed
+    save."""
 
     def fail(world: World) -> tuple[str, int]:
         saver = Saver(tmp_path / "checkpoints", world, max_failures=9)
@@ -185,7 +186,7 @@ def test_missing_metadata_is_an_error_on_all_ranks(tmp_path: Path) -> None:
 
 @pytest.mark.guarantee("G4")
 def test_all_ranks_fall_back_to_the_newest_sound_checkpoint(tmp_path: Path) -> None:
-    """All ranks fall back to the same newest checkpoint that all of them find sound."""
+    """All ranks fall back to the newest checkpoint that every rank finds sound."""
     run_ranks(save, 2, tmp_path / "checkpoints", 4, 5, 6)
     draw = random.Random(0)
     for path in (
@@ -210,7 +211,7 @@ def test_all_ranks_fall_back_to_the_newest_sound_checkpoint(tmp_path: Path) -> N
 
 @pytest.mark.guarantee("G4")
 def test_loading_without_a_usable_checkpoint_says_so_on_all_ranks(tmp_path: Path) -> None:
-    """No run starts from nothing while damaged checkpoints are there; the error is the same on all ranks."""
+    """If all checkpoints are damaged, a run does not start from the beginning. The error is the same on all ranks."""
 
     def load(world: World, step: int | None) -> str:
         return told(lambda: Saver(tmp_path / "checkpoints", world).load(step))

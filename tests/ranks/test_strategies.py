@@ -1,7 +1,8 @@
-"""Every strategy trains the adapter that `flat` trains: uneven and empty slices, a round that is not finite, a resume.
+"""Every strategy trains the same adapter as `flat`.
 
-Each strategy goes on from the same state and is given the same unions, so that nothing but the strategy differs. The
-second rank has no particle, and in one round no row to train on.
+The tests cover uneven and empty slices, a round that is not finite, and a resume. Each strategy continues from the same
+state with the same unions, so that only the strategy differs. The second rank has no particle, and in one round it has
+no row to train on.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from tests.small_run import small_config
 
 NAMES = ("ddp", "fsdp2", "deepspeed-1", "deepspeed-2", "deepspeed-3")
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
-ROWS = (3, 3, 1, 4, 3)  # of the union in each round: on two ranks 2 + 1, 1 + 0, 2 + 2
+ROWS = (3, 3, 1, 4, 3)  # of the union by round; two ranks share 3 as 2 + 1, 1 as 1 + 0, 4 as 2 + 2
 MIDDLE, LAST = 2, 5
 SPOILED = 3  # the round in which the second rank's gradient is not finite
 
@@ -39,7 +40,8 @@ State = Mapping[str, Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class Result:
-    """Of one rank. states: after each of the rounds asked for. moved: the particles' gradients of each round."""
+    """The results of one rank. states: by the number of finished rounds. moved: the gradients of the particles, by
+    round."""
 
     states: dict[int, State]
     losses: list[float]
@@ -49,7 +51,7 @@ class Result:
 
 @pytest.fixture(scope="module", autouse=True)
 def small_tensors_are_cut_up(request: pytest.FixtureRequest) -> Iterator[None]:
-    """With ZeRO-3 cutting up what a tiny network has."""
+    """Makes ZeRO-3 partition the small tensors of the test network too."""
     if HAS_DEEPSPEED:
         request.getfixturevalue("deepspeed")
     with pytest.MonkeyPatch.context() as patch:
@@ -71,7 +73,7 @@ def unions(shape: tuple[int, ...], step: int) -> Samples:
 
 
 def rounds(world: World, config: Any, first: int, last: int, state: State | None) -> Result:
-    """Rounds first to last - 1 from a state; this rank's samples for the objective are none on the second rank."""
+    """Runs the rounds first to last - 1 from a state. The second rank has no samples for the objective."""
     run = build_run(config, world, lambda done: False)
     shape, training = run.prior.latent_shape(16), run.loop.training
     assert training is not None, "the run has a score network"
@@ -92,7 +94,7 @@ def rounds(world: World, config: Any, first: int, last: int, state: State | None
 
 @dataclass(frozen=True)
 class Case:
-    """What all tests compare with: five rounds of `flat`, of which every strategy repeats the last three."""
+    """The reference of all tests: five rounds of `flat`. Every strategy repeats the last three."""
 
     prior: Path
     folder: Path
@@ -125,7 +127,8 @@ def case(tmp_path_factory: pytest.TempPathFactory, prior: Path) -> Case:
 
 @pytest.fixture(scope="module")
 def repeated(case: Case) -> Callable[[str], list[Result]]:
-    """The last three rounds under a strategy, from flat's state after two; run once."""
+    """Returns the last three rounds under a strategy, from the state of `flat` after two rounds. Each strategy runs
+    once."""
     results: dict[str, list[Result]] = {}
 
     def repeat(name: str) -> list[Result]:
@@ -137,7 +140,7 @@ def repeated(case: Case) -> Callable[[str], list[Result]]:
 
 
 def distance(one: State, other: State) -> float:
-    """The largest difference of two states, which have the same names; moments count as they are."""
+    """The largest difference between two states, which must have the same names. Moments are not rescaled."""
     assert {file: set(tensors) for file, tensors in one.items()} == {file: set(t) for file, t in other.items()}
     pairs = [(one[file][name], other[file][name]) for file in one for name in one[file]]
     return max(float((a.double() - b.double()).abs().max()) for a, b in pairs if a.numel())
@@ -146,19 +149,19 @@ def distance(one: State, other: State) -> float:
 @pytest.mark.guarantee("G13")
 @pytest.mark.parametrize("name", NAMES)
 def test_the_adapter_is_that_of_flat(case: Case, repeated: Any, name: str, figure: Callable[[str], None]) -> None:
-    """Under every strategy adapter, camera, moments and number of steps are those of flat to 1e-6, on every rank, after
-    rounds with uneven and empty shares and one that was left out."""
+    """Under every strategy, the adapter, the camera, the moments and the number of steps equal those of `flat` to 1e-6
+    on every rank. The rounds include uneven and empty shares and a skipped step."""
     found = [distance(result.states[LAST], case.flat.states[LAST]) for result in repeated(name)]
     assert max(found) < 1e-6
     begun, ended = (trained(case.flat.states[step]) for step in (MIDDLE, LAST))
-    assert distance(begun, ended) > 1e-4  # it has moved
+    assert distance(begun, ended) > 1e-4  # training has changed it
     figure(f"{name}: {max(found):.1e} from flat")
 
 
 @pytest.mark.guarantee("G17")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_round_that_is_not_finite_on_one_rank_is_left_out_on_all(case: Case, repeated: Any, name: str) -> None:
-    """Under every strategy a gradient that is not finite on one rank is left out on all."""
+    """Under every strategy, a gradient that is not finite on one rank makes all ranks skip the step."""
     for result in repeated(name):
         assert result.skipped == case.flat.skipped[MIDDLE:] == [0, 1, 0]
         before, after = (trained(result.states[step]) for step in (SPOILED, SPOILED + 1))
@@ -167,7 +170,7 @@ def test_a_round_that_is_not_finite_on_one_rank_is_left_out_on_all(case: Case, r
 
 
 def trained(state: State) -> State:
-    """What a step that is left out must not change."""
+    """The part of the state that a skipped step must not change."""
     return {
         file: {name: tensor for name, tensor in tensors.items() if name != "left_out"}
         for file, tensors in state.items()
@@ -177,7 +180,7 @@ def trained(state: State) -> State:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_losses_and_particles_are_those_of_flat(case: Case, repeated: Any, name: str) -> None:
-    """Also where the networks are spread, so that the rank without particles must join in every call."""
+    """The comparison includes sharded networks, where the rank without particles must take part in every call."""
     first, second = repeated(name)
     for result in (first, second):
         assert result.losses[0] == pytest.approx(case.flat.losses[MIDDLE], abs=1e-6)
@@ -195,7 +198,8 @@ def test_a_run_saved_under_one_strategy_resumes_under_another(case: Case, repeat
 
 
 def test_a_whole_run_under_two_strategies_leaves_a_folder_that_peft_loads_alone(tmp_path: Path, prior: Path) -> None:
-    """One particle on two ranks; saved with the network in parts, and again with the optimiser whole."""
+    """One particle on two ranks. The first round partitions the network (ZeRO-3, if DeepSpeed is installed), the second
+    one uses FSDP2."""
     from diffusers import UNet2DConditionModel
     from peft import PeftModel
 

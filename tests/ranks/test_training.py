@@ -1,4 +1,4 @@
-"""Whole trainings on several ranks: the score learns from everyone, and the number of ranks changes nothing."""
+"""Whole trainings on several ranks: the number of ranks does not change the result."""
 
 import dataclasses
 import json
@@ -46,7 +46,8 @@ def digests(run_dir):
 
 @pytest.mark.guarantee("G10")
 def test_exact_numerics_give_the_same_bits_on_one_to_four_ranks(tmp_path, prior):
-    """7 particles on 1, 2, 3 and 4 ranks: every particle, the adapter, the camera, both optimisers, bit for bit."""
+    """7 particles on 1, 2, 3 and 4 ranks: every particle, the adapter, the camera and both optimisers have the same
+    bits."""
     found = []
     for size in (1, 2, 3, 4):
         run = config(tmp_path / f"w{size}", prior, **{"parallel.numerics": "exact"})
@@ -58,7 +59,7 @@ def test_exact_numerics_give_the_same_bits_on_one_to_four_ranks(tmp_path, prior)
 
 @pytest.mark.guarantee("G10")
 def test_exact_numerics_hold_with_several_views_and_steps_a_round(tmp_path, prior):
-    """Exact numerics: also with several views of a particle and several score steps a round."""
+    """Exact numerics give the same bits with several views per particle and several score steps per round as well."""
     found = []
     for size in (1, 3):
         run = config(
@@ -78,7 +79,8 @@ def test_exact_numerics_hold_with_several_views_and_steps_a_round(tmp_path, prio
 
 
 def test_fast_numerics_agree_between_worlds_up_to_rounding(tmp_path, prior):
-    """Few rounds, because rounding grows; Adam's first steps are signs, so a parameter may still differ by a step."""
+    """One round only, because rounding errors grow. Adam's first step has the size of the learning rate and the sign of
+    the gradient, so a few parameters may differ by a whole step."""
     states = []
     for size in (1, 3):
         run = config(tmp_path / f"w{size}", prior, **{"schedule.rounds": 1})
@@ -97,7 +99,7 @@ def test_more_ranks_than_particles_is_legal(tmp_path, prior):
 
 @pytest.mark.guarantee("G10")
 def test_a_rank_without_particles_follows_a_change_of_resolution(tmp_path, prior):
-    """It gives no rows, but of the width that the others' rows have by then."""
+    """A rank without particles takes part with 0 rows. The shape of a row follows the current resolution."""
     found = []
     for size in (1, 3):
         changing = {"particles.count": 2, "render.resolution": "{0: 16, 2: 24}", "parallel.numerics": "exact"}
@@ -111,7 +113,7 @@ def test_a_rank_without_particles_follows_a_change_of_resolution(tmp_path, prior
 
 @pytest.mark.guarantee("G9", "G11")
 def test_a_resumed_run_equals_one_that_was_not_interrupted(tmp_path, prior):
-    """Two rounds on two ranks and two more on three are four rounds on two, bit for bit."""
+    """Two rounds on two ranks and two more on three ranks give the same bits as four rounds on two ranks."""
     whole = config(tmp_path / "whole", prior, **{"parallel.numerics": "exact"})
     run_ranks(lambda world: train(whole), 2)
     parts = config(tmp_path / "parts", prior, **{"parallel.numerics": "exact"})
@@ -131,7 +133,7 @@ def score_gradient(world, run, samples, counts):
     taken = []
     training = parts.training
     training.score.local.step = lambda gradient, rate: taken.append(gradient.clone())
-    # The adapter's second factor begins at zero, which would hide the first factor's gradient.
+    # The adapter's second factor begins at zero, and that makes the gradient of the first factor zero.
     for parameter in training.score.trainable.values():
         parameter.data += 0.01
     training.round(Exchange(world, counts).start(mine).wait(), 0)

@@ -1,4 +1,4 @@
-"""Forked ranks: what `run_ranks` promises, and that an open group is used by `open_world`."""
+"""The behaviour of `run_ranks` with forked ranks, and of `open_world` inside an open group."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_hung_rank_is_killed_and_named_with_the_place() -> None:
     assert "in hang" in str(caught.value)
 
 
-def test_a_rank_that_leaves_without_a_word_is_named_first() -> None:
+def test_a_rank_that_exits_without_an_error_is_named_first() -> None:
     def leave(world: World) -> None:
         if world.rank == 1:
             os._exit(7)
