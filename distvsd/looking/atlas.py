@@ -1,4 +1,4 @@
-"""Textures of surfaces: charts laid out by xatlas, colours read at the world point of every texel, padding around charts.
+"""Textures of surfaces: charts laid out by xatlas, colours read at the world point of every texel, padding around.
 
 Texture coordinates: u to the right and v downward, in [0, 1]; texel (row r, column c) of E has its centre at
 ((c + 0.5) / E, (r + 0.5) / E). Everything is batched over texels.
@@ -43,9 +43,7 @@ def unwrap(vertices: Tensor, faces: Tensor, edge: int) -> tuple[Tensor, Tensor, 
     return torch.from_numpy(source.view("int32")).long(), torch.from_numpy(new_faces.view("int32")).long(), places
 
 
-def bake(
-    color: Callable[[Tensor], Tensor], vertices: Tensor, faces: Tensor, coordinates: Tensor, edge: int
-) -> Tensor:
+def bake(color: Callable[[Tensor], Tensor], vertices: Tensor, faces: Tensor, coordinates: Tensor, edge: int) -> Tensor:
     """The picture `[E, E, 3]` uint8 of a surface that is laid out at texture `coordinates` `[N, 2]`.
 
     color: colours `[K, 3]` in [0, 1] of world points `[K, 3]`. Each texel whose centre a triangle covers has the colour
