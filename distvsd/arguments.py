@@ -65,8 +65,8 @@ def nothing_or(read: Callable[[str], int]) -> Callable[[str], int]:
 def command_parser(
     kinds: Any, name: str, does: str, example: str, run: Callable[[argparse.Namespace], int], parent: str = ""
 ) -> argparse.ArgumentParser:
-    """A command with its help. kinds: what `add_subparsers` gave. does: in the imperative, without a full stop. example:
-    what follows the command in its help. run: gets the parsed arguments and returns the exit code."""
+    """A command with its help. kinds: what `add_subparsers` gave. does: in the imperative, without a full stop.
+    example: what follows the command in its help. run: gets the parsed arguments and returns the exit code."""
     parser: argparse.ArgumentParser = kinds.add_parser(
         name,
         help=does,

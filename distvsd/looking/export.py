@@ -70,9 +70,9 @@ def export_run(
     """Writes RUN/exports: a file for each particle, `particle-000003.glb`, and of several GLBs one with all of them.
 
     ids: which particles, None for all. texture: edge of the baked pictures in texels, 0 for colours of vertices, which
-    a PLY always has. resolution: cubes along an edge of the lattice on which the surface of a field is found; threshold: the
-    density per world unit at which it lies, None for `particles.mesh.threshold`. A particle that is not finite or has
-    no surface is skipped. Only one export of a run may be under way.
+    a PLY always has. resolution: cubes along an edge of the lattice on which the surface of a field is found.
+    threshold: the density per world unit at which it lies, None for `particles.mesh.threshold`. A particle that is not
+    finite or has no surface is skipped. Only one export of a run may be under way.
 
     Raises what `open_run` raises; UsageError for ids that the run does not have, or where the format does not hold what
     the particles are; BackendError where a texture needs xatlas and there is none; RunError where the particles have no
