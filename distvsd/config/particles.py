@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from distvsd.config.mesh import MeshConfig
 from distvsd.config.ranges import Betas, Count, Increasing, Positive, Range, Share, Weight
 from distvsd.config.schedule import Schedule
 
@@ -90,8 +91,8 @@ class HealthConfig:
 class ParticlesConfig:
     """What is optimised, how many, and how fast."""
 
-    kind: Literal["nerf", "image"] = "nerf"
-    """Radiance fields, or images (the 2-D experiment)."""
+    kind: Literal["nerf", "image", "mesh"] = "nerf"
+    """Radiance fields, images (the 2-D experiment), or triangle meshes."""
     count: Annotated[int, Range(1, 2**31 - 1)] = 8
     """Number of particles over all ranks; fewer than ranks is legal."""
     views: Positive = 1
@@ -113,6 +114,8 @@ class ParticlesConfig:
     image: ImageConfig = ImageConfig()
     """Read when kind is image."""
     nerf: NerfConfig = NerfConfig()
-    """Read when kind is nerf."""
+    """Read when kind is nerf; of a mesh, the field that colours it, its bound and its background."""
+    mesh: MeshConfig = MeshConfig()
+    """Read when kind is mesh."""
     health: HealthConfig = HealthConfig()
     """What happens to particles that stop being finite."""

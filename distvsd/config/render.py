@@ -21,7 +21,9 @@ class RenderConfig:
     small_latents: bool = False
     """Allows latents with less than a quarter of the edge that the prior was trained at; those images are useless."""
     backend: Literal["auto", "torch", "nerfacc"] = "auto"
-    """auto takes the fastest installed one that supports parallel.numerics."""
+    """Of volume rendering; auto takes the fastest installed one that supports parallel.numerics."""
+    raster_backend: Literal["auto", "torch", "nvdiffrast"] = "auto"
+    """Of meshes; auto takes nvdiffrast on CUDA where it is installed and parallel.numerics is fast."""
 
     def resolution_at(self, round: int) -> int:
         """Pixels along an edge in this round, always a multiple of 8."""

@@ -3,6 +3,7 @@
 from distvsd.particles.base import Cost, Handed, Keys, Parameters, Particle, Rendered
 from distvsd.particles.ensemble import Ensemble, Update, Views
 from distvsd.particles.image import ImageParticle
+from distvsd.particles.mesh import MeshParticle
 from distvsd.particles.nerf import NerfParticle
 from distvsd.particles.store import ParticleStore, Resident
 
@@ -12,6 +13,7 @@ __all__ = [
     "Handed",
     "ImageParticle",
     "Keys",
+    "MeshParticle",
     "NerfParticle",
     "Parameters",
     "Particle",

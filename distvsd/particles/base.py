@@ -14,6 +14,7 @@ from torch import Tensor
 
 from distvsd.cameras import Cameras, Field
 from distvsd.errors import ConfigError
+from distvsd.render.meshes import Surface
 
 Parameters = dict[str, Tensor]
 
@@ -153,6 +154,14 @@ class Particle(Protocol):
         """The density of these particles as a function of world points; None for what has no volume.
 
         Reads the parameters when it is called; differentiable in points and parameters.
+        """
+        ...
+
+    def surface(self, parameters: Parameters, resolution: int, threshold: float) -> Surface | None:
+        """The triangle meshes of these particles with their colours, as export writes them; None for what has none.
+
+        resolution: cubes along an edge of the lattice on which a density is read; threshold: density per world unit at
+        which the surface lies. What has a mesh of its own reads neither.
         """
         ...
 

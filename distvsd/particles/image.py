@@ -66,5 +66,8 @@ class ImageParticle:
     def field(self, parameters: Parameters) -> Field | None:
         return None
 
+    def surface(self, parameters: Parameters, resolution: int, threshold: float) -> None:
+        return None
+
     def cost(self, resolution: int) -> Cost:
         return Cost(trained=math.prod(self.shape), frozen=0, points=resolution**2)

@@ -5,6 +5,7 @@ Shape legend: P particles, V views, H x W pixels, S samples a ray, R = V H W ray
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,13 +17,13 @@ from torch import Tensor
 
 from distvsd.cameras import Cameras, Field, rays
 from distvsd.config import NerfConfig
+from distvsd.particles.backdrop import Backdrop, linear_init
 from distvsd.particles.base import Cost, Handed, Keys, Parameters, Rendered, parameter_counts
 from distvsd.render import HashGrid, composite, sample_intervals
+from distvsd.render.meshes import Meshes, Surface
+from distvsd.render.tetrahedra import level_values, marching_tetrahedra, tet_grid
 from distvsd.render.volume import Composited, VolumeBackend
 from distvsd.vsd.rng import Purpose, normal, uniform
-
-_DIRECTION_BANDS = 4
-_BACKGROUND_WIDTH = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,50 +48,52 @@ class NerfParticle:
     def grid(self) -> HashGrid:
         return HashGrid(self.config, self.gather)
 
+    @cached_property
+    def backdrop(self) -> Backdrop:
+        return Backdrop(self.config)
+
     def init(self, seed: int, ids: Tensor, source: Handed | None = None) -> Parameters:
         if source is not None:
             return source.copied_for(self, ids)
         width = self.config.levels * self.config.features
         parameters = self.grid.init(seed, ids, self.config.init_scale)
-        parameters["decoder_weight"] = _linear_init(seed, ids, 4, width, lane=100)
+        parameters["decoder_weight"] = linear_init(seed, ids, 4, width, lane=100)
         colour = (uniform(seed, Purpose.INIT, ids, 0, (3,), lane=103) * 2 - 1) * self.config.init_color
         parameters["decoder_bias"] = torch.cat((torch.zeros_like(colour[:, :1]), colour), dim=1)
-        if self.config.background == "learned":
-            parameters["background_weight0"] = _linear_init(
-                seed, ids, _BACKGROUND_WIDTH, 3 * 2 * _DIRECTION_BANDS, lane=101
-            )
-            parameters["background_bias0"] = torch.zeros(len(ids), _BACKGROUND_WIDTH, device=ids.device)
-            parameters["background_weight1"] = _linear_init(seed, ids, 3, _BACKGROUND_WIDTH, lane=102)
-            parameters["background_bias1"] = torch.zeros(len(ids), 3, device=ids.device)
-        return parameters
+        return parameters | self.backdrop.init(seed, ids)
 
     def learning_rates(self, step: int) -> dict[str, float]:
         grid, network = self.learning_rate(step), self.network_learning_rate(step)
         names = [f"grid{level}" for level in range(self.config.levels)]
-        networks = ["decoder_weight", "decoder_bias"]
-        if self.config.background == "learned":
-            networks += [f"background_{part}{layer}" for layer in (0, 1) for part in ("weight", "bias")]
+        networks = ["decoder_weight", "decoder_bias", *self.backdrop.names]
         return dict.fromkeys(names, grid) | dict.fromkeys(networks, network)
 
     def render(self, parameters: Parameters, cameras: Cameras, resolution: int, keys: Keys) -> Rendered:
         views = cameras.shape[1]
         jitter = uniform(keys.seed, Purpose.RAY_JITTER, keys.ids, keys.step, (views, resolution, resolution))
-        draws = uniform(keys.seed, Purpose.BACKGROUND, keys.ids, keys.step, (views, 4))
-        colour = draws[..., 1:]
-        if self.config.random_background_kind == "grey":
-            colour = colour[..., :1].expand(-1, -1, 3)
-        plain = draws[..., 0] < self.config.random_background
-        return self._draw(parameters, cameras, resolution, jitter, colour, plain, keys)
+        behind = functools.partial(self.backdrop.training, parameters, keys=keys)
+        return self._draw(parameters, cameras, resolution, jitter, behind, keys)
 
     def view(self, parameters: Parameters, cameras: Cameras, resolution: int, background: float) -> Rendered:
-        like = cameras.fovy
-        jitter = torch.full((*cameras.shape, resolution, resolution), 0.5, device=like.device)
-        colour = torch.full((*cameras.shape, 3), background, device=like.device)
-        plain = torch.ones(cameras.shape, dtype=torch.bool, device=like.device)
-        return self._draw(parameters, cameras, resolution, jitter, colour, plain, None)
+        jitter = cameras.fovy.new_full((*cameras.shape, resolution, resolution), 0.5)
+        behind = functools.partial(torch.full_like, fill_value=background)
+        return self._draw(parameters, cameras, resolution, jitter, behind, None)
 
     def field(self, parameters: Parameters) -> Field | None:
         return lambda points_PN3: self.evaluate(parameters, points_PN3)[0]
+
+    @torch.no_grad()
+    def surface(self, parameters: Parameters, resolution: int, threshold: float) -> Surface:
+        """Not differentiable in the parameters; the colours are."""
+        grid = tet_grid(resolution, parameters["decoder_bias"].device)
+        points = grid.points * self.config.bound
+        parts = []
+        for row in range(len(parameters["decoder_bias"])):
+            own = {name: value[row : row + 1] for name, value in parameters.items()}
+            density = torch.cat([self.evaluate(own, chunk[None])[0] for chunk in points.split(2**18)], dim=1)
+            levels = level_values(grid, density, threshold)
+            parts.append(marching_tetrahedra(grid, levels, points).one(0))
+        return Surface(Meshes.of(parts), lambda spots: self.evaluate(parameters, spots)[1])
 
     def cost(self, resolution: int) -> Cost:
         return Cost(*parameter_counts(self), points=resolution**2 * self.config.samples_per_ray)
@@ -118,10 +121,10 @@ class NerfParticle:
         cameras: Cameras,
         resolution: int,
         jitter_PVHW: Tensor,
-        plain_colour_PV3: Tensor,
-        is_plain_PV: Tensor,
+        behind: Callable[[Tensor], Tensor],
         keys: Keys | None,
     ) -> Rendered:
+        """behind: unit directions `[P, V, H, W, 3]` to the colours of the background."""
         particles, config = cameras.shape[0], self.config
         origins, directions = rays(cameras, resolution, resolution)
         origins = origins[:, :, None, None].expand_as(directions)
@@ -134,28 +137,8 @@ class NerfParticle:
             noise = config.density_noise * normal(keys.seed, Purpose.DENSITY_NOISE, keys.ids, keys.step, count)
         density, colour = self.evaluate(parameters, points.reshape(particles, -1, 3), noise)
         out = composite(starts, ends, density.reshape(shape), colour.reshape(*shape, 3), self.backend)
-        background = plain_colour_PV3[:, :, None, None].expand_as(directions)
-        if self.config.background == "learned":
-            learned = self._background(parameters, directions.reshape(particles, -1, 3)).reshape(directions.shape)
-            background = torch.where(is_plain_PV[..., None, None, None], background, learned)
-        images = out.color + (1 - out.opacity) * background
+        images = out.color + (1 - out.opacity) * behind(directions)
         return Rendered(images.permute(0, 1, 4, 2, 3), out.opacity.permute(0, 1, 4, 2, 3), self.penalty(out, particles))
-
-    def _background(self, parameters: Parameters, directions_PR3: Tensor) -> Tensor:
-        """Colours `[P, R, 3]` of the learned background along unit directions."""
-        bands = 2.0 ** torch.arange(_DIRECTION_BANDS, device=directions_PR3.device)
-        angles = (directions_PR3[..., None] * bands).flatten(2)
-        encoded = torch.cat((angles.sin(), angles.cos()), dim=-1)
-        hidden = torch.relu(
-            torch.baddbmm(
-                parameters["background_bias0"][:, None], encoded, parameters["background_weight0"].transpose(1, 2)
-            )
-        )
-        return torch.sigmoid(
-            torch.baddbmm(
-                parameters["background_bias1"][:, None], hidden, parameters["background_weight1"].transpose(1, 2)
-            )
-        )
 
     def penalty(self, rendered: Composited, particles: int) -> Tensor:
         """The weighted regularisers of each particle `[P]`, over its rays: entropy (rays clear or solid), sparsity of
@@ -184,9 +167,3 @@ def _binary_entropy(share_PN: Tensor) -> Tensor:
     """Mean entropy `[P]` of coins that fall with these probabilities, nats."""
     safe = share_PN.clamp(1e-5, 1 - 1e-5)
     return -(safe * safe.log() + (1 - safe) * (1 - safe).log()).mean(1)
-
-
-def _linear_init(seed: int, ids: Tensor, rows: int, columns: int, lane: int) -> Tensor:
-    """Weights `[P, rows, columns]`, uniform in +-sqrt(3 / columns): unit gain for inputs of unit variance."""
-    values = uniform(seed, Purpose.INIT, ids, 0, (rows, columns), lane=lane)
-    return (values * 2 - 1) * math.sqrt(3 / columns)

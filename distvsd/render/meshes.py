@@ -18,8 +18,9 @@ from torch import Tensor
 class Meshes:
     """Meshes of P particles.
 
-    vertices: `[N, 3]` world units. faces: `[M, 3]` int64, indices into all vertices; counter-clockwise seen from outside.
-    vertex_ends, face_ends: P numbers each; particle p has the vertices from vertex_ends[p - 1] (or 0) to vertex_ends[p].
+    vertices: `[N, 3]` world units. faces: `[M, 3]` int64, indices into all vertices; counter-clockwise seen from
+    outside. vertex_ends, face_ends: P numbers each; particle p has the vertices from vertex_ends[p - 1] (or 0) to
+    vertex_ends[p].
     """
 
     vertices: Tensor
@@ -67,7 +68,8 @@ class Meshes:
     def area_normals(self) -> Tensor:
         """`[M, 3]`: outward normals of the faces, as long as twice their area; differentiable."""
         a, b, c = self.corners.unbind(1)
-        return torch.linalg.cross(b - a, c - a)
+        normals: Tensor = torch.linalg.cross(b - a, c - a)
+        return normals
 
     @cached_property
     def vertex_normals(self) -> Tensor:
@@ -103,7 +105,8 @@ class Surface:
 
 
 def normal_consistency(meshes: Meshes) -> Tensor:
-    """Mean of 1 - cos of the angle between neighbouring faces, `[P]`; 0 for a mesh without inner edges. Differentiable."""
+    """Mean of 1 - cos of the angle between neighbouring faces, `[P]`; 0 for a mesh without inner edges.
+    Differentiable."""
     edges, normals = meshes.edges, _unit(meshes.area_normals)
     pairs = edges.faces[edges.is_inner]
     bend = 1 - (normals[pairs[:, 0]] * normals[pairs[:, 1]]).sum(1)

@@ -24,7 +24,7 @@ from distvsd.render.meshes import Meshes
 RasterBackend = Literal["torch", "nvdiffrast"]
 
 NEAR = 1e-3  # world units; what is nearer to a camera's plane is not drawn
-_MOST_CANDIDATES = 2**24  # pairs of triangle and pixel that are looked at in one go; 100 bytes each
+MOST_CANDIDATES = 2**24  # pairs of triangle and pixel that are looked at in one go; 100 bytes each
 
 
 @dataclass(frozen=True)
@@ -130,18 +130,37 @@ def _boxes(meshes: Meshes, cameras: Cameras, resolution: int) -> _Boxes:
     size = last - first + 1
     finite = seen.isfinite().all(-1).all(-1)
     face, view = ((size > 0).all(-1) & finite).nonzero(as_tuple=True)
-    a, b, c = seen[face, view].unbind(1)
-    planes = torch.stack((torch.linalg.cross(b, c), torch.linalg.cross(c, a), torch.linalg.cross(a, b)), dim=1)
+    corners = seen[face, view]
+    planes = _side_planes(corners, meshes.faces[face])
     image = meshes.face_owners[face] * cameras.shape[1] + view
-    first, size = first[face, view].long(), size[face, view].long()
-    return _Boxes(face, image, planes, (a * planes[:, 0]).sum(-1), half[face, view], first, size)
+    return _Boxes(
+        face=face,
+        image=image,
+        planes=planes,
+        volume=(corners[:, 0] * planes[:, 0]).sum(-1),
+        half=half[face, view],
+        first=first[face, view].long(),
+        size=size[face, view].long(),
+    )
+
+
+def _side_planes(corners: Tensor, faces: Tensor) -> Tensor:
+    """Normals `[K, 3, 3]` of the planes through the origin and the sides opposite to each of the corners `[K, 3, 3]`.
+
+    Of the two faces at a side each gets exactly the other's with its sign changed: so a ray through the side is inside
+    of one of them. A cross product does not promise that, because it may be computed with fused operations.
+    """
+    start, end = corners[:, [1, 2, 0]], corners[:, [2, 0, 1]]
+    swapped = (faces[:, [1, 2, 0]] > faces[:, [2, 0, 1]])[..., None]
+    normals = torch.linalg.cross(torch.where(swapped, end, start), torch.where(swapped, start, end))
+    return torch.where(swapped, -normals, normals)
 
 
 def _chunks(counts: Tensor) -> Iterator[slice]:
-    """Runs of boxes with together at most `_MOST_CANDIDATES` pixels, or of one box."""
+    """Runs of boxes with together at most `MOST_CANDIDATES` pixels, or of one box."""
     total, start = counts.cumsum(0), 0
     while start < len(total):
-        limit = _MOST_CANDIDATES + (int(total[start - 1]) if start else 0)
+        limit = MOST_CANDIDATES + (int(total[start - 1]) if start else 0)
         end = max(int(torch.searchsorted(total, limit, right=True)), start + 1)
         yield slice(start, end)
         start = end

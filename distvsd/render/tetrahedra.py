@@ -22,9 +22,9 @@ _TET_EDGES = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
 class TetGrid:
     """A lattice in the cube [-1, 1]^3, on one device, shared by all particles.
 
-    points: `[V, 3]` float32. edges: `[E, 2]`, each once. tets: `[T, 4]` int64, positively oriented. tet_edges: `[T, 6]`, the
-    rows of `edges` between the corners 01, 02, 03, 12, 13, 23. is_border: `[V]`, points that must stay outside of the
-    mesh, so that it is closed. cell: edge of a cube.
+    points: `[V, 3]` float32. edges: `[E, 2]`, each once. tets: `[T, 4]` int64, positively oriented. tet_edges: `[T,
+    6]`, the rows of `edges` between the corners 01, 02, 03, 12, 13, 23. is_border: `[V]`, points that must stay
+    outside of the mesh, so that it is closed. cell: edge of a cube.
     """
 
     points: Tensor
@@ -51,8 +51,14 @@ def tet_grid(resolution: int, device: torch.device) -> TetGrid:
     edges = torch.stack((keys // len(points), keys % len(points)), dim=1)
     # The pyramids between the outermost centres and the sides of the cube are in no tetrahedron.
     is_border = points.abs().amax(1) > 1 - 1.5 / r
-    parts = (points, edges, tets, rows.reshape(-1, 6), is_border)
-    return TetGrid(*(part.to(device) for part in parts), 2 / r)
+    return TetGrid(
+        points=points.to(device),
+        edges=edges.to(device),
+        tets=tets.to(device),
+        tet_edges=rows.reshape(-1, 6).to(device),
+        is_border=is_border.to(device),
+        cell=2 / r,
+    )
 
 
 def _lattice(count: int, offset: float, resolution: int) -> Tensor:
@@ -112,8 +118,8 @@ def _ends(owners: Tensor, particles: int) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=4)
 def _cases(device: torch.device) -> tuple[Tensor, Tensor]:
-    """For each of 16 cases, bit i for corner i inside: up to two triangles `[16, 2, 3]` of crossed edges, turned so that
-    they face outwards, and their number `[16]`."""
+    """For each of 16 cases, bit i for corner i inside: up to two triangles `[16, 2, 3]` of crossed edges, turned so
+    that they face outwards, and their number `[16]`."""
     corners = torch.cat((torch.zeros(1, 3), torch.eye(3)))
     middles = torch.stack([(corners[a] + corners[b]) / 2 for a, b in _TET_EDGES])
     table, count = torch.zeros(16, 2, 3, dtype=torch.int64), torch.zeros(16, dtype=torch.int64)
@@ -135,12 +141,13 @@ def _cases(device: torch.device) -> tuple[Tensor, Tensor]:
     return table.to(device), count.to(device)
 
 
-def level_values(density: Tensor, threshold: float, halvings: int = 6) -> Tensor:
+def level_values(grid: TetGrid, density: Tensor, threshold: float, halvings: int = 6) -> Tensor:
     """Values `[P, V]` whose sign changes where the density `[P, V]` is at the threshold: log(density / threshold).
 
     Where no density of a particle reaches the threshold, it is halved for this particle until one does, at most
     `halvings` times. A particle whose density is lower still has no positive value, so its surface is empty.
     """
+    density = torch.where(grid.is_border, torch.zeros_like(density), density)
     most = density.amax(1, keepdim=True)
     lower = torch.ceil(torch.log2(threshold / most.clamp_min(1e-30)) + 1e-6).clamp(0, halvings)
     lower = torch.where(most > threshold, torch.zeros_like(lower), lower)

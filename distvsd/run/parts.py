@@ -15,9 +15,9 @@ from torch import Tensor
 from distvsd.cameras import CameraSampler, OrbitSampler
 from distvsd.config import CamerasConfig, Config
 from distvsd.errors import BackendError
-from distvsd.particles import Ensemble, Handed, ImageParticle, NerfParticle, Particle, Resident
+from distvsd.particles import Ensemble, Handed, ImageParticle, MeshParticle, NerfParticle, Particle, Resident
 from distvsd.particles.encode import encode_plain
-from distvsd.render import volume_backend
+from distvsd.render import raster_backend, volume_backend
 from distvsd.run.custom import Custom
 from distvsd.vsd.objectives import ESD, SDS, VSD, Objective
 
@@ -110,14 +110,26 @@ def make_particle(config: Config, prior: Latents | None, device: torch.device) -
             shape = prior.latent_shape(size)
             return ImageParticle(config=particles.image, shape=shape, learning_rate=rate, encode=encode)
         case "nerf":
-            return NerfParticle(
-                config=particles.nerf,
+            return _make_field(config, device)
+        case "mesh":
+            return MeshParticle(
+                config=particles.mesh,
+                field_particle=_make_field(config, device),
                 learning_rate=rate,
-                network_learning_rate=particles.network_learning_rate.at,
-                backend=volume_backend(config.render.backend, config.parallel.numerics, device),
-                # Reading a dense level on CUDA adds its gradients in no fixed order; gathering can be made
-                # deterministic.
-                gather=exact and not on_cpu,
+                backend=raster_backend(config.render.raster_backend, config.parallel.numerics, device),
                 deterministic=exact or on_cpu,
             )
-    raise ValueError(f"particles.kind is {particles.kind!r}; known are 'nerf' and 'image'")
+    raise ValueError(f"particles.kind is {particles.kind!r}; known are 'nerf', 'image' and 'mesh'")
+
+
+def _make_field(config: Config, device: torch.device) -> NerfParticle:
+    particles, exact, on_cpu = config.particles, config.parallel.numerics == "exact", device.type == "cpu"
+    return NerfParticle(
+        config=particles.nerf,
+        learning_rate=particles.learning_rate.at,
+        network_learning_rate=particles.network_learning_rate.at,
+        backend=volume_backend(config.render.backend, config.parallel.numerics, device),
+        # Reading a dense level on CUDA adds its gradients in no fixed order; gathering can be made deterministic.
+        gather=exact and not on_cpu,
+        deterministic=exact or on_cpu,
+    )

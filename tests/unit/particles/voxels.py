@@ -11,7 +11,7 @@ from distvsd.cameras import Cameras, Field, rays
 from distvsd.errors import ConfigError
 from distvsd.particles import Cost, Handed, Keys, Parameters, Rendered
 from distvsd.particles.base import parameter_counts
-from distvsd.render import composite, sample_intervals
+from distvsd.render import Surface, composite, sample_intervals
 from distvsd.vsd.rng import Purpose, normal
 
 EDGE, BOUND, SAMPLES = 6, 0.6, 12
@@ -64,6 +64,9 @@ class TintedVoxels:
             return torch.nn.functional.grid_sample(grid, at, align_corners=True, padding_mode="border")[:, 0, 0, 0]
 
         return density
+
+    def surface(self, parameters: Parameters, resolution: int, threshold: float) -> Surface | None:
+        return None
 
     def cost(self, resolution: int) -> Cost:
         return Cost(*parameter_counts(self), points=resolution**2 * SAMPLES)

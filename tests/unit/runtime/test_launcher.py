@@ -51,6 +51,8 @@ def shell(folder: Path, script: str, **variables: str) -> tuple[Any, int]:
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # Ignored signals are inherited: under `nohup make test` every shell would look like one under nohup.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
     said, _ = shell.communicate(timeout=60)  # waits also for a process that outlives the shell
     return json.loads(said), shell.pid

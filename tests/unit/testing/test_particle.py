@@ -73,6 +73,9 @@ class Broken:
     def cost(self, resolution: int) -> Cost:
         return Cost(trained=3 * 16 * 16, frozen=0, points=1)
 
+    def surface(self, parameters: Parameters, resolution: int, threshold: float) -> None:
+        return None
+
 
 def test_the_particle_that_is_spoiled_below_conforms() -> None:
     check_particle(Broken())
