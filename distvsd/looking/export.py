@@ -143,7 +143,7 @@ def _shape(saved: Saved, particle_id: int, files: _Files) -> Solid | Splats | st
         return "it diverged, its parameters are not finite"
     facts: dict[str, Any] = {"particle": particle_id, "prompt": saved.config.prompts[particle_id], "round": opened.step}
     with torch.no_grad():
-        found = particle.surface(parameters, files.resolution, files.threshold)
+        found: Surface | Splats | None = particle.surface(parameters, files.resolution, files.threshold)
         if found is None and isinstance(particle, HasSplats):
             found = particle.splats(parameters)
     match found:
