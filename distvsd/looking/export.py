@@ -29,7 +29,7 @@ from distvsd.runtime.paths import RunPaths
 Format = Literal["glb", "obj", "ply"]
 TOGETHER = "particles.glb"  # all particles side by side
 TEXTURE, RESOLUTION = 1024, 64
-_IDS_NAMED = 12  # in a message
+_NAMED = 12  # in a message
 
 
 @dataclass(frozen=True)
@@ -91,33 +91,40 @@ def export_run(
         resolution=resolution,
         threshold=saved.config.particles.mesh.threshold if threshold is None else threshold,
     )
-    written: list[Path] = []
-    skipped: dict[int, str] = {}
+    done = _export_each(saved, chosen, files, report)
+    if not done.paths:
+        reasons = [f"particle {particle_id}: {why}" for particle_id, why in done.skipped.items()]
+        raise RunError(
+            f"{run_dir} has nothing to export ({'; '.join(reasons[:_NAMED])}); train longer, or choose other particles"
+        )
+    return done
+
+
+def _export_each(saved: Saved, chosen: Sequence[int], files: _Files, report: Callable[[str], None]) -> Exported:
+    """One particle after the other, then the file of all of them."""
+    done = Exported([], {})
     with ExitStack() as opened:
-        with _spooled(run_dir):
+        with _spooled(files.root):
             # Without a name, on the disk that the file of all will be on.
-            together = Glb(opened.enter_context(tempfile.TemporaryFile(dir=run_dir)))
+            together = Glb(opened.enter_context(tempfile.TemporaryFile(dir=files.root)))
         for particle_id in chosen:
             found = _shape(saved, particle_id, files)
             if isinstance(found, str):
-                skipped[particle_id] = found
+                done.skipped[particle_id] = found
                 report(f"particle {particle_id} is skipped: {found}")
                 continue
-            written += _write(found, f"particle-{particle_id:06d}", files)
-            report(f"written {written[-1].name}")
-            if format == "glb" and isinstance(found, Solid) and len(chosen) > 1:
-                with _spooled(run_dir):
+            done.paths.extend(_write(found, f"particle-{particle_id:06d}", files))
+            report(f"written {done.paths[-1].name}")
+            if files.format == "glb" and isinstance(found, Solid) and len(chosen) > 1:
+                with _spooled(files.root):
                     together.add(found)
         if together.count > 1 and together.fits:
-            with inside.replacing(run_dir, files.name(TOGETHER)) as stream:
+            with inside.replacing(files.root, files.name(TOGETHER)) as stream:
                 together.write(stream)
-            written.append(run_dir / files.name(TOGETHER))
+            done.paths.append(files.root / files.name(TOGETHER))
         elif together.count > 1:
             report(f"{TOGETHER} is not written: a GLB holds at most 4 GiB; choose fewer particles or a smaller texture")
-    if not written:
-        reasons = "; ".join(f"particle {particle_id}: {why}" for particle_id, why in list(skipped.items())[:_IDS_NAMED])
-        raise RunError(f"{run_dir} has nothing to export ({reasons}); train longer, or choose other particles")
-    return Exported(written, skipped)
+    return done
 
 
 def _chosen(known: Sequence[int], asked: Sequence[int] | None) -> list[int]:
@@ -125,7 +132,7 @@ def _chosen(known: Sequence[int], asked: Sequence[int] | None) -> list[int]:
         return list(known)
     strange = sorted(set(asked) - set(known))
     if strange:
-        named = ", ".join(map(str, strange[:_IDS_NAMED]))
+        named = ", ".join(map(str, strange[:_NAMED]))
         raise UsageError(
             f"the run has no particle {named}; its particles are {min(known)} to {max(known)}, give some of them, as "
             "in --particles 0,3"
