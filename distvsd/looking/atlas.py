@@ -32,7 +32,7 @@ def unwrap(vertices: Tensor, faces: Tensor, edge: int) -> tuple[Tensor, Tensor, 
             "--texture 0"
         ) from error
     charts, layout = xatlas.ChartOptions(), xatlas.PackOptions()
-    # An isosurface has no straight edges to follow. Without looking for them, charts are a third fewer in half the time.
+    # An isosurface has no straight edges to follow. Without the search for them charts are a third fewer.
     charts.straightness_weight, charts.roundness_weight = 0.0, 0.0
     layout.resolution, layout.padding, layout.bilinear = edge, GAP, True
     atlas = xatlas.Atlas()
