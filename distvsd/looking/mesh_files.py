@@ -76,7 +76,7 @@ def write_splats(stream: IO[bytes], splats: Splats) -> None:
         means,
         torch.zeros_like(means),
         (colors - 0.5) / _SH_0,
-        splats.opacities[0][:, None],
+        splats.opacity_logits[0][:, None],
         splats.log_scales[0],
         quaternions,
     )

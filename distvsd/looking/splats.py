@@ -1,8 +1,7 @@
-"""What a particle of Gaussians is to a file of splats."""
+"""What a file of splats needs of a particle of Gaussians."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -10,16 +9,25 @@ from torch import Tensor
 from distvsd.particles import Parameters
 
 
-@dataclass(frozen=True)
-class Splats:
-    """Gaussians of P particles, those that are drawn: means `[P, N, 3]` world units, log_scales `[P, N, 3]`,
-    quaternions `[P, N, 4]` real part first, opacities `[P, N]` logits, colors `[P, N, 3]` in [0, 1]."""
+@runtime_checkable
+class Splats(Protocol):
+    """Gaussians of P particles: means `[P, N, 3]` world units, log_scales `[P, N, 3]`, quaternions `[P, N, 4]` real
+    part first, opacity_logits `[P, N]`, colors `[P, N, 3]` in [0, 1]."""
 
-    means: Tensor
-    log_scales: Tensor
-    quaternions: Tensor
-    opacities: Tensor
-    colors: Tensor
+    @property
+    def means(self) -> Tensor: ...
+
+    @property
+    def log_scales(self) -> Tensor: ...
+
+    @property
+    def quaternions(self) -> Tensor: ...
+
+    @property
+    def opacity_logits(self) -> Tensor: ...
+
+    @property
+    def colors(self) -> Tensor: ...
 
 
 @runtime_checkable

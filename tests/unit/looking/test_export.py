@@ -17,7 +17,6 @@ from distvsd.errors import RunError, UsageError
 from distvsd.looking import export, glb
 from distvsd.looking.export import export_run
 from distvsd.looking.opened import open_run
-from distvsd.looking.splats import Splats
 from distvsd.looking.views import inspection
 from distvsd.render.meshes import Meshes, Surface
 from distvsd.run.custom import Custom
@@ -27,7 +26,7 @@ from distvsd.runtime import inside
 from tests.small_run import small_config
 from tests.unit.looking import solids
 from tests.unit.looking.drawing import of_file, of_particle
-from tests.unit.looking.solids import by_place, cube, surface
+from tests.unit.looking.solids import GivenSplats, by_place, cube, surface
 
 NOTHING = Surface(Meshes.of([(torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.int64))]), by_place)
 BROKEN = surface((torch.full((3, 3), torch.nan), torch.tensor([[0, 1, 2]])))
@@ -56,16 +55,28 @@ class Gaussians(Shown):
 
     def splats(self, parameters):
         means = torch.arange(6.0).reshape(1, 2, 3)
-        return Splats(means, means, torch.ones(1, 2, 4), torch.zeros(1, 2), torch.full((1, 2, 3), 0.5))
+        return GivenSplats(means, means, torch.ones(1, 2, 4), torch.zeros(1, 2), torch.full((1, 2, 3), 0.5))
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, shared_pipeline):
-    """The configuration of a run of three fields, which were trained for one round."""
-    prior = shared_pipeline("shapes")
-    config = small_config(tmp_path_factory.mktemp("finished") / "run", prior, **{"schedule.rounds": 1})
-    assert train(config) == 0
-    return config
+def trained(tmp_path_factory, shared_pipeline):
+    """trained(kind): the configuration of a run of three particles of a kind, which were trained for one round."""
+    made = {}
+
+    def train_one(kind):
+        if kind not in made:
+            changes = {"particles.kind": kind, "particles.mesh.grid": 8, "schedule.rounds": 1, "objective.kind": "sds"}
+            made[kind] = small_config(tmp_path_factory.mktemp(kind) / "run", shared_pipeline("shapes"), **changes)
+            assert train(made[kind]) == 0
+        return made[kind]
+
+    return train_one
+
+
+@pytest.fixture(scope="module")
+def finished(trained):
+    """The configuration of a run of three fields."""
+    return trained("nerf")
 
 
 @pytest.fixture
@@ -295,12 +306,20 @@ def test_what_cannot_be_exported_ends_with_2_and_what_is_allowed(run, words, all
     assert not (run / "exports").exists()
 
 
+def test_images_are_refused_with_what_to_do_instead(trained, tmp_path):
+    run = Path(shutil.copytree(trained("image").run.dir, tmp_path / "run"))
+    with pytest.raises(RunError, match=r"no surface.*distvsd render"):
+        export_run(run, texture=0)
+
+
+@pytest.mark.parametrize("kind", ["nerf", "mesh"])
 @pytest.mark.parametrize("texture", [0, 256])
-def test_what_is_read_back_and_drawn_by_another_program_looks_like_the_particle(run, texture):
+def test_what_is_read_back_and_drawn_by_another_program_looks_like_the_particle(trained, tmp_path, kind, texture):
     """Rays of one camera at the particle's own surface with its own colours, and at the file."""
     pytest.importorskip("embreex")
     if texture:
         pytest.importorskip("xatlas")
+    run = Path(shutil.copytree(trained(kind).run.dir, tmp_path / "run"))
     saved = open_run(run, "cpu")
     threshold = saved.config.particles.mesh.threshold
     [path] = export_run(run, "glb", [1], texture=texture, resolution=24, threshold=threshold).paths
