@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from distvsd.cli import main
 from distvsd.config import load_config
-from distvsd.errors import PriorError
+from distvsd.errors import DistvsdError, PriorError
 from distvsd.parallel.world import World
 from distvsd.run.build import Run, build_run
+from distvsd.run.train import train
 from distvsd.testing.pipelines import tiny_pipeline
 
 SMOKE = Path(__file__).parents[3] / "configs" / "smoke.yaml"
@@ -52,6 +55,21 @@ def test_a_learner_that_predicts_velocity_learns_under_a_teacher_that_predicts_n
     for step in (0, 1):
         parts.loop.round(step)
     assert score.local.num_steps == 2
+
+
+def test_a_run_whose_score_has_another_base_is_verified_and_resumed_with_that_base(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = tiny_pipeline(tmp_path / "teacher", "sd21", "epsilon", seed=0)
+    base, folder = learner(tmp_path), tmp_path / "run"
+    changes = [f"prior.path={teacher}", "render.resolution=16", "particles.count=2", f"run.dir={folder}"]
+    changes += ["schedule.rounds=2", "checkpoint.every=1"]
+    train(load_config(SMOKE, [*changes, f"score.base={base}"]))
+    capsys.readouterr()
+    assert main(["verify", str(folder), "--digest"]) == 0
+    assert "score/adapter" in capsys.readouterr().out
+    with pytest.raises(DistvsdError, match=re.escape(str(base))):
+        train(load_config(SMOKE, [*changes, "schedule.rounds=3"]))
 
 
 def changed(folder: Path, file: str, **values: object) -> Path:
