@@ -258,7 +258,7 @@ def _export_command(kinds: Any) -> None:
     export.add_argument(
         "--resolution",
         type=GRID,
-        default=64,
+        default=48,
         metavar="N",
         help="cubes along an edge of the lattice on which the surface of a field is found (default: %(default)s)",
     )

@@ -48,38 +48,49 @@ def unwrap(vertices: Tensor, faces: Tensor, edge: int) -> tuple[Tensor, Tensor, 
 def bake(color: Callable[[Tensor], Tensor], vertices: Tensor, faces: Tensor, coordinates: Tensor, edge: int) -> Tensor:
     """The picture `[E, E, 3]` uint8 of a surface that is laid out at texture `coordinates` `[N, 2]`.
 
-    color: colours `[K, 3]` in [0, 1] of world points `[K, 3]`. Each texel whose centre a triangle covers has the colour
-    of the world point that is there; all others continue the charts, see `continued`. White where no texel is covered.
+    color: colours `[K, 3]` in [0, 1] of world points `[K, 3]`. A texel whose centre a triangle covers has the colour of
+    the world point that is there. One that a triangle only touches has the colour of the point of the triangle that is
+    nearest to its centre, so that no triangle is too thin for a colour. The others continue the charts, see
+    `continued`. White where nothing is touched.
     """
-    owners_EE = texel_owners(coordinates[faces].double() * edge, edge)
-    covered = (owners_EE.flatten() >= 0).nonzero()[:, 0]
+    corners_M32 = coordinates[faces].double() * edge
+    centers_EE = texel_owners(corners_M32, edge)
+    owners_EE = torch.where(centers_EE >= 0, centers_EE, texel_owners(corners_M32, edge, reach=0.5))
+    touched = (owners_EE.flatten() >= 0).nonzero()[:, 0]
     picture_T3 = torch.zeros(edge * edge, 3)
-    for texels in covered.split(POINTS_AT_ONCE):
+    for texels in touched.split(POINTS_AT_ONCE):
         triangles = owners_EE.flatten()[texels]
         center_T2 = torch.stack((texels % edge, texels // edge), dim=-1) + 0.5
-        shares_T3 = barycentric(coordinates[faces[triangles]].double() * edge, center_T2.double())
+        shares_T3 = nearest_shares(corners_M32[triangles], center_T2.double())
         points_T3 = torch.einsum("tk,tkc->tc", shares_T3, vertices[faces[triangles]].double())
         picture_T3[texels] = color(points_T3.float()).float().cpu()
     filled_EE3 = continued(picture_T3.reshape(edge, edge, 3), owners_EE >= 0)
     return (filled_EE3.clamp(0, 1) * 255).round().byte()
 
 
-def texel_owners(corners_M32: Tensor, edge: int) -> Tensor:
-    """The triangle over the centre of each texel `[E, E]` int64, -1 where there is none; the last one of several.
+def texel_owners(corners_M32: Tensor, edge: int, reach: float = 0.0) -> Tensor:
+    """The triangle at each texel `[E, E]` int64, -1 where there is none; the last one of several.
 
-    corners: of triangles in texels, `[M, 3, 2]` (column, row) float64. A scan line at a time, all lines at once: work
-    and memory are those of the covered texels.
+    corners: of triangles in texels, `[M, 3, 2]` (column, row) float64. A triangle is at a texel where it meets the
+    square of half-width `reach` around its centre: 0 for the centre itself, 0.5 for all of the texel. A row of texels
+    at a time, all at once: work and memory are those of the texels that are found.
     """
     rows_M3 = corners_M32[..., 1]
-    triangle_L, row_L = _spans(rows_M3.amin(1), rows_M3.amax(1), edge)
+    triangle_L, row_L = _spans(rows_M3.amin(1) - reach, rows_M3.amax(1) + reach, edge)
     start_L32, end_L32 = corners_M32[triangle_L], corners_M32[triangle_L].roll(-1, dims=1)
-    height_L3 = end_L32[..., 1] - start_L32[..., 1]
-    along_L3 = (row_L[:, None] + 0.5 - start_L32[..., 1]) / torch.where(height_L3 == 0, 1.0, height_L3)
-    crosses_L3 = (height_L3 != 0) & (along_L3 >= 0) & (along_L3 <= 1)
-    column_L3 = start_L32[..., 0] + along_L3 * (end_L32[..., 0] - start_L32[..., 0])
-    left_L = torch.where(crosses_L3, column_L3, torch.inf).amin(1)
-    right_L = torch.where(crosses_L3, column_L3, -torch.inf).amax(1)
-    line_T, column_T = _spans(left_L, right_L, edge)
+    from_L3, height_L3 = start_L32[..., 1], end_L32[..., 1] - start_L32[..., 1]
+    middle_L1 = row_L[:, None] + 0.5
+    low_L3, high_L3 = torch.minimum(from_L3, end_L32[..., 1]), torch.maximum(from_L3, end_L32[..., 1])
+    meets_L3 = (low_L3 <= middle_L1 + reach) & (high_L3 >= middle_L1 - reach)
+    # Both ends of the part of each side that is within the row's height; of a level side, its own ends.
+    columns = []
+    for level, own in ((-reach, 0.0), (reach, 1.0)):
+        along_L3 = (middle_L1 + level - from_L3) / torch.where(height_L3 == 0, 1.0, height_L3)
+        along_L3 = torch.where(height_L3 == 0, own, along_L3.clamp(0, 1))
+        columns.append(start_L32[..., 0] + along_L3 * (end_L32[..., 0] - start_L32[..., 0]))
+    left_L = torch.where(meets_L3, torch.minimum(*columns), torch.inf).amin(1)
+    right_L = torch.where(meets_L3, torch.maximum(*columns), -torch.inf).amax(1)
+    line_T, column_T = _spans(left_L - reach, right_L + reach, edge)
     texel_T = row_L[line_T] * edge + column_T
     owners = torch.full((edge * edge,), -1, dtype=torch.int64)
     return owners.scatter_reduce_(0, texel_T, triangle_L[line_T], "amax").reshape(edge, edge)
@@ -96,20 +107,19 @@ def _spans(low_N: Tensor, high_N: Tensor, edge: int) -> tuple[Tensor, Tensor]:
     return row, torch.arange(len(row)) - begins[row] + first[row]
 
 
-def barycentric(corners_T32: Tensor, points_T2: Tensor) -> Tensor:
-    """Shares `[T, 3]` of the corners of triangles at points in them, not below 0, with the sum 1."""
-    opposite = corners_T32.roll(-1, dims=1)
-    following = corners_T32.roll(-2, dims=1)
-    side, toward = following - opposite, points_T2[:, None] - opposite
-    areas = (side[..., 0] * toward[..., 1] - side[..., 1] * toward[..., 0]) * _sign(corners_T32)[:, None]
-    areas = areas.clamp_min(0)
+def nearest_shares(corners_T32: Tensor, points_T2: Tensor) -> Tensor:
+    """Barycentric shares `[T, 3]`, with the sum 1 and none below 0, of the points of triangles that are nearest to
+    given points."""
+    start, side = corners_T32.roll(-1, dims=1), corners_T32.roll(-2, dims=1) - corners_T32.roll(-1, dims=1)
+    toward = points_T2[:, None] - start  # row k: of the side opposite to corner k
+    areas = side[..., 0] * toward[..., 1] - side[..., 1] * toward[..., 0]
     total = areas.sum(1, keepdim=True)
-    return torch.where(total > 0, areas / total.clamp_min(1e-300), 1 / 3)
-
-
-def _sign(corners_T32: Tensor) -> Tensor:
-    first, second = (corners_T32[:, k] - corners_T32[:, 0] for k in (1, 2))
-    return torch.sign(first[:, 0] * second[:, 1] - first[:, 1] * second[:, 0])
+    inside = (areas * total >= 0).all(1, keepdim=True) & (total != 0)
+    along = ((toward * side).sum(-1) / side.square().sum(-1).clamp_min(1e-300)).clamp(0, 1)
+    nearest = (toward - along[..., None] * side).square().sum(-1).argmin(1, keepdim=True)
+    along = along.gather(1, nearest)
+    on_side = torch.zeros_like(areas).scatter(1, (nearest + 1) % 3, 1 - along).scatter(1, (nearest + 2) % 3, along)
+    return torch.where(inside, areas / torch.where(total == 0, 1.0, total), on_side)
 
 
 def continued(picture_EE3: Tensor, covered_EE: Tensor) -> Tensor:

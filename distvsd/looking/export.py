@@ -28,7 +28,7 @@ from distvsd.runtime.paths import RunPaths
 
 Format = Literal["glb", "obj", "ply"]
 TOGETHER = "particles.glb"  # all particles side by side
-TEXTURE, RESOLUTION = 1024, 64
+TEXTURE, RESOLUTION = 1024, 48
 _NAMED = 12  # in a message
 
 

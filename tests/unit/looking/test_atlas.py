@@ -88,12 +88,58 @@ def test_a_texel_on_the_side_of_two_triangles_belongs_to_one_and_none_is_forgott
     assert bool((owners[above] == 0).all()) and bool((owners[above.T] == 1).all())
 
 
+@settings(max_examples=60, deadline=None)
+@given(numbers=st.lists(st.floats(-2, 10, width=32), min_size=6, max_size=6))
+def test_a_triangle_is_at_every_texel_that_it_touches_and_at_no_other(numbers):
+    corners = torch.tensor(numbers, dtype=torch.float64).reshape(1, 3, 2)
+    found = (atlas.texel_owners(corners, 8, reach=0.5) == 0).numpy()
+    steps = torch.linspace(0, 1, 61, dtype=torch.float64)
+    a, b = (grid.flatten()[:, None] for grid in torch.meshgrid(steps, steps, indexing="ij"))
+    points = corners[0, 0] + a * (1 - b) * (corners[0, 1] - corners[0, 0]) + a * b * (corners[0, 2] - corners[0, 0])
+    inner = points[((points - points.round()).abs() > 1e-9).all(1) & (points > 0).all(1) & (points < 8).all(1)].long()
+    assert found[inner[:, 1], inner[:, 0]].all()
+    row, column = torch.from_numpy(found).nonzero().T
+    centers = torch.stack((column, row), dim=1) + 0.5
+    shares = atlas.nearest_shares(corners.expand(len(centers), -1, -1), centers.double())
+    away = (torch.einsum("tk,kc->tc", shares, corners[0]) - centers).abs().amax(1)
+    # The square of the texel reaches the triangle, so the nearest point is within its half diagonal.
+    assert bool((away <= 0.5 * 2**0.5 + 1e-9).all())
+
+
 def test_shares_find_the_point_again():
     corners = torch.tensor([[[0.0, 0], [4, 0], [0, 4]], [[0, 0], [0, 4], [4, 0]]], dtype=torch.float64)
     points = torch.tensor([[1.0, 2], [1, 2]], dtype=torch.float64)
-    assert atlas.barycentric(corners, points).tolist() == [[0.25, 0.25, 0.5], [0.25, 0.5, 0.25]]
-    flat = torch.zeros(1, 3, 2, dtype=torch.float64)
-    assert atlas.barycentric(flat, points[:1]).tolist() == [[1 / 3] * 3]
+    assert atlas.nearest_shares(corners, points).tolist() == [[0.25, 0.25, 0.5], [0.25, 0.5, 0.25]]
+
+
+@pytest.mark.parametrize(
+    ("corners", "point", "expected"),
+    [
+        ([[0, 0], [4, 0], [0, 4]], [1, -1], [0.75, 0.25, 0]),  # below a side
+        ([[0, 0], [4, 0], [0, 4]], [-1, -2], [1, 0, 0]),  # at a corner
+        ([[0, 0], [4, 0], [0, 4]], [3, 3], [0, 0.5, 0.5]),
+        ([[0, 0], [10, 0], [5, 0.01]], [2, 0.5], [0.6, 0, 0.4]),  # beside a sliver
+        ([[0, 0], [4, 0], [2, 0]], [1, 1], [0.75, 0.25, 0]),  # without an area
+        ([[1, 1], [1, 1], [1, 1]], [1, 1], None),  # without a length
+    ],
+)
+def test_outside_of_a_triangle_the_nearest_point_counts(corners, point, expected):
+    triangle, place = (torch.tensor([values], dtype=torch.float64) for values in (corners, point))
+    [shares] = atlas.nearest_shares(triangle, place).tolist()
+    assert sum(shares) == pytest.approx(1) and min(shares) >= 0
+    if expected is not None:
+        nearest = torch.einsum("k,kc->c", torch.tensor(expected, dtype=torch.float64), triangle[0])
+        found = torch.einsum("k,kc->c", torch.tensor(shares, dtype=torch.float64), triangle[0])
+        assert found.tolist() == pytest.approx(nearest.tolist(), abs=2e-3)
+
+
+def test_a_triangle_that_covers_no_centre_has_its_colour_in_the_texels_that_it_touches():
+    """Its neighbours in the picture would lend it theirs otherwise."""
+    coordinates = torch.tensor([[0.0, 0], [0.5, 0], [0, 1], [0.7, 0.51], [0.9, 0.52], [0.7, 0.53]])
+    faces = torch.tensor([[0, 1, 2], [3, 4, 5]])
+    vertices = torch.tensor([[0.0, 0, 0]] * 3 + [[1.0, 1, 1]] * 3)
+    picture = atlas.bake(lambda points: points * torch.tensor([1.0, 0.5, 0]), vertices, faces, coordinates, 16)
+    assert picture[8, 11:14].tolist() == [[255, 128, 0]] * 3 and picture[1, 1].tolist() == [0, 0, 0]
 
 
 def test_a_baked_texel_has_the_colour_of_the_world_point_under_it(box):

@@ -143,7 +143,7 @@ def test_the_lattice_and_the_threshold_reach_the_particle(run, shown, finished):
     custom = shown(surface(cube()))
     export_run(run, "ply", [0], custom=custom, resolution=17, threshold=2.5)
     export_run(run, "ply", [0], custom=custom)
-    assert custom.particle.asked == [(17, 2.5), (64, finished.particles.mesh.threshold)]
+    assert custom.particle.asked == [(17, 2.5), (48, finished.particles.mesh.threshold)]
 
 
 @pytest.mark.parametrize("wrong", [NOTHING, BROKEN, BROKEN_COLOR])
