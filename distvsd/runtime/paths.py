@@ -87,7 +87,7 @@ class RunPaths:
         self.prove_writable()
         for file in (self.status, self.config, self.metrics, self.health, self.lock, self.evaluation):
             inside.expect_file(self.root, file.name)
-        for folder in (self.heartbeats, self.checkpoints, self.renders, self.exports, self.wandb):
+        for folder in (self.heartbeats, self.checkpoints, self.renders, self.wandb):
             inside.expect_folder(self.root, folder.name)
         for name in inside.names(self.root, self.heartbeats.name):
             inside.expect_file(self.root, f"{self.heartbeats.name}/{name}")
