@@ -2,6 +2,7 @@
 
 from distvsd.config.cameras import CamerasConfig
 from distvsd.config.canonical import diff, digest, to_dict, to_yaml
+from distvsd.config.gaussians import GaussiansConfig
 from distvsd.config.load import config_from, load_config
 from distvsd.config.objective import ObjectiveConfig
 from distvsd.config.parallel import ParallelConfig
@@ -19,6 +20,7 @@ __all__ = [
     "CamerasConfig",
     "CheckpointConfig",
     "Config",
+    "GaussiansConfig",
     "HealthConfig",
     "ImageConfig",
     "LogConfig",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from distvsd.config.gaussians import GaussiansConfig
 from distvsd.config.mesh import MeshConfig
 from distvsd.config.ranges import Betas, Count, Increasing, Positive, Range, Share, Weight
 from distvsd.config.schedule import Schedule
@@ -91,8 +92,8 @@ class HealthConfig:
 class ParticlesConfig:
     """What is optimised, how many, and how fast."""
 
-    kind: Literal["nerf", "image", "mesh"] = "nerf"
-    """Radiance fields, images (the 2-D experiment), or triangle meshes."""
+    kind: Literal["nerf", "gaussians", "image", "mesh"] = "nerf"
+    """Radiance fields, sets of 3-D gaussians, images (the 2-D experiment), or triangle meshes."""
     count: Annotated[int, Range(1, 2**31 - 1)] = 8
     """Number of particles over all ranks; fewer than ranks is legal."""
     views: Positive = 1
@@ -104,7 +105,7 @@ class ParticlesConfig:
     """Renders and their encoding are computed again in the backward pass instead of kept. The result has the same bits;
     memory is that of one render call instead of all, and rendering takes twice the time."""
     learning_rate: Annotated[Schedule, Range(0, 10)] = Schedule(((0, 0.01),))
-    """Adam's rate for grids and pixels."""
+    """Adam's rate for grids and pixels; gaussians have factors on it."""
     network_learning_rate: Annotated[Schedule, Range(0, 10)] = Schedule(((0, 0.001),))
     """Adam's rate for the small networks of a particle."""
     betas: Betas = (0.9, 0.99)
@@ -115,6 +116,8 @@ class ParticlesConfig:
     """Read when kind is image."""
     nerf: NerfConfig = NerfConfig()
     """Read when kind is nerf; of a mesh, the field that colours it, its bound and its background."""
+    gaussians: GaussiansConfig = GaussiansConfig()
+    """Read when kind is gaussians."""
     mesh: MeshConfig = MeshConfig()
     """Read when kind is mesh."""
     health: HealthConfig = HealthConfig()

@@ -72,6 +72,22 @@ def _exact_backend(config: Config) -> str | None:
     return "is nerfacc, whose sums change from run to run, but parallel.numerics is exact; allowed: auto, torch"
 
 
+def _exact_splats(config: Config) -> str | None:
+    if config.parallel.numerics != "exact" or config.render.splat_backend != "gsplat":
+        return None
+    return "is gsplat, whose sums change from run to run, but parallel.numerics is exact; allowed: auto, torch"
+
+
+def _first_opacity(config: Config) -> str | None:
+    gaussians = config.particles.gaussians
+    if gaussians.min_opacity < gaussians.init_opacity:
+        return None
+    return (
+        f"is {gaussians.min_opacity:g} but particles.gaussians.init_opacity is {gaussians.init_opacity:g}, so that "
+        "all gaussians would begin dead; allowed: below that"
+    )
+
+
 def _exact_strategy(config: Config) -> str | None:
     if config.parallel.strategy == "flat" or config.parallel.numerics != "exact":
         return None
@@ -112,6 +128,8 @@ RELATIONS = (
     Relation(("score.replay_share", "score.replay_rounds"), _replay),
     Relation(("render.resolution", "particles.kind", "particles.image.space"), _latent_size),
     Relation(("render.backend", "parallel.numerics"), _exact_backend),
+    Relation(("render.splat_backend", "parallel.numerics"), _exact_splats),
+    Relation(("particles.gaussians.min_opacity", "particles.gaussians.init_opacity"), _first_opacity),
     Relation(("parallel.strategy", "parallel.numerics"), _exact_strategy),
     Relation(("parallel.strategy", "objective.kind"), _strategy_without_score),
     Relation(

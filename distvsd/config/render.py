@@ -24,6 +24,8 @@ class RenderConfig:
     """Of volume rendering; auto takes the fastest installed one that supports parallel.numerics."""
     raster_backend: Literal["auto", "torch", "nvdiffrast"] = "auto"
     """Of meshes; auto takes nvdiffrast on CUDA where it is installed and parallel.numerics is fast."""
+    splat_backend: Literal["auto", "torch", "gsplat"] = "auto"
+    """Of gaussians; auto takes gsplat on CUDA where it is installed and parallel.numerics is fast."""
 
     def resolution_at(self, round: int) -> int:
         """Pixels along an edge in this round, always a multiple of 8."""

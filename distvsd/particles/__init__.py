@@ -1,15 +1,20 @@
 """What is optimised: kinds of particles, and the ensemble of them that a rank owns."""
 
-from distvsd.particles.base import Cost, Handed, Keys, Parameters, Particle, Rendered
+from distvsd.particles.base import Adapted, Adaptive, Colored, Cost, Handed, Keys, Parameters, Particle, Rendered
 from distvsd.particles.ensemble import Ensemble, Update, Views
+from distvsd.particles.gaussians import GaussianParticle
 from distvsd.particles.image import ImageParticle
 from distvsd.particles.mesh import MeshParticle
 from distvsd.particles.nerf import NerfParticle
 from distvsd.particles.store import ParticleStore, Resident
 
 __all__ = [
+    "Adapted",
+    "Adaptive",
+    "Colored",
     "Cost",
     "Ensemble",
+    "GaussianParticle",
     "Handed",
     "ImageParticle",
     "Keys",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -42,14 +43,12 @@ class Backdrop:
     def training(self, parameters: Parameters, directions: Tensor, keys: Keys) -> Tensor:
         """Colours `[P, V, H, W, 3]` along unit directions of the same shape: a random plain colour for each view, or
         what was learned. Differentiable in the parameters."""
-        draws = uniform(keys.seed, Purpose.BACKGROUND, keys.ids, keys.step, (directions.shape[1], 4))
-        color = draws[..., 1:]
-        if self.config.random_background_kind == "grey":
-            color = color[..., :1].expand(-1, -1, 3)
+        is_plain, color = random_plain(
+            keys, directions.shape[1], self.config.random_background, self.config.random_background_kind
+        )
         plain = color[:, :, None, None].expand_as(directions)
         if self.config.background != "learned":
             return plain
-        is_plain = draws[..., 0] < self.config.random_background
         learned = self._learned(parameters, directions.reshape(len(directions), -1, 3)).reshape(directions.shape)
         return torch.where(is_plain[..., None, None, None], plain, learned)
 
@@ -67,6 +66,16 @@ class Backdrop:
                 parameters["background_bias1"][:, None], hidden, parameters["background_weight1"].transpose(1, 2)
             )
         )
+
+
+def random_plain(keys: Keys, views: int, share: float, kind: Literal["color", "grey"]) -> tuple[Tensor, Tensor]:
+    """Which views have a plain background, a share of them on average, `[P, views]`, and its colour for every view,
+    `[P, views, 3]`: any, or a grey level."""
+    draws = uniform(keys.seed, Purpose.BACKGROUND, keys.ids, keys.step, (views, 4))
+    color = draws[..., 1:]
+    if kind == "grey":
+        color = color[..., :1].expand(-1, -1, 3)
+    return draws[..., 0] < share, color
 
 
 def linear_init(seed: int, ids: Tensor, rows: int, columns: int, lane: int) -> Tensor:

@@ -7,7 +7,7 @@ representation holds no tensors of particles, and knows nothing of guidance, of 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NoReturn, Protocol
+from typing import NoReturn, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -92,6 +92,30 @@ class Handed:
             rows.append(field(points[None]))
         return torch.cat(rows) if rows else points.new_zeros(0, len(points))
 
+    @torch.no_grad()
+    def colors(self, points: Tensor) -> Tensor | None:
+        """RGB in [0, 1] of what is handed over, at the points of each particle `[P, N, 3]`, on their device; None where
+        it offers no colours. One particle a call, as `density`."""
+        if not isinstance(self.particle, Colored):
+            return None
+        rows = []
+        for row in range(len(points)):
+            own = {name: value.to(points.device) for name, value in self.rows(slice(row, row + 1)).parameters.items()}
+            rows.append(self.particle.colors(own, points[row : row + 1]))
+        return torch.cat(rows) if rows else points.clone()
+
+    @torch.no_grad()
+    def surfaces(self, device: torch.device) -> list[Surface] | None:
+        """The surface of each particle that is handed over, if these have one and no density. One particle a call."""
+        found = []
+        for row in range(len(next(iter(self.parameters.values())))):
+            own = {name: value.to(device) for name, value in self.rows(slice(row, row + 1)).parameters.items()}
+            surface = None if self.particle.field(own) is not None else self.particle.surface(own, 3, 1.0)
+            if surface is None:
+                return None
+            found.append(surface)
+        return found or None
+
     def refuse(self, particle: Particle, why: str) -> NoReturn:
         """Raises ConfigError: `particle` cannot begin from this."""
         raise ConfigError(
@@ -167,6 +191,43 @@ class Particle(Protocol):
 
     def cost(self, resolution: int) -> Cost:
         """What one particle takes at square images of so many pixels; makes no particle."""
+        ...
+
+
+@runtime_checkable
+class Colored(Protocol):
+    """What a kind of particle offers beside `Particle` if it has colours in space."""
+
+    def colors(self, parameters: Parameters, points: Tensor) -> Tensor:
+        """RGB in [0, 1] `[P, N, 3]` at the world points `[P, N, 3]` of each particle; grey where there is nothing."""
+        ...
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What `Adaptive.adapt` changes. parameters: new values `[P, ...]` of some of the trained ones. restarted: for some
+    of the trained parameters a bool mask that broadcasts to their shape; Adam's moments become 0 where it is true."""
+
+    parameters: Parameters
+    restarted: dict[str, Tensor]
+
+
+@runtime_checkable
+class Adaptive(Protocol):
+    """What a kind of particle offers beside `Particle` if its structure changes while it is trained.
+
+    The parameters keep their names and shapes, so structure is in their values: which of a fixed number of gaussians
+    are in use, for example.
+    """
+
+    def adapt(self, parameters: Parameters, keys: Keys, factors: Tensor) -> Adapted | None:
+        """The structure of P particles after the update of round `keys.step`; None where it stays as it is.
+
+        The ensemble calls it once a round for every group, without gradients, and takes over the rows of the particles
+        that moved in this round; it does nothing to the others, whose rows may be NaN. factors: `[P]`, on each
+        particle's learning rates. Changes nothing in place. Like everything of a particle it is a function of its
+        arguments, row i of row i only, so that a resumed run does the same.
+        """
         ...
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from distvsd.cameras import Cameras, CameraSampler
 from distvsd.config import ParticlesConfig
 from distvsd.faults import fault, poison
-from distvsd.particles.base import Keys, Parameters, Particle, Rendered
+from distvsd.particles.base import Adaptive, Keys, Parameters, Particle, Rendered
 from distvsd.particles.good import GoodStates
 from distvsd.particles.group import Group, without_frozen
 from distvsd.particles.health import Health, Update, judge
@@ -158,7 +158,9 @@ class Ensemble:
                 records = [self._health[particle_id] for particle_id in group.own]
                 taking_part = is_sound.new_tensor([not health.quarantined for health in records])
                 factors = [health.rate(self._config) for health in records]
-                moved.update(group.move(rates, is_sound & taking_part, factors))
+                own_moved = group.move(rates, is_sound & taking_part, factors)
+                self._adapt(group, own_moved, factors, step)
+                moved.update(own_moved)
         else:
             self._out_of_memory.update(own)
             groups = [half for group in groups for half in self.store.split(group)]
@@ -169,6 +171,17 @@ class Ensemble:
             self._good.forget(particle_id)  # it has moved for the last time
         self.store.commit(groups)
         return update
+
+    @torch.no_grad()
+    def _adapt(self, group: Group, moved: list[int], factors: list[float], step: int) -> None:
+        """The structure of those that moved, where their kind has one that changes."""
+        if not moved or not isinstance(self.particle, Adaptive):
+            return
+        keys = Keys(self.store.seed, group.ids, step)
+        like = next(iter(group.trained.values()))
+        adapted = self.particle.adapt(group.parameters, keys, like.new_tensor(factors))
+        if adapted is not None:
+            group.take_over(adapted, moved)
 
     def _backward(self, views: list[Views], latents: Tensor, gradient: Tensor) -> bool:
         """Gradients into the parameters' `grad`; False, and none, where the memory did not suffice."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distvsd.faults import poison
 from distvsd.particles.adam import ParticleAdam
-from distvsd.particles.base import Parameters, Particle
+from distvsd.particles.base import Adapted, Parameters, Particle
 
 # Adam squares the gradient. A square that overflows would make the second moment infinite: the particle would never
 # move again, and nothing would be NaN. So a gradient from here on counts as not finite; (1e18)^2 is far below 3e38.
@@ -57,6 +57,18 @@ class Group:
         moves = may_move & torch.stack([norm < LARGEST_GRADIENT for norm in largest]).all(0)
         self.adam.step(trained, gradients, rates, moves, largest[0].new_tensor(factors))
         return [particle_id for particle_id, moved in zip(self.own, moves.tolist(), strict=True) if moved]
+
+    @torch.no_grad()
+    def take_over(self, adapted: Adapted, ids: list[int]) -> None:
+        """The new structure of particles `ids`; the others keep every bit."""
+        chosen = self.ids.new_tensor([particle_id in ids for particle_id in self.own]).bool()
+        for name, value in adapted.parameters.items():
+            rows = chosen.reshape(-1, *[1] * (value.ndim - 1))
+            self.parameters[name].copy_(torch.where(rows, value, self.parameters[name]))
+        for name, mask in adapted.restarted.items():
+            rows = mask & chosen.reshape(-1, *[1] * (mask.ndim - 1))
+            for moment in (self.adam.mean[name], self.adam.square[name]):
+                moment.copy_(torch.where(rows, torch.zeros_like(moment), moment))
 
     def forget_gradients(self) -> None:
         for value in self.trained.values():

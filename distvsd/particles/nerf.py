@@ -19,9 +19,10 @@ from distvsd.cameras import Cameras, Field, rays
 from distvsd.config import NerfConfig
 from distvsd.particles.backdrop import Backdrop, linear_init
 from distvsd.particles.base import Cost, Handed, Keys, Parameters, Rendered, parameter_counts
+from distvsd.particles.isosurface import isosurface
+from distvsd.particles.penalties import coverage, sparsity
 from distvsd.render import HashGrid, composite, sample_intervals
-from distvsd.render.meshes import Meshes, Surface
-from distvsd.render.tetrahedra import level_values, marching_tetrahedra, tet_grid
+from distvsd.render.meshes import Surface
 from distvsd.render.volume import Composited, VolumeBackend
 from distvsd.vsd.rng import Purpose, normal, uniform
 
@@ -79,21 +80,16 @@ class NerfParticle:
         behind = functools.partial(torch.full_like, fill_value=background)
         return self._draw(parameters, cameras, resolution, jitter, behind, None)
 
-    def field(self, parameters: Parameters) -> Field | None:
+    def field(self, parameters: Parameters) -> Field:
         return lambda points_PN3: self.evaluate(parameters, points_PN3)[0]
 
-    @torch.no_grad()
+    def colors(self, parameters: Parameters, points: Tensor) -> Tensor:
+        return self.evaluate(parameters, points)[1]
+
     def surface(self, parameters: Parameters, resolution: int, threshold: float) -> Surface:
         """Not differentiable in the parameters; the colours are."""
-        grid = tet_grid(resolution, parameters["decoder_bias"].device)
-        points = grid.points * self.config.bound
-        parts = []
-        for row in range(len(parameters["decoder_bias"])):
-            own = {name: value[row : row + 1] for name, value in parameters.items()}
-            density = torch.cat([self.evaluate(own, chunk[None])[0] for chunk in points.split(2**18)], dim=1)
-            levels = level_values(grid, density, threshold)
-            parts.append(marching_tetrahedra(grid, levels, points).one(0))
-        return Surface(Meshes.of(parts), lambda spots: self.evaluate(parameters, spots)[1])
+        meshes = isosurface(self.field, parameters, self.config.bound, resolution, threshold)
+        return Surface(meshes, lambda spots: self.evaluate(parameters, spots)[1])
 
     def cost(self, resolution: int) -> Cost:
         return Cost(*parameter_counts(self), points=resolution**2 * self.config.samples_per_ray)
@@ -150,16 +146,9 @@ class NerfParticle:
             of = opacity if of_rays else rendered.weights.reshape(particles, -1)
             penalty = penalty + config.entropy * _binary_entropy(of) / (1 if of_rays else math.log(2))
         if config.sparsity > 0:
-            # Mean over root mean square (Hoyer 2004). It has no gradient in the overall strength, and nearly none on
-            # solid rays: it removes fog, and neither thins the object nor fades all of it out.
-            penalty = penalty + config.sparsity * opacity.mean(1) / (opacity.square().mean(1) + 1e-4).sqrt()
+            penalty = penalty + sparsity(config.sparsity, opacity)
         if config.coverage > 0:
-            # Against the two states that sparsity does not see: a field that fills the view, which the prior takes for
-            # a background, and one that has faded. An opacity near 1 and a softplus near 0 have vanishing slopes; the
-            # logarithms make up for that.
-            covered, (low, high) = opacity.mean(1), config.coverage_range
-            inside = ((covered + 1e-4) / low).clamp_max(1) * ((1 - covered + 1e-4) / (1 - high)).clamp_max(1)
-            penalty = penalty - config.coverage * inside.log()
+            penalty = penalty + coverage(config.coverage, opacity, config.coverage_range)
         return penalty
 
 

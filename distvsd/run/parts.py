@@ -15,9 +15,18 @@ from torch import Tensor
 from distvsd.cameras import CameraSampler, OrbitSampler
 from distvsd.config import CamerasConfig, Config
 from distvsd.errors import BackendError
-from distvsd.particles import Ensemble, Handed, ImageParticle, MeshParticle, NerfParticle, Particle, Resident
+from distvsd.particles import (
+    Ensemble,
+    GaussianParticle,
+    Handed,
+    ImageParticle,
+    MeshParticle,
+    NerfParticle,
+    Particle,
+    Resident,
+)
 from distvsd.particles.encode import encode_plain
-from distvsd.render import raster_backend, volume_backend
+from distvsd.render import raster_backend, splat_backend, volume_backend
 from distvsd.run.custom import Custom
 from distvsd.vsd.objectives import ESD, SDS, VSD, Objective
 
@@ -109,6 +118,13 @@ def make_particle(config: Config, prior: Latents | None, device: torch.device) -
             encode = functools.partial(encode_plain, prior.encode, size)
             shape = prior.latent_shape(size)
             return ImageParticle(config=particles.image, shape=shape, learning_rate=rate, encode=encode)
+        case "gaussians":
+            return GaussianParticle(
+                config=particles.gaussians,
+                learning_rate=rate,
+                backend=splat_backend(config.render.splat_backend, config.parallel.numerics, device),
+                deterministic=exact or on_cpu,
+            )
         case "nerf":
             return _make_field(config, device)
         case "mesh":
@@ -119,7 +135,7 @@ def make_particle(config: Config, prior: Latents | None, device: torch.device) -
                 backend=raster_backend(config.render.raster_backend, config.parallel.numerics, device),
                 deterministic=exact or on_cpu,
             )
-    raise ValueError(f"particles.kind is {particles.kind!r}; known are 'nerf', 'image' and 'mesh'")
+    raise ValueError(f"particles.kind is {particles.kind!r}; known are 'nerf', 'gaussians', 'image' and 'mesh'")
 
 
 def _make_field(config: Config, device: torch.device) -> NerfParticle:

@@ -14,7 +14,7 @@ import torch
 from distvsd.cameras import CameraSampler, OrbitSampler
 from distvsd.config import CamerasConfig
 from distvsd.particles.base import Handed, Particle, Rendered
-from distvsd.testing import particle_init
+from distvsd.testing import growth, particle_init
 from distvsd.testing.rules import close, equal, require, subject
 from distvsd.testing.trial import Trial
 from distvsd.vsd.rng import Purpose, uniform
@@ -61,6 +61,7 @@ def check_particle(
         gradient_rows_are_independent(trial)
         lost_particle_is_alone(trial)
         density(trial)
+        growth.adapts(trial)
 
 
 def shapes_and_ranges(trial: Trial) -> None:

@@ -41,6 +41,7 @@ class Purpose(enum.IntEnum):
     BUILD = 14
     EVALUATE = 15
     SCORE_BATCH = 16
+    GROWTH = 17
 
 
 def uniform(

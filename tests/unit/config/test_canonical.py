@@ -101,6 +101,8 @@ def configs(draw: st.DrawFn) -> Config:
     nerf = config.particles.nerf
     low, high = sorted((nerf.base_resolution, nerf.max_resolution))
     nerf = replace(nerf, base_resolution=low, max_resolution=max(low, high))
+    gaussians = config.particles.gaussians
+    least, first = min(gaussians.min_opacity, 0.005), max(gaussians.init_opacity, 0.01)
     any_strategy = config.parallel.numerics == "fast" and config.objective.kind != "sds"
     count = draw(st.integers(1, 4))
     prompt = draw(TEXTS | st.lists(TEXTS, min_size=count, max_size=count).filter(lambda texts: count > 1).map(tuple))
@@ -113,6 +115,7 @@ def configs(draw: st.DrawFn) -> Config:
             count=count,
             views=min(config.particles.views, 1000),
             nerf=nerf,
+            gaussians=replace(gaussians, min_opacity=least, init_opacity=first),
             image=replace(config.particles.image, space="pixel"),
         ),
         score=replace(
@@ -121,7 +124,7 @@ def configs(draw: st.DrawFn) -> Config:
             replay_share=config.score.replay_share / 2,
             micro_batch=config.score.micro_batch if config.parallel.strategy == "flat" else 0,
         ),
-        render=replace(config.render, backend="auto"),
+        render=replace(config.render, backend="auto", splat_backend="auto"),
         parallel=config.parallel if any_strategy else replace(config.parallel, strategy="flat"),
         log=replace(config.log, wandb="off"),
     )

@@ -110,6 +110,13 @@ BAD = [
     ("parallel: {strategy: fsdp2, numerics: exact}", 1, ["parallel.strategy is fsdp2", "exact; allowed: flat"]),
     ("objective: {kind: sds}\nparallel: {strategy: ddp}", 2, ["parallel.strategy is ddp", "kind is sds"]),
     ("parallel: {numerics: exact}\nrender: {backend: nerfacc}", 2, ["render.backend is nerfacc", "exact", "torch"]),
+    ("parallel: {numerics: exact}\nrender: {splat_backend: gsplat}", 2, ["splat_backend is gsplat", "exact", "torch"]),
+    (
+        "particles: {gaussians: {min_opacity: 0.2, init_opacity: 0.1}}",
+        1,
+        ["particles.gaussians.min_opacity is 0.2", "init_opacity is 0.1"],
+    ),
+    ("particles: {gaussians: {capacity: 0}}", 1, ["particles.gaussians.capacity is 0", "at least 1"]),
     (
         "particles: {kind: image, image: {space: latent}}\nrender: {resolution: {0: 64, 9: 128}}",
         2,
