@@ -1,7 +1,7 @@
 """Measures time, floating-point operations and peak memory of each phase of a round, and particle updates per second.
 
 It runs the trainer's own loop (`distvsd.run.loop`) with any configuration, on CPU or GPU, on one rank or several. It
-writes no run directory:
+writes no run directory. A stage after the first begins with fresh particles of its kind:
 
     python benchmarks/phases.py configs/quickstart.yaml particles.count=16 --ranks 1 2 --json phases.json
 
@@ -227,7 +227,7 @@ def _peaks(device: torch.device, loop: Loop, step: int) -> dict[str, int]:
 
 def work(args: argparse.Namespace) -> None:
     """One rank: builds the run and measures it. Rank 0 writes the figures of all ranks to the file `args.worker`."""
-    config = load_config(args.config, args.overrides)
+    config = load_config(args.config, args.overrides).stage_configs[args.stage - 1]
     with open_world(config.parallel.timeout_s) as world:
         run = build_run(config, world, lambda done: False)
         found = gather_objects(world, _measure(world, run.loop, args.warmup, args.rounds))
@@ -260,6 +260,7 @@ def launch(args: argparse.Namespace, ranks: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "found.json"
         options = ["--worker", str(out), "--rounds", str(args.rounds), "--warmup", str(args.warmup)]
+        options += ["--stage", str(args.stage)]
         command = [sys.executable, *torchrun, __file__, args.config, *args.overrides, *options]
         subprocess.run(command, env=environment, check=True)
         found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
@@ -295,6 +296,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=default, help="(default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=10, help="rounds of each measurement (default: %(default)s)")
     parser.add_argument("--warmup", type=int, default=3, help="rounds before measurements (default: %(default)s)")
+    parser.add_argument("--stage", type=int, default=1, help="of a run of stages, from 1 (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     parser.add_argument("--worker", metavar="FILE", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

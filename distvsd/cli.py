@@ -18,16 +18,16 @@ from typing import Any, NoReturn
 from distvsd import commands
 from distvsd.arguments import (
     ASSUMPTION,
-    GUIDANCE,
-    IMAGES,
-    LEARNING_RATE,
+    DENSITY,
+    GRID,
     NODES,
+    PARTICLES,
     RANKS_A_NODE,
-    SAMPLES,
-    SEED,
-    STEPS,
-    text,
+    TEXTURE,
+    command_parser,
+    json_argument,
 )
+from distvsd.cli_prior import prior_commands
 from distvsd.commands import is_first_rank
 from distvsd.config.scalars import printable
 from distvsd.errors import ConfigError, DistvsdError, UsageError
@@ -149,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(command=_introduce, parser=parser)
     kinds = parser.add_subparsers(metavar="COMMAND")
 
-    train = _command(
+    train = command_parser(
         kinds,
         "train",
         "train the particles of a configuration",
@@ -158,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train_arguments(train)
 
-    plan = _command(
+    plan = command_parser(
         kinds,
         "plan",
         "say what a run needs, without a GPU: who owns what, memory, bytes, UNet calls, schedules",
@@ -187,27 +187,31 @@ def _parser() -> argparse.ArgumentParser:
             metavar=metavar,
             help=f"{what} (default: the one that the plan prints)",
         )
-    _json_argument(plan)
+    json_argument(plan)
 
     _commands_on_runs(kinds)
-    _prior_commands(kinds)
-    _command(
+    prior_commands(kinds)
+    command_parser(
         kinds, "doctor", "list versions, devices and what is missing, each with what to do", "", commands.run_doctor
     )
     return parser
 
 
 def _commands_on_runs(kinds: Any) -> None:
-    evaluate = _command(
+    evaluate = command_parser(
         kinds, "evaluate", "measure what the particles of a run are worth", "runs/a --json", commands.run_evaluate
     )
     _run_argument(evaluate)
-    _json_argument(evaluate)
+    json_argument(evaluate)
 
-    render = _command(kinds, "render", "write turntables and contact sheets of a run", "runs/a", commands.run_render)
+    render = command_parser(
+        kinds, "render", "write turntables and contact sheets of a run", "runs/a", commands.run_render
+    )
     _run_argument(render)
 
-    verify = _command(
+    _export_command(kinds)
+
+    verify = command_parser(
         kinds, "verify", "check every checkpoint file against its manifest", "runs/a --digest", commands.run_verify
     )
     _run_argument(verify)
@@ -215,7 +219,7 @@ def _commands_on_runs(kinds: Any) -> None:
         "--digest", action="store_true", help="print one SHA-256 a component, the whole last, and no path"
     )
 
-    log = _command(
+    log = command_parser(
         kinds,
         "log",
         "send a run's metrics and pictures to Weights and Biases",
@@ -231,89 +235,40 @@ def _commands_on_runs(kinds: Any) -> None:
     )
 
 
-def _prior_commands(parents: Any) -> None:
-    prior = parents.add_parser(
-        "prior",
-        help="describe a prior, draw from it, or train the embedded one",
-        epilog="example: distvsd prior info shapes",
-        allow_abbrev=False,
-    )
-    kinds = prior.add_subparsers(metavar="COMMAND", required=True)
-
-    info = _command(
-        kinds, "info", "describe a prior's folder", "shapes --measure", commands.run_prior_info, parent="prior "
-    )
-    info.add_argument(
-        "path", nargs="?", default="shapes", metavar="PATH", help="a diffusers folder (default: %(default)s)"
-    )
-    info.add_argument(
-        "--measure", action="store_true", help="draw samples and measure how right they are; takes minutes"
-    )
-    _json_argument(info)
-
-    sample = _command(
+def _export_command(kinds: Any) -> None:
+    export = command_parser(
         kinds,
-        "sample",
-        "draw ancestral samples into one image",
-        "'a red cube' --out cubes.png",
-        commands.run_prior_sample,
-        parent="prior ",
+        "export",
+        "write the particles of a run as files for other programs",
+        "runs/a --format glb --particles 0,3",
+        commands.run_export,
     )
-    sample.add_argument("prompt", type=text, metavar="PROMPT", help="any text, also an empty one")
-    sample.add_argument("--path", default="shapes", help="a diffusers folder (default: %(default)s)")
-    sample.add_argument("--count", type=SAMPLES, default=16, help="number of samples (default: %(default)s)")
-    sample.add_argument(
-        "--guidance-scale",
-        type=GUIDANCE,
-        default=3.0,
-        help="classifier-free guidance (default: %(default)s)",
+    _run_argument(export)
+    export.add_argument(
+        "--format", choices=("glb", "obj", "ply"), default="glb", help="of the files (default: %(default)s)"
     )
-    sample.add_argument("--steps", type=STEPS, default=50, help="denoising steps (default: %(default)s)")
-    sample.add_argument("--seed", type=SEED, default=0, help="of the initial noise (default: %(default)s)")
-    sample.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="where the image goes")
-
-    _build_command(kinds)
-
-
-def _build_command(kinds: Any) -> None:
-    build = _command(
-        kinds,
-        "build",
-        "train the embedded prior from nothing; call again to go on",
-        "runs/shapes",
-        commands.run_prior_build,
-        parent="prior ",
+    export.add_argument("--particles", type=PARTICLES, metavar="IDS", help="such as 0,3,7 (default: all)")
+    export.add_argument(
+        "--texture",
+        type=TEXTURE,
+        default=1024,
+        metavar="N",
+        help="edge of the baked texture of glb and obj, 0 for colours of vertices (default: %(default)s)",
     )
-    build.add_argument("folder", type=Path, metavar="FOLDER", help="where the pipeline is written")
-    build.add_argument("--seed", type=SEED, default=0, help="of the data and the training (default: %(default)s)")
-    build.add_argument(
-        "--num-images",
-        type=IMAGES,
-        default=30_000,
-        help="size of the drawn data set (default: %(default)s)",
+    export.add_argument(
+        "--resolution",
+        type=GRID,
+        default=48,
+        metavar="N",
+        help="cubes along an edge of the lattice on which the surface of a field is found (default: %(default)s)",
     )
-    build.add_argument("--steps", type=STEPS, default=12_000, help="training steps (default: %(default)s)")
-    build.add_argument(
-        "--learning-rate",
-        type=LEARNING_RATE,
-        default=8e-4,
-        help="highest rate of the training (default: %(default)s)",
+    export.add_argument(
+        "--threshold",
+        type=DENSITY,
+        metavar="D",
+        help="density per world unit at which that surface lies (default: particles.mesh.threshold of the run)",
     )
-    build.add_argument("--from", dest="start", default="", metavar="FOLDER", help="begin with this pipeline's weights")
-    build.add_argument("--batch-size", type=SAMPLES, default=32, help="images a step (default: %(default)s)")
-    build.add_argument("--device", default="cpu", help="torch device to train on (default: %(default)s)")
-
-
-def _command(kinds: Any, name: str, does: str, example: str, run: Command, parent: str = "") -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = kinds.add_parser(
-        name,
-        help=does,
-        description=does[0].upper() + does[1:] + ".",
-        epilog=f"example: distvsd {parent}{name} {example}".rstrip(),
-        allow_abbrev=False,
-    )
-    parser.set_defaults(command=run, parser=parser)
-    return parser
+    json_argument(export)
 
 
 def _config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -325,10 +280,6 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="a run directory, as run.dir names it")
-
-
-def _json_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
 
 def _report(error: DistvsdError) -> None:

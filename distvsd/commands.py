@@ -68,6 +68,32 @@ def run_render(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_export(args: argparse.Namespace) -> int:
+    run = _run_directory(args)
+    with _only_json(args.json):
+        from distvsd.looking.export import export_run
+        from distvsd.stages import newest_stage
+
+        done = export_run(
+            newest_stage(run),
+            args.format,
+            args.particles,
+            texture=args.texture,
+            resolution=args.resolution,
+            threshold=args.threshold,
+            report=lambda text: print(text, file=sys.stderr, flush=True),
+        )
+    written = [str(path) for path in done.paths]
+    if args.json:
+        print(json.dumps({"written": written, "skipped": {str(i): why for i, why in done.skipped.items()}}))
+        return 0
+    print("\n".join(map(printable, written)))
+    if done.skipped:
+        reasons = "; ".join(f"particle {particle_id}: {why}" for particle_id, why in done.skipped.items())
+        print(f"{len(done.skipped)} particles are not exported. {reasons}", file=sys.stderr, flush=True)
+    return 0
+
+
 def run_verify(args: argparse.Namespace) -> int:
     run = _run_directory(args)
     from distvsd.checkpoint import reader

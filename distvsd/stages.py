@@ -17,7 +17,7 @@ import torch
 
 from distvsd.checkpoint.format import particle_file
 from distvsd.checkpoint.reader import Checkpoint, steps
-from distvsd.config import Config
+from distvsd.config import Config, load_config
 from distvsd.errors import RunError
 from distvsd.particles.base import Handed, Particle
 from distvsd.particles.stored import blank_state, read_particle
@@ -99,6 +99,31 @@ def _seed(seed: int, number: int) -> int:
 def stages_of(config: Config) -> list[Stage]:
     """The stages of a run in order, at least one."""
     return [Stage(config, number) for number in range(1, max(len(config.stages), 1) + 1)]
+
+
+def stage_before(stage: Stage) -> Stage | None:
+    """The stage whose particles this one begins with: the one before it, or for the first stage the newest of the run
+    in `run.init_from`. None where particles begin anew.
+
+    Raises RunError where that directory holds no run with a checkpoint, ConfigError where its configuration is damaged.
+    """
+    if stage.number > 1:
+        return Stage(stage.whole, stage.number - 1)
+    if not stage.whole.run.init_from:
+        return None
+    paths = RunPaths(Path(stage.whole.run.init_from))
+    if not paths.config.is_file():
+        raise RunError(
+            f"run.init_from is {paths.root}, which holds no config.yaml; give the directory of a run, or leave it empty"
+        )
+    whole = load_config(paths.config)
+    other = stages_of(replace(whole, run=replace(whole.run, dir=str(paths.root))))
+    begun = [each for each in other if each.has_begun()]
+    if not begun:
+        raise RunError(
+            f"run.init_from is {paths.root}, a run without a checkpoint; train it, or leave run.init_from empty"
+        )
+    return begun[-1]
 
 
 def refuse_other_stages(config: Config) -> None:

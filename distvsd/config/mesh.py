@@ -24,8 +24,7 @@ class MeshConfig:
     normal_consistency: Weight = 0.0
     """Weight of 1 - cos of the angles between neighbouring faces; 5000 in the paper."""
     laplacian: Weight = 0.0
-    """Weight of the squared distances of vertices from the mean of their neighbours, square world units; 0.5 in the
-    paper."""
+    """Weight of the length of the sum of the edges that leave a vertex, world units; 0.5 in the paper."""
     light: Annotated[tuple[float, float], Range(-360, 360)] = (34.0, 57.0)
     """Azimuth and elevation of the light, degrees; read when signal is shaded."""
     ambient: Share = 0.5

@@ -13,7 +13,8 @@ class ParallelConfig:
     """How ranks work together."""
 
     strategy: Literal["flat", "ddp", "fsdp2", "deepspeed"] = "flat"
-    """How ranks train the score network (same adapter up to rounding); flat: one reduction a step, nothing split."""
+    """How ranks train the score network (same adapter up to rounding); flat: one reduction a step, nothing split.
+    Stages that train no score network take flat."""
     zero_stage: Annotated[int, Range(1, 3)] = 1
     """deepspeed only: what is split between ranks. 1: the optimiser; 2: the gradient too; 3: the frozen network too."""
     exchange: Literal["all_gather"] = "all_gather"

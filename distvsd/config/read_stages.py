@@ -9,7 +9,7 @@ from distvsd.config.canonical import to_dict
 from distvsd.config.document import Entry
 from distvsd.config.reader import Reader, hints
 from distvsd.config.schema import Config
-from distvsd.config.stages import StageConfig, changed
+from distvsd.config.stages import StageConfig
 from distvsd.config.values import named
 
 # Most characters of all stages as JSON. This keeps a configuration that the program writes within the limits of
@@ -69,5 +69,5 @@ def _stage(number: int, entries: list[Entry], config: Config, outer: Reader) -> 
     elif isinstance(entries[0].value, dict):
         outer.mistakes.append(f"{entries[0].where}: stages.{number} has no name; give it one, such as `name: geometry`")
     changes = reader.fields(Config, "", rest)
-    reader.relations(changed(config, changes))
+    reader.relations(config.with_changes(changes))
     return StageConfig(name.get(_NAME_KEY, "unnamed"), tuple(changes.items()))

@@ -16,6 +16,9 @@ class RunConfig:
     """The run directory itself, made if missing; relative to where the command is started."""
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     """Key of every random stream of the run."""
+    init_from: str = ""
+    """Another run's directory, or that of one of its stages: particles begin as the ones there ended. Empty: anew. The
+    directory must stay where it is until this run, or its first stage, is done."""
 
 
 @dataclass(frozen=True)

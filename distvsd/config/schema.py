@@ -6,7 +6,9 @@ is one line in the file of its section with its docstring below it. Nothing in t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from distvsd.config.cameras import CamerasConfig
 from distvsd.config.objective import ObjectiveConfig
@@ -56,8 +58,14 @@ class Config:
     @property
     def stage_configs(self) -> tuple[Config, ...]:
         """The configuration of each stage, which has no stages itself; this one where there are none."""
-        whole = replace(self, stages=())
-        return tuple(changed(whole, dict(stage.changes)) for stage in self.stages) or (self,)
+        return tuple(self.with_changes(dict(stage.changes)) for stage in self.stages) or (self,)
+
+    def with_changes(self, changes: Mapping[str, Any]) -> Config:
+        """The configuration of a stage with these dotted keys. A stage that trains no score network has the strategy
+        flat: there is nothing to divide among the ranks."""
+        stage = changed(replace(self, stages=()), changes)
+        flat = replace(self.parallel, strategy="flat")
+        return stage if stage.objective.needs_score else replace(stage, parallel=flat)
 
     @property
     def prompts(self) -> tuple[str, ...]:

@@ -81,6 +81,7 @@ def evaluate_particles(
         "view_accuracy": _mean_of([detail["view_accuracy"] for detail in details]),
         "empty": sum(detail["empty"] for detail in details),
         "diverged": sum(detail["diverged"] for detail in details),
+        "quarantined": sum(detail["quarantined"] for detail in details),
     }
     if sound:
         features = torch.stack([readings[i].features for i in sound])
@@ -137,6 +138,7 @@ def _detail(i: int, opened: Opened, reading: Readings, expected: Expected, turns
         "view_scenes": [SCENES[scene] for scene in reading.predictions.scene.tolist()],
         "opacity": round(reading.opacity, 4) if math.isfinite(reading.opacity) else None,
         "diverged": not reading.finite,
+        "quarantined": bool(opened.health.get(i, {}).get("quarantined", False)),
         "empty": reading.finite and ((reading.opacity < EMPTY_OPACITY or fog) if solid else nothing),
     }
     if solid and labels["scene"] == SCENES.index("object"):

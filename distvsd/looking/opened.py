@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,14 +66,47 @@ class Opened:
         return images, opacity
 
 
-def load_particles(
-    run_dir: Path, device: str | None = None, most: int | None = None, custom: Custom = Custom()
-) -> Opened:
+@dataclass(frozen=True)
+class Saved:
+    """A run's newest sound checkpoint and its configuration, of which nothing is loaded yet."""
+
+    config: Config
+    checkpoint: reader.Checkpoint
+    config_file: Path
+    device: str
+    custom: Custom
+
+    @property
+    def ids(self) -> list[int]:
+        """Of all particles."""
+        return [entry.id for entry in self.checkpoint.manifest.particles]
+
+    def load(self, ids: Sequence[int]) -> Opened:
+        """Some of the particles. Raises CheckpointError where one cannot be read."""
+        config, manifest = self.config, self.checkpoint.manifest
+        prior = load_prior(config.prior.path, [""], device=self.device) if self._are_latents else None
+        entries = {entry.id: entry for entry in manifest.particles}
+        ensemble = make_ensemble(config, prior, list(ids), self.device, blank=True, custom=self.custom)
+        for entry in (entries[particle_id] for particle_id in ids):
+            state = self.checkpoint.read(entry.file)
+            try:
+                ensemble.load_state(entry.id, state, entry.health)
+            except CheckpointError as error:
+                raise CheckpointError(f"{self.config_file} does not fit {self.checkpoint.folder}: {error}") from error
+        decode = prior.decode if prior else None
+        return Opened(config, list(ids), manifest.step, ensemble, decode, manifest.health)
+
+    @property
+    def _are_latents(self) -> bool:
+        return self.custom.particle.is_latent if self.custom.particle is not None else self.config.are_latents
+
+
+def open_run(run_dir: Path, device: str | None = None, custom: Custom = Custom()) -> Saved:
     """Opens a finished, stopped or running run for looking. Reads only; takes no lock.
 
-    device: None for a GPU if there is one. most: loads only so many particles, the first ones; None for all. custom:
-    the parts that it was trained with. Raises RunError where the folder is no run, CheckpointError where it has no
-    sound checkpoint yet, ConfigError where its config.yaml is no valid configuration.
+    device: None for a GPU if there is one. custom: the parts that it was trained with. Raises RunError where the folder
+    is no run, CheckpointError where it has no sound checkpoint yet, ConfigError where its config.yaml is no valid
+    configuration.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     paths = RunPaths(Path(run_dir))
@@ -83,19 +116,16 @@ def load_particles(
     if checkpoint is None:
         raise CheckpointError(f"{run_dir} has no checkpoint yet; train at least to the first one (checkpoint.every)")
     compare_with_saved(paths, config, checkpoint)
-    are_latents = custom.particle.is_latent if custom.particle is not None else config.are_latents
-    prior = load_prior(config.prior.path, [""], device=device) if are_latents else None
-    entries = checkpoint.manifest.particles[:most]
-    ids = [entry.id for entry in entries]
-    ensemble = make_ensemble(config, prior, ids, device, blank=True, custom=custom)
-    for entry in entries:
-        state = checkpoint.read(entry.file)
-        try:
-            ensemble.load_state(entry.id, state, entry.health)
-        except CheckpointError as error:
-            raise CheckpointError(f"{paths.config} does not fit {checkpoint.folder}: {error}") from error
-    decode = prior.decode if prior else None
-    return Opened(config, ids, checkpoint.manifest.step, ensemble, decode, checkpoint.manifest.health)
+    return Saved(config, checkpoint, paths.config, device, custom)
+
+
+def load_particles(
+    run_dir: Path, device: str | None = None, most: int | None = None, custom: Custom = Custom()
+) -> Opened:
+    """The particles of a run, all at once. most: loads only so many, the first ones; None for all. Raises what
+    `open_run` raises."""
+    saved = open_run(run_dir, device, custom)
+    return saved.load(saved.ids[:most])
 
 
 def compare_with_saved(paths: RunPaths, config: Config, checkpoint: reader.Checkpoint) -> None:

@@ -6,6 +6,7 @@ Shape legend: P particles, V views, H x W pixels, L points of the lattice, K pix
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from distvsd.render.tetrahedra import TetGrid, level_values, marching_tetrahedra
 # The lattice's values are in units of its cells, so that a learning rate means the same on every lattice. Far from the
 # surface they say only on which side they are.
 _FARTHEST = 2.0
+_log = logging.getLogger("distvsd")
+
 _GEOMETRY = ("values", "offsets")
 
 
@@ -69,17 +72,24 @@ class MeshParticle:
             values = ball.expand(len(ids), -1).clamp(-_FARTHEST, _FARTHEST).clone()
         else:
             colors = source.copied_for(self.field_particle, ids)
-            values = self._surface_of(source.density(self, points), grid)
+            values = self._surface_of(source.density(self, points), grid, ids)
         return {"values": values, "offsets": torch.zeros(len(ids), *points.shape, device=ids.device)} | colors
 
-    def _surface_of(self, density: Tensor, grid: TetGrid) -> Tensor:
+    def _surface_of(self, density: Tensor, grid: TetGrid, ids: Tensor) -> Tensor:
         """Values `[P, L]` with the isosurface of the density `[P, L]`."""
         levels = level_values(grid, density, self.config.threshold)
         length = (grid.points[grid.edges[:, 0]] - grid.points[grid.edges[:, 1]]).norm(dim=1) / grid.cell
         rows = []
-        for row in levels:  # one by one: no bit depends on which others are on the rank
+        for particle_id, row in zip(ids.tolist(), levels, strict=True):  # one by one: no bit depends on the others
             ends = row[grid.edges]
             crossed = (ends[:, 0] > 0) != (ends[:, 1] > 0)
+            if not crossed.any():
+                _log.warning(
+                    "particle %d has no surface: its density is nowhere as high as particles.mesh.threshold %g, nor as "
+                    "a 64th of it; it stays without a mesh and will be quarantined",
+                    particle_id,
+                    self.config.threshold,
+                )
             slope = ((ends[:, 0] - ends[:, 1]).abs() / length)[crossed].mean() if crossed.any() else 1.0
             rows.append((row / slope).clamp(-_FARTHEST, _FARTHEST))
         return torch.stack(rows) if rows else levels

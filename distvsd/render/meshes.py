@@ -13,6 +13,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+_SMALLEST = 1e-12  # area, square world units, far below that of any face that can be seen
+
 
 @dataclass(frozen=True)
 class Meshes:
@@ -77,7 +79,7 @@ class Meshes:
         total = torch.zeros_like(self.vertices)
         for corner in range(3):
             total = total.index_add(0, self.faces[:, corner], self.area_normals)
-        return _unit(total)
+        return total / _length(total)[:, None]
 
     @cached_property
     def edges(self) -> Edges:
@@ -105,29 +107,31 @@ class Surface:
 
 
 def normal_consistency(meshes: Meshes) -> Tensor:
-    """Mean of 1 - cos of the angle between neighbouring faces, `[P]`; 0 for a mesh without inner edges.
-    Differentiable."""
-    edges, normals = meshes.edges, _unit(meshes.area_normals)
-    pairs = edges.faces[edges.is_inner]
-    bend = 1 - (normals[pairs[:, 0]] * normals[pairs[:, 1]]).sum(1)
-    return _mean(bend, meshes.face_owners[pairs[:, 0]], len(meshes))
+    """Mean of 1 - cos of the angle between neighbouring faces, `[P]`, weighted by the product of their areas; 0 for a
+    mesh without inner edges. Differentiable.
+
+    Without the weights, faces of nearly no area, of which marching tetrahedra make many, would have the largest
+    gradients.
+    """
+    pairs, normals = meshes.edges.faces[meshes.edges.is_inner], meshes.area_normals
+    first, second = normals[pairs[:, 0]], normals[pairs[:, 1]]
+    areas = _length(first) * _length(second)
+    owners = meshes.face_owners[pairs[:, 0]]
+    empty = areas.new_zeros(len(meshes))
+    bend = empty.index_add(0, owners, areas - (first * second).sum(1))
+    return bend / empty.index_add(0, owners, areas).clamp_min(_SMALLEST)
 
 
 def laplacian(meshes: Meshes) -> Tensor:
-    """Mean squared distance of the vertices from the mean of their neighbours, `[P]`, square world units.
-    Differentiable."""
+    """Mean length of the sum of the edges that leave a vertex, `[P]`, world units: 0 where every vertex is in the
+    middle of its neighbours. Differentiable. The uniform Laplacian of the paper's code, not divided by the neighbours'
+    number.
+    """
     a, b = meshes.edges.vertices.unbind(1)
-    total = torch.zeros_like(meshes.vertices).index_add(0, a, meshes.vertices[b]).index_add(0, b, meshes.vertices[a])
-    ones = total.new_ones(len(a))
-    count = total.new_zeros(len(total)).index_add(0, a, ones).index_add(0, b, ones)
-    away = total / count.clamp_min(1)[:, None] - meshes.vertices
-    return _mean(away.square().sum(1).where(count > 0, away.new_zeros(())), meshes.vertex_owners, len(meshes))
-
-
-def _mean(values: Tensor, owners: Tensor, particles: int) -> Tensor:
-    """Mean of each particle's values, `[P]`; 0 for those without any."""
-    total = values.new_zeros(particles).index_add(0, owners, values)
-    return total / torch.bincount(owners, minlength=particles).clamp_min(1)
+    edges = meshes.vertices[b] - meshes.vertices[a]
+    away = torch.zeros_like(meshes.vertices).index_add(0, a, edges).index_add(0, b, -edges)
+    sums = away.new_zeros(len(meshes)).index_add(0, meshes.vertex_owners, _length(away))
+    return sums / torch.bincount(meshes.vertex_owners, minlength=len(meshes)).clamp_min(1)
 
 
 def _owners(ends: tuple[int, ...], device: torch.device) -> Tensor:
@@ -135,10 +139,9 @@ def _owners(ends: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(ends), device=device), counts, output_size=ends[-1] if ends else 0)
 
 
-def _unit(vectors: Tensor) -> Tensor:
-    """Of length 1; what has no length stays 0, with a finite gradient."""
-    square = vectors.square().sum(-1, keepdim=True)
-    return vectors * torch.where(square > 0, square, torch.ones_like(square)).rsqrt()
+def _length(vectors: Tensor) -> Tensor:
+    """With a gradient of 0, and not of NaN, where it is 0."""
+    return (vectors.square().sum(-1) + _SMALLEST**2).sqrt()
 
 
 def _edges(faces: Tensor, vertices: int) -> Edges:

@@ -67,7 +67,8 @@ class Hits:
     @cached_property
     def normals(self) -> Tensor:
         """`[K, 3]`: unit normals, smooth over the mesh, world."""
-        return torch.nn.functional.normalize(self.interpolate(self.meshes.vertex_normals), dim=-1)
+        # The eps bounds the gradient where normals of opposite directions cancel.
+        return torch.nn.functional.normalize(self.interpolate(self.meshes.vertex_normals), dim=-1, eps=1e-3)
 
     def onto(self, background: Tensor, values: Tensor) -> Tensor:
         """The background `[P, V, H, W, C]` with values `[K, C]` at the pixels that see a face. Differentiable in

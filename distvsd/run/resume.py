@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from distvsd.checkpoint.format import particle_file
-from distvsd.checkpoint.reader import Checkpoint
+from distvsd.checkpoint.reader import Checkpoint, steps
 from distvsd.checkpoint.saver import Saver
 from distvsd.config import Config
 from distvsd.errors import CheckpointError, ConfigError
@@ -25,7 +24,7 @@ from distvsd.run.custom import Custom
 from distvsd.run.parts import Latents, blank_particle, make_particle
 from distvsd.score.stored import CAMERA_FILE
 from distvsd.score.training import kept_rows
-from distvsd.stages import Stage, hand_over, stages_of
+from distvsd.stages import Stage, hand_over, stage_before, stages_of
 
 _log = logging.getLogger("distvsd")
 
@@ -39,12 +38,15 @@ def refuse_impossible_hand_overs(config: Config, custom: Custom) -> None:
     if custom.particle is not None:
         return
     nobody = torch.zeros(0, dtype=torch.int64)
-    for before, after in itertools.pairwise(stages_of(config)):
-        given, taker = (_blank(stage.config) for stage in (before, after))
+    for stage in stages_of(config):
+        before = stage_before(stage)
+        if before is None:
+            continue
+        given, taker = (_blank(each.config) for each in (before, stage))
         try:
             taker.init(config.run.seed, nobody, Handed(given, given.init(config.run.seed, nobody)))
         except ConfigError as error:
-            raise ConfigError(f"{after.folder} cannot begin from {before.folder}: {error}") from error
+            raise ConfigError(f"{stage.folder or 'the run'} cannot begin from {before.paths.root}: {error}") from error
 
 
 def _blank(config: Config) -> Particle:
@@ -54,16 +56,18 @@ def _blank(config: Config) -> Particle:
 
 
 def source_of(stage: Stage, world: World, custom: Custom) -> Source | None:
-    """Returns the function that gives this rank's particles as the stage before left them; None for the first stage.
-    Collective: all ranks read and verify the checkpoint together. Raises CheckpointError where there is none."""
-    if stage.number == 1:
+    """Returns the function that gives this rank's particles as the stage before left them; None where they begin anew.
+    Collective: all ranks read and verify the checkpoint together. Raises CheckpointError where there is none, and where
+    the newest is damaged: to begin from an older one would be another run."""
+    before = agreed(world, lambda: stage_before(stage))
+    if before is None:
         return None
-    before = Stage(stage.whole, stage.number - 1)
-    checkpoint = Saver(before.paths.checkpoints, world).load()
+    step = agreed(world, lambda: next(iter(steps(before.paths.checkpoints)), None))
+    checkpoint = Saver(before.paths.checkpoints, world).load(step)
     if checkpoint is None:
         raise CheckpointError(
-            f"{before.paths.checkpoints} holds no checkpoint, which {stage.folder} begins from; restore it, or delete "
-            f"{stage.paths.root} to train the stages from there on again"
+            f"{before.paths.checkpoints} holds no checkpoint, which {stage.folder or 'the run'} begins from; "
+            f"restore it, or delete {stage.paths.root} and what comes after it to train from there on again"
         )
     refuse_other_particles(checkpoint.manifest, stage.config.particles.count)
 

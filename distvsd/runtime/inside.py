@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import stat
 import uuid
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ _KINDS: Final[tuple[tuple[_Kind, str], ...]] = (
     (stat.S_ISFIFO, "a named pipe"),
     (stat.S_ISSOCK, "a socket"),
 )
+_STAGED: Final = re.compile(r"\..+-[0-9a-f]{32}")
 _TO_READ: Final = "correct its permissions, or restore it"
 _TO_WRITE: Final = "free space, or correct the permissions of its folder"
 
@@ -88,6 +90,14 @@ def delete(root: Path, name: str) -> None:
         _parent(root, name) as (parent, last),
     ):
         os.unlink(last, dir_fd=parent)
+
+
+def discard_staged(root: Path, name: str) -> None:
+    """Deletes from a folder what a process that was killed inside `replacing` left there. No other process may be
+    writing into the folder."""
+    for entry in names(root, name):
+        if _STAGED.fullmatch(entry):
+            delete(root, f"{name}/{entry}")
 
 
 def make_folder(root: Path, name: str) -> None:

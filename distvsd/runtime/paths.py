@@ -64,6 +64,10 @@ class RunPaths:
         return self.root / "renders"
 
     @property
+    def exports(self) -> Path:
+        return self.root / "exports"
+
+    @property
     def evaluation(self) -> Path:
         return self.root / "evaluation.json"
 

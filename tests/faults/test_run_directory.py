@@ -27,7 +27,8 @@ from tests.small_run import SMOKE, overrides
 
 ROOT = Path(__file__).parents[2]
 KINDS = ("link", "dangling", "pipe", "other")
-COMMANDS = ("train", "render", "evaluate", "verify", "log")
+COMMANDS = ("train", "render", "evaluate", "verify", "log", "export")
+OPTIONS = {"export": ("--texture", "0", "--resolution", "12")}  # what takes least time
 # The files and folders that each command reads or writes, with everything inside the folders.
 USED = {
     "train": "STATUS.json config.yaml metrics.jsonl health.jsonl run.lock evaluation.json heartbeats checkpoints wandb "
@@ -35,6 +36,7 @@ USED = {
     "render": "config.yaml checkpoints renders",
     "evaluate": "config.yaml checkpoints evaluation.json",
     "verify": "config.yaml checkpoints",
+    "export": "config.yaml checkpoints exports",
     "log": "config.yaml metrics.jsonl health.jsonl evaluation.json renders wandb.json wandb",
 }
 UNUSED = {"train": r"wandb/|renders/.*mp4", "render": r"renders/round"}  # exceptions from USED
@@ -66,7 +68,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory, settings: list[str]) -> Pat
     run = tmp_path_factory.mktemp("killed") / "run"
     assert main(["train", str(SMOKE), f"run.dir={run}", *settings]) == 0
     for command in COMMANDS[1:]:
-        assert main([command, str(run)]) == 0
+        assert main([command, str(run), *OPTIONS.get(command, ())]) == 0
     shutil.rmtree(run / "checkpoints/step-00000002")
     dead = subprocess.Popen([sys.executable, "-S", "-c", ""])
     dead.wait()
@@ -90,7 +92,7 @@ def said(settings: list[str], capsys: pytest.CaptureFixture[str], caplog: pytest
         capsys.readouterr(), caplog.clear()
         target = [str(SMOKE), f"run.dir={run}", *settings] if command == "train" else [str(run)]
         with limited(40.0), caplog.at_level(logging.WARNING):
-            code = main([command, *target, *more])
+            code = main([command, *target, *OPTIONS.get(command, ()), *more])
         out, err = capsys.readouterr()
         return code, out + err + caplog.text
 
@@ -208,7 +210,7 @@ def files_of_at_most(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("command", ["render", "evaluate"])
+@pytest.mark.parametrize("command", ["render", "evaluate", "export"])
 def test_a_full_disk_is_said_and_leaves_what_was_there(run: Path, said: Said, command: str) -> None:
     before = content(run)
     with files_of_at_most(100):
@@ -217,7 +219,7 @@ def test_a_full_disk_is_said_and_leaves_what_was_there(run: Path, said: Said, co
     assert content(run) == before
 
 
-@pytest.mark.parametrize("command", ["render", "evaluate"])
+@pytest.mark.parametrize("command", ["render", "evaluate", "export"])
 def test_a_run_directory_that_may_not_be_written_to_is_said_before_the_work(
     killed: Path, said: Said, command: str
 ) -> None:
@@ -270,7 +272,7 @@ def test_a_damaged_config_yaml_is_named(run: Path, said: Said, command: str, dam
         assert code in (1, 2) or (command == "verify" and damage == "with larger particles"), text
 
 
-@pytest.mark.parametrize("command", ["render", "evaluate", "verify"])
+@pytest.mark.parametrize("command", ["render", "evaluate", "verify", "export"])
 def test_the_config_yaml_of_a_run_with_another_prompt_is_a_warning(run: Path, said: Said, command: str) -> None:
     path = run / "config.yaml"
     path.write_text(path.read_text().replace("a red cube", "a blue cone"))

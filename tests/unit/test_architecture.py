@@ -39,12 +39,17 @@ INNER: dict[str, set[str]] = {
 }
 OUTER: dict[str, set[str]] = {
     "run": set(INNER) | {"looking"},
-    "looking": {"cameras", "checkpoint", "config", "networks", "particles", "prior", "run", "runtime", "shapes", "vsd"},
+    "looking": {
+        *("cameras", "checkpoint", "config", "networks", "particles", "prior", "render", "run", "runtime", "shapes"),
+        "vsd",
+    },
     "doctor": {"networks"},
     "commands": set(INNER) | {"doctor", "looking", "run"},
     "arguments": {"config"},
+    "cli_prior": {"arguments", "commands"},
     "cli": {
         "arguments",
+        "cli_prior",
         "commands",
         "config",
         "plan.published",
@@ -76,8 +81,9 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "PIL": ("looking",),
     "imageio": ("looking",),
     "imageio_ffmpeg": ("looking",),
+    "xatlas": ("looking.atlas",),
 }
-NO_TORCH = ("config", "errors", "cli", "arguments", "commands", "train", "__main__", "__init__")
+NO_TORCH = ("config", "errors", "cli", "cli_prior", "arguments", "commands", "train", "__main__", "__init__")
 # Packages that are slow to import or may be missing. torch and small packages may be imported with a module.
 LAZY = {
     "accelerate",
@@ -93,6 +99,7 @@ LAZY = {
     "imageio",
     "imageio_ffmpeg",
     "wandb",
+    "xatlas",
 }
 
 

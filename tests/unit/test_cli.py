@@ -95,6 +95,9 @@ def test_a_rank_left_over_in_the_environment_silences_nothing(config: str) -> No
         "verify CONFIG x=3",
         "prior",
         "prior sample cube",
+        "export . --format stl",
+        "export . --particles 1,,2",
+        "export . --texture 10",
     ],
 )
 def test_wrong_usage_ends_with_2(config: str, command: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,6 +111,7 @@ ODD = ["", "x", "0x10", "1e3", "1_0", "nan", "inf", "-inf", "9" * 400, "-" + "9"
 NUMBERS = [
     *(("plan CONFIG", option) for option in ("--nodes", "--gpus-per-node", "--round-s", "--disk-mb-s", "--restart-s")),
     ("plan CONFIG", "--node-mtbf-days"),
+    *(("export .", option) for option in ("--texture", "--resolution", "--particles", "--threshold")),
     *(("prior sample a --out a.png", option) for option in ("--count", "--steps", "--seed", "--guidance-scale")),
     *(("prior build a", option) for option in ("--seed", "--num-images", "--steps", "--batch-size", "--learning-rate")),
 ]
@@ -117,7 +121,7 @@ NUMBERS = [
 def test_a_number_that_cannot_be_is_wrong_usage(
     config: str, command: str, option: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    accepts_fractions = option.endswith(("-s", "-days", "-scale", "-rate"))
+    accepts_fractions = option.endswith(("-s", "-days", "-scale", "-rate", "-threshold"))
     for word in ODD:
         if accepts_fractions and word in ("1e3", "1_0", "1.5", "\u0661"):
             continue
@@ -178,7 +182,7 @@ def test_a_plan_says_of_a_prior_at_an_impossible_path_what_is_wrong(
 @pytest.mark.parametrize(
     "command",
     [
-        *("train", "plan", "evaluate", "render", "verify", "log", "doctor", ""),
+        *("train", "plan", "evaluate", "render", "export", "verify", "log", "doctor", ""),
         *("prior", "prior info", "prior sample", "prior build"),
     ],
 )
@@ -263,7 +267,7 @@ def test_other_errors_keep_their_traceback(config: str, room: Callable[..., None
         main(["train", config])
 
 
-@pytest.mark.parametrize("command", ["evaluate", "render", "verify"])
+@pytest.mark.parametrize("command", ["evaluate", "render", "export", "verify"])
 def test_a_run_that_is_not_there_is_wrong_usage(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,7 +18,8 @@ FILES = sorted(FOLDER.rglob("*.yaml"))
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(FOLDER)))
 def test_it_loads_and_can_be_planned(path: Path) -> None:
     config = load_config(path)
-    assert str(config.schedule.rounds) in draw(plan_run(config, nodes=2, gpus_per_node=4))
+    text = draw(plan_run(config, nodes=2, gpus_per_node=4))
+    assert all(str(stage.schedule.rounds) in text for stage in config.stage_configs)
     assert config.run.dir != Config().run.dir, "runs of two configurations must not share a directory"
 
 
@@ -51,8 +52,14 @@ def test_smoke_is_the_quickstart_but_tiny() -> None:
 
 
 def test_prolificdreamer_has_the_papers_numbers() -> None:
-    config = load_config(FOLDER / "prolificdreamer.yaml")
-    assert config.schedule.rounds == 25_000
+    config, geometry, texture = load_config(FOLDER / "prolificdreamer.yaml").stage_configs
+    assert [stage.schedule.rounds for stage in (config, geometry, texture)] == [25_000, 15_000, 30_000]
+    assert [stage.prior.guidance_scale for stage in (config, geometry, texture)] == [7.5, 100, 7.5]
+    assert [stage.objective.kind for stage in (config, geometry, texture)] == ["vsd", "sds", "vsd"]
+    mesh = geometry.particles.mesh
+    assert (mesh.grid, mesh.signal, mesh.normal_consistency, mesh.laplacian) == (128, "normal", 5000, 0.5)
+    assert (geometry.particles.learning_rate.at(0), texture.particles.mesh.trained) == (5e-3, "texture")
+    assert [stage.cameras.fovy for stage in (config, geometry, texture)] == [(40, 70), (30, 60), (30, 60)]
     assert [config.objective.t_max.at(round) for round in (4999, 5000)] == [0.98, 0.5]
     assert [config.render.resolution_at(round) for round in (4999, 5000)] == [64, 512]
     # The paper's other settings are the defaults.
@@ -62,3 +69,8 @@ def test_prolificdreamer_has_the_papers_numbers() -> None:
     assert (config.score.init, config.score.betas, config.score.eps) == ("normal", (0.9, 0.999), 1e-8)
     # Renders of 64 pixels are enlarged to 512, the size that Stable Diffusion was trained at.
     assert [config.encoded_edge(resolution, 512) for resolution in (64, 512)] == [512, 512]
+
+
+def test_a_stage_without_a_score_network_takes_the_strategy_that_divides_nothing() -> None:
+    config = load_config(FOLDER / "prolificdreamer.yaml", ["parallel.strategy=fsdp2"])
+    assert [stage.parallel.strategy for stage in config.stage_configs] == ["fsdp2", "flat", "fsdp2"]

@@ -53,9 +53,10 @@ def test_consistency_is_one_minus_the_cosine_between_neighbouring_faces() -> Non
     assert normal_consistency(Meshes.of([ROOF, TRIANGLE, NOTHING])).tolist() == pytest.approx([1, 0, 0], abs=1e-6)
 
 
-def test_the_laplacian_is_the_mean_square_distance_from_the_neighbours_mean() -> None:
-    """Triangle: each vertex from the middle of the other two: 1/2 + 5/4 + 5/4 over 3."""
-    assert laplacian(Meshes.of([NOTHING, TRIANGLE])).tolist() == pytest.approx([0, 1.0], abs=1e-6)
+def test_the_laplacian_is_the_mean_length_of_the_sum_of_the_edges_of_a_vertex() -> None:
+    """Triangle: (1, 1), (-2, 1) and (1, -2)."""
+    expected = (math.sqrt(2) + 2 * math.sqrt(5)) / 3
+    assert laplacian(Meshes.of([NOTHING, TRIANGLE])).tolist() == pytest.approx([0, expected], abs=1e-6)
 
 
 def test_flat_meshes_have_no_bend_and_their_gradients_are_finite() -> None:
@@ -86,4 +87,4 @@ def test_a_regular_tetrahedron_bends_by_its_dihedral_angle() -> None:
     faces = torch.tensor([[0, 1, 2], [0, 3, 1], [0, 2, 3], [1, 3, 2]])
     # The dihedral angle has the cosine 1/3; the outward normals enclose its supplement.
     assert normal_consistency(Meshes.of([(corners, faces)])).item() == pytest.approx(1 + 1 / 3, abs=1e-6)
-    assert math.isclose(laplacian(Meshes.of([(corners, faces)])).item(), 16 / 9 * 3, rel_tol=1e-5)
+    assert math.isclose(laplacian(Meshes.of([(corners, faces)])).item(), 4 * math.sqrt(3), rel_tol=1e-5)
