@@ -1,6 +1,6 @@
 #!/bin/sh
-# 3-D VSD with the embedded prior on two ranks: eight particles of "a red cube", and eight of "an object", which can be
-# any colour and shape.
+# 3-D VSD with the embedded prior on two ranks, through the paper's three stages: eight particles of "a red cube", and eight
+# of "an object", which can be any colour and shape. All are exported as GLB.
 #
 #   sh launch/demo.sh DIR [key=value ...]        `make demo` installs everything and calls it with DIR=runs/demo
 #
@@ -13,12 +13,12 @@ if [ $# -lt 1 ]; then
 fi
 asked=$1
 shift
-config=$(dirname "$0")/../configs/quickstart.yaml
+config=$(dirname "$0")/../configs/quickstart-mesh.yaml
 began=$(date +%s)
 
 folder=$asked
 number=1
-while [ -f "$folder/an-object/evaluation.json" ]; do
+while [ -f "$folder/an-object/stages/3-texture/exports/particles.glb" ]; do
     number=$((number + 1))
     folder=$asked-$number
 done
@@ -36,7 +36,7 @@ elapsed() {
     echo "$(($(date +%s) - began)) s"
 }
 
-# make_one NAME PROMPT [key=value ...]: trains or resumes the run unless it is done, then evaluates it.
+# make_one NAME PROMPT [key=value ...]: trains or resumes the run unless it is done, then evaluates and exports it.
 make_one() {
     run=$folder/$1
     prompt=$2
@@ -45,6 +45,7 @@ make_one() {
     torchrun --standalone --nproc-per-node 2 -m distvsd.train "$config" "run.dir=$run" "prompt=$prompt" \
         particles.count=8 "$@"
     distvsd evaluate "$run"
+    distvsd export "$run" --texture 512
     echo "== $(elapsed)"
 }
 
@@ -53,7 +54,11 @@ make_one an-object "an object" "$@"
 
 echo
 echo "Done in $(elapsed). Each row of these pictures is a particle, seen from eight sides:"
-for run in "$folder/a-red-cube" "$folder/an-object"; do
+for run in "$folder"/*/stages/*; do
     echo "  $run/renders/contact-sheet.png"
+done
+echo "Files for Blender and others, each with all particles of a prompt:"
+for run in "$folder"/*/stages/3-*; do
+    echo "  $run/exports/particles.glb"
 done
 echo "Turntables: distvsd render $folder/an-object"

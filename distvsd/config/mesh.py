@@ -13,7 +13,8 @@ class MeshConfig:
     """Triangle meshes from a tetrahedral lattice, coloured by the field that `particles.nerf` describes."""
 
     grid: Annotated[int, Range(4, 512)] = 64
-    """Cubes of the lattice along an edge of the scene; 128 in the paper. All stages of meshes need the same."""
+    """Cubes of the lattice along an edge of the scene. It has twice as many points as cubes: 52 is the paper's grid of
+    128. All stages of meshes need the same."""
     trained: Literal["geometry", "texture", "both"] = "geometry"
     """What moves: the surface, the colours on it, or both. The rest is frozen."""
     signal: Literal["color", "normal", "shaded"] = "color"

@@ -20,8 +20,8 @@ from distvsd.looking.glb import Glb
 from distvsd.looking.mesh_files import write_mtl, write_obj, write_ply, write_splats
 from distvsd.looking.opened import Saved, open_run
 from distvsd.looking.solid import NotFiniteError, Solid, Texture, solid_of
-from distvsd.looking.splats import HasSplats, Splats
-from distvsd.render.meshes import Surface
+from distvsd.particles import Splatted
+from distvsd.render.splat import Splats
 from distvsd.run.custom import Custom
 from distvsd.runtime import inside
 from distvsd.runtime.paths import RunPaths
@@ -74,9 +74,9 @@ def export_run(
     threshold: the density per world unit at which it lies, None for `particles.mesh.threshold`. A particle that is not
     finite or has no surface is skipped. Only one export of a run may be under way.
 
-    Raises what `open_run` raises; UsageError for ids that the run does not have, or where the format does not hold what
-    the particles are; BackendError where a texture needs xatlas and there is none; RunError where the particles have no
-    surface by their kind, where all were skipped, or where files cannot be written.
+    Raises what `open_run` raises; UsageError for ids that the run does not have; BackendError where a texture needs
+    xatlas and there is none; RunError where the particles have no surface by their kind, where all were skipped, or
+    where files cannot be written.
     """
     paths = RunPaths(run_dir)
     paths.prove_writable()  # before the work
@@ -150,27 +150,19 @@ def _shape(saved: Saved, particle_id: int, files: _Files) -> Solid | Splats | st
         return "it diverged, its parameters are not finite"
     facts: dict[str, Any] = {"particle": particle_id, "prompt": saved.config.prompts[particle_id], "round": opened.step}
     with torch.no_grad():
-        found: Surface | Splats | None = particle.surface(parameters, files.resolution, files.threshold)
-        if found is None and isinstance(particle, HasSplats):
-            found = particle.splats(parameters)
-    match found:
-        case Surface():
-            try:
-                solid = solid_of(found, files.texture, f"particle-{particle_id:06d}", facts)
-            except NotFiniteError as error:
-                return f"it diverged, {error}"
-            return "its surface is empty" if solid is None else solid
-        case Splats() if files.format != "ply":
-            raise UsageError(
-                f"the particles of {files.root} are Gaussians, which a file of the form {files.format} does not hold; "
-                "give --format ply"
-            )
-        case Splats():
-            return found if found.means.shape[1] else "it has no splat that is drawn"
-    raise RunError(
-        f"the particles of {files.root} ({type(particle).__name__}) have no surface, so there is nothing to export; "
-        "distvsd render writes pictures of any kind of particle"
-    )
+        if files.format == "ply" and isinstance(particle, Splatted):
+            return particle.splats(parameters)
+        found = particle.surface(parameters, files.resolution, files.threshold)
+    if found is None:
+        raise RunError(
+            f"the particles of {files.root} ({type(particle).__name__}) have no surface, so there is nothing to "
+            "export; distvsd render writes pictures of any kind of particle"
+        )
+    try:
+        solid = solid_of(found, files.texture, f"particle-{particle_id:06d}", facts)
+    except NotFiniteError as error:
+        return f"it diverged, {error}"
+    return "its surface is empty" if solid is None else solid
 
 
 def _write(found: Solid | Splats, stem: str, files: _Files) -> list[Path]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distvsd.looking.solid import Solid, Texture, y_up
-from distvsd.looking.splats import Splats
+from distvsd.render.splat import Splats
 
 _SH_0 = 0.28209479177387814  # 1 / (2 sqrt(pi)), the constant spherical harmonic
 

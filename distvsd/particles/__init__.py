@@ -1,6 +1,17 @@
 """What is optimised: kinds of particles, and the ensemble of them that a rank owns."""
 
-from distvsd.particles.base import Adapted, Adaptive, Colored, Cost, Handed, Keys, Parameters, Particle, Rendered
+from distvsd.particles.base import (
+    Adapted,
+    Adaptive,
+    Colored,
+    Cost,
+    Handed,
+    Keys,
+    Parameters,
+    Particle,
+    Rendered,
+    Splatted,
+)
 from distvsd.particles.ensemble import Ensemble, Update, Views
 from distvsd.particles.gaussians import GaussianParticle
 from distvsd.particles.image import ImageParticle
@@ -25,6 +36,7 @@ __all__ = [
     "ParticleStore",
     "Rendered",
     "Resident",
+    "Splatted",
     "Update",
     "Views",
 ]

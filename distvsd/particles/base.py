@@ -15,6 +15,7 @@ from torch import Tensor
 from distvsd.cameras import Cameras, Field
 from distvsd.errors import ConfigError
 from distvsd.render.meshes import Surface
+from distvsd.render.splat import Splats
 
 Parameters = dict[str, Tensor]
 
@@ -200,6 +201,15 @@ class Colored(Protocol):
 
     def colors(self, parameters: Parameters, points: Tensor) -> Tensor:
         """RGB in [0, 1] `[P, N, 3]` at the world points `[P, N, 3]` of each particle; grey where there is nothing."""
+        ...
+
+
+@runtime_checkable
+class Splatted(Protocol):
+    """What a kind of particle offers beside `Particle` if it is made of Gaussians."""
+
+    def splats(self, parameters: Parameters) -> Splats:
+        """The Gaussians of these particles, as export writes them; shares memory with the parameters."""
         ...
 
 

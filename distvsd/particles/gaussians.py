@@ -170,6 +170,9 @@ class GaussianParticle:
         meshes = isosurface(self.field, parameters, self.config.bound, resolution, threshold)
         return Surface(meshes, lambda points: self.colors(parameters, points))
 
+    def splats(self, parameters: Parameters) -> Splats:
+        return Splats(**parameters)
+
     def _mixture(self, parameters: Parameters, points_PK3: Tensor) -> tuple[Tensor, Tensor]:
         """Density `[P, K]` per world unit, and colour `[P, K, 3]` as the mean of that of the gaussians there."""
         splats = Splats(**parameters)

@@ -23,7 +23,7 @@ from distvsd.particles.nerf import NerfParticle
 from distvsd.render.meshes import Meshes, Surface, laplacian, normal_consistency
 from distvsd.render.raster import RasterBackend, rasterize
 from distvsd.render.shade import Hits, antialias
-from distvsd.render.tetrahedra import TetGrid, level_values, marching_tetrahedra, tet_grid
+from distvsd.render.tetrahedra import TetGrid, level_values, marching_tetrahedra, number_of_points, tet_grid
 
 # The lattice's values are in units of its cells, so that a learning rate means the same on every lattice. Far from the
 # surface they say only on which side they are.
@@ -64,16 +64,20 @@ class MeshParticle:
         and its colours; a particle without one has no positive value. From a mesh of the same sizes, its copy."""
         if source is not None and isinstance(source.particle, MeshParticle):
             return source.copied_for(self, ids)
+        field = self.field_particle
+        colors = field.init(seed, ids) if source is None else source.copied_for(field, ids)
+        count = number_of_points(self.config.grid)
+        # For no ids only the shapes matter, and the lattice takes long to make.
+        values = self._first_values(ids, source) if len(ids) else torch.zeros(0, count, device=ids.device)
+        return {"values": values, "offsets": torch.zeros(len(ids), count, 3, device=ids.device)} | colors
+
+    def _first_values(self, ids: Tensor, source: Handed | None) -> Tensor:
         grid = self._grid(ids.device)
         points = grid.points * self.bound
-        if source is None:
-            colors = self.field_particle.init(seed, ids)
-            ball = (self.field_particle.config.blob_radius - points.norm(dim=1)) / (grid.cell * self.bound)
-            values = ball.expand(len(ids), -1).clamp(-_FARTHEST, _FARTHEST).clone()
-        else:
-            colors = source.copied_for(self.field_particle, ids)
-            values = self._surface_of(source.density(self, points), grid, ids)
-        return {"values": values, "offsets": torch.zeros(len(ids), *points.shape, device=ids.device)} | colors
+        if source is not None:
+            return self._surface_of(source.density(self, points), grid, ids)
+        ball: Tensor = (self.field_particle.config.blob_radius - points.norm(dim=1)) / (grid.cell * self.bound)
+        return ball.clamp(-_FARTHEST, _FARTHEST).repeat(len(ids), 1)
 
     def _surface_of(self, density: Tensor, grid: TetGrid, ids: Tensor) -> Tensor:
         """Values `[P, L]` with the isosurface of the density `[P, L]`."""

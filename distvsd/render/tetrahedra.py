@@ -35,6 +35,11 @@ class TetGrid:
     cell: float
 
 
+def number_of_points(resolution: int) -> int:
+    """Of `tet_grid`."""
+    return (resolution + 1) ** 3 + resolution**3
+
+
 @functools.lru_cache(maxsize=4)
 def tet_grid(resolution: int, device: torch.device) -> TetGrid:
     """The lattice with `resolution` cubes along an edge: 2 r^3 points and 12 r^3 tetrahedra, nearly. At least 3."""

@@ -180,19 +180,21 @@ def test_a_wrong_configuration_ends_with_2_and_is_told_once(tmp_path: Path, prio
     assert not (tmp_path / "run").exists()
 
 
-def test_the_demo_makes_pictures_of_two_prompts_beside_a_finished_one(tmp_path: Path, prior: Path) -> None:
+def test_the_demo_makes_pictures_and_meshes_of_two_prompts_beside_a_finished_one(tmp_path: Path, prior: Path) -> None:
     small = [setting for setting in settings(tmp_path, prior) if not setting.startswith("run.dir")]
-    finished = tmp_path / "demo/an-object/evaluation.json"
+    small += ["particles.mesh.grid=6", "particles.mesh.threshold=1"]
+    small += [f"stages.{stage}.schedule.rounds=1" for stage in (1, 2, 3)]
+    finished = tmp_path / "demo/an-object/stages/3-texture/exports/particles.glb"
     finished.parent.mkdir(parents=True)
     finished.write_text("{}")
     done = launch(f"sh launch/demo.sh {shlex.quote(str(tmp_path / 'demo'))} {shlex.join(small)}", home=tmp_path)
     assert done.code == 0, done.output
     assert finished.read_text() == "{}"
     for name in ("a-red-cube", "an-object"):
-        run = tmp_path / "demo-2" / name
-        assert json.loads((run / "evaluation.json").read_text())["particles"] == 3
-        sheet = run / "renders/contact-sheet.png"
-        assert sheet.is_file() and str(sheet) in done.output.split("Done in")[1]
+        texture = tmp_path / "demo-2" / name / "stages/3-texture"
+        assert json.loads((texture / "evaluation.json").read_text())["particles"] == 3
+        for made in (texture / "renders/contact-sheet.png", texture / "exports/particles.glb"):
+            assert made.is_file() and str(made) in done.output.split("Done in")[1]
 
 
 def test_the_demo_without_a_folder_says_how_it_is_called(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_prolificdreamer_has_the_papers_numbers() -> None:
     assert [stage.prior.guidance_scale for stage in (config, geometry, texture)] == [7.5, 100, 7.5]
     assert [stage.objective.kind for stage in (config, geometry, texture)] == ["vsd", "sds", "vsd"]
     mesh = geometry.particles.mesh
-    assert (mesh.grid, mesh.signal, mesh.normal_consistency, mesh.laplacian) == (128, "normal", 5000, 0.5)
+    assert (mesh.grid, mesh.signal, mesh.normal_consistency, mesh.laplacian) == (52, "normal", 5000, 0.5)
     assert (geometry.particles.learning_rate.at(0), texture.particles.mesh.trained) == (5e-3, "texture")
     assert [stage.cameras.fovy for stage in (config, geometry, texture)] == [(40, 70), (30, 60), (30, 60)]
     assert [config.objective.t_max.at(round) for round in (4999, 5000)] == [0.98, 0.5]

@@ -43,15 +43,6 @@ def solid(mesh, texture=0, name="a", color=by_place, **facts):
 
 
 @dataclass
-class GivenSplats:
-    means: torch.Tensor
-    log_scales: torch.Tensor
-    quaternions: torch.Tensor
-    opacity_logits: torch.Tensor
-    colors: torch.Tensor
-
-
-@dataclass
 class Glb:
     """A GLB as it is read: its document, its binary part, and each accessor as an array."""
 

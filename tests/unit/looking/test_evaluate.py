@@ -27,6 +27,7 @@ class Drawings:
         self.ids = list(range(len(labels)))
         self.opacities = opacities or {}
         self.calls = []
+        self.health = {}
         self.config = Config(
             prompt=tuple(prompts),
             prior=PriorConfig(path="shapes"),

@@ -1,6 +1,7 @@
 """Exporting runs on disk whose particles have known surfaces."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ from distvsd.looking.export import export_run
 from distvsd.looking.opened import open_run
 from distvsd.looking.views import inspection
 from distvsd.render.meshes import Meshes, Surface
+from distvsd.render.splat import Splats, splat
 from distvsd.run.custom import Custom
 from distvsd.run.parts import make_particle
 from distvsd.run.train import train
@@ -26,8 +28,9 @@ from distvsd.runtime import inside
 from tests.small_run import small_config
 from tests.unit.looking import solids
 from tests.unit.looking.drawing import of_file, of_particle
-from tests.unit.looking.solids import GivenSplats, by_place, cube, surface
+from tests.unit.looking.solids import by_place, cube, surface
 
+FEW = {"particles.gaussians.capacity": 60}
 NOTHING = Surface(Meshes.of([(torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.int64))]), by_place)
 BROKEN = surface((torch.full((3, 3), torch.nan), torch.tensor([[0, 1, 2]])))
 BROKEN_COLOR = surface(cube(), lambda points: points * torch.nan)
@@ -49,15 +52,6 @@ class Shown:
         return self.shapes[(len(self.asked) - 1) % len(self.shapes)]
 
 
-class Gaussians(Shown):
-    def surface(self, parameters, resolution, threshold):
-        return None
-
-    def splats(self, parameters):
-        means = torch.arange(6.0).reshape(1, 2, 3)
-        return GivenSplats(means, means, torch.ones(1, 2, 4), torch.zeros(1, 2), torch.full((1, 2, 3), 0.5))
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, shared_pipeline):
     """trained(kind): the configuration of a run of three particles of a kind, which were trained for one round."""
@@ -65,7 +59,13 @@ def trained(tmp_path_factory, shared_pipeline):
 
     def train_one(kind):
         if kind not in made:
-            changes = {"particles.kind": kind, "particles.mesh.grid": 8, "schedule.rounds": 1, "objective.kind": "sds"}
+            changes = {
+                "particles.kind": kind,
+                "particles.mesh.grid": 8,
+                **FEW,
+                "schedule.rounds": 1,
+                "objective.kind": "sds",
+            }
             made[kind] = small_config(tmp_path_factory.mktemp(kind) / "run", shared_pipeline("shapes"), **changes)
             assert train(made[kind]) == 0
         return made[kind]
@@ -191,12 +191,26 @@ def test_particles_that_the_run_does_not_have_are_wrong_usage(run, shown):
         export_run(run, "glb", [0, 7, 3], custom=shown(surface(cube())))
 
 
-def test_gaussians_are_a_ply_of_splats_and_nothing_else(run, shown):
-    done = export_run(run, "ply", [1], custom=shown(kind=Gaussians))
-    data = done.paths[0].read_bytes()
-    assert b"property float f_dc_0" in data and b"element vertex 2\n" in data
-    with pytest.raises(UsageError, match="--format ply"):
-        export_run(run, "glb", custom=shown(kind=Gaussians))
+def test_gaussians_are_a_ply_of_splats_and_a_glb_of_their_surface(trained, tmp_path):
+    config = trained("gaussians")
+    run = Path(shutil.copytree(config.run.dir, tmp_path / "run"))
+    [path] = export_run(run, "ply", [1]).paths
+    header, _, body = path.read_bytes().partition(b"end_header\n")
+    assert b"property float f_dc_0" in header
+    rows = torch.from_numpy(numpy.frombuffer(body, "<f4").reshape(1, -1, 17).copy())
+    # Drawn as a viewer reads the columns, it is the particle.
+    means, _, color, opacity, scales, turns = rows.split([3, 3, 3, 1, 3, 4], dim=-1)
+    read = Splats(means, scales, turns, opacity[..., 0], (0.5 + color / (2 * math.pi**0.5)).logit())
+    opened = open_run(run, "cpu").load([1])
+    cameras = inspection(opened)[:, :2]
+    expected, covered = opened.render([1], cameras, 32, 0.25)
+    seen = splat(read, cameras, 32, 32, "torch")
+    found = (seen.color + 0.25 * (1 - seen.opacity)).permute(0, 1, 4, 2, 3)
+    assert float(covered.max()) > 0.1
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    [path] = export_run(run, "glb", [1], texture=0, resolution=16, threshold=0.5).paths
+    arrays = solids.Glb.read(path.read_bytes()).primitive("particle-000001")
+    assert len(arrays["triangles"]) > 100
 
 
 def test_too_much_for_one_file_leaves_the_files_of_the_particles(run, shown, monkeypatch):

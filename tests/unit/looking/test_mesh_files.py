@@ -9,7 +9,8 @@ import trimesh
 from PIL import Image
 
 from distvsd.looking.mesh_files import write_mtl, write_obj, write_ply, write_splats
-from tests.unit.looking.solids import TRIANGLE, GivenSplats, cube, solid
+from distvsd.render.splat import Splats
+from tests.unit.looking.solids import TRIANGLE, cube, solid
 
 
 def content(write, *arguments):
@@ -71,12 +72,12 @@ def test_a_ply_has_no_texture():
 
 
 def test_splats_are_the_columns_that_viewers_of_them_read():
-    splats = GivenSplats(
+    splats = Splats(
         means=torch.tensor([[[1.0, 2, 3], [4, 5, 6]]]),
         log_scales=torch.tensor([[[-1.0, -2, -3], [0, 0, 0]]]),
         quaternions=torch.tensor([[[2.0, 0, 0, 0], [0, 3, 0, 4]]]),
         opacity_logits=torch.tensor([[0.5, -0.5]]),
-        colors=torch.tensor([[[0.5, 1.0, 0.0], [0.25, 0.5, 0.75]]]),
+        color_logits=torch.tensor([[[0.5, 0.9, 0.1], [0.25, 0.5, 0.75]]]).logit(),
     )
     header, _, body = content(write_splats, splats).partition(b"end_header\n")
     names = [line.split()[-1].decode() for line in header.splitlines() if line.startswith(b"property float")]

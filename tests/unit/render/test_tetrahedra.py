@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distvsd.render.meshes import Meshes
-from distvsd.render.tetrahedra import level_values, marching_tetrahedra, tet_grid
+from distvsd.render.tetrahedra import level_values, marching_tetrahedra, number_of_points, tet_grid
 
 CPU = torch.device("cpu")
 GRID = tet_grid(12, CPU)
@@ -27,6 +27,7 @@ def ball(radius: float, center: tuple[float, float, float] = (0, 0, 0)) -> Tenso
 
 
 def test_the_tetrahedra_of_the_lattice_are_alike_and_fill_all_but_the_outermost_half_cells() -> None:
+    assert len(GRID.points) == number_of_points(12) == 13**3 + 12**3
     a, b, c, d = GRID.points[GRID.tets].unbind(1)
     volume = torch.linalg.det(torch.stack((b - a, c - a, d - a), dim=1)) / 6
     # A pair of neighbouring centres is a cell apart, and so are the corners across: (1/6) cell^2 (cell / 2).

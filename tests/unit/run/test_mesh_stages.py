@@ -86,15 +86,16 @@ def test_a_stage_that_trains_no_score_network_saves_none(whole: Config) -> None:
     assert "3-texture/score/adapter" in lines and "2-geometry/score/adapter" not in lines
 
 
-@pytest.mark.guarantee("G1")
+@pytest.mark.guarantee("G10")
 @pytest.mark.parametrize("size", [2, 3])
 def test_three_stages_on_several_ranks_have_the_bits_of_one(configured: Make, whole: Config, size: int) -> None:
+    """A field, its mesh and its texture, three particles."""
     config = configured()
     assert run_ranks(lambda world: train(config), size) == [0] * size
     assert digest_of(config) == digest_of(whole)
 
 
-@pytest.mark.guarantee("G2")
+@pytest.mark.guarantee("G9", "G11")
 @pytest.mark.parametrize(
     "fault",
     ["eio@round:step=1:nth=2", "eio@round:step=0:nth=3", "eio@load:nth=2", "eio@load:nth=3"],
@@ -103,6 +104,7 @@ def test_three_stages_on_several_ranks_have_the_bits_of_one(configured: Make, wh
 def test_a_run_that_died_in_or_between_stages_goes_on_to_the_same_bits(
     configured: Make, whole: Config, fault: str
 ) -> None:
+    """Begun on one rank and finished on two."""
     config = configured("checkpoint.asynchronous=false")
 
     def attempt() -> int:
@@ -115,8 +117,9 @@ def test_a_run_that_died_in_or_between_stages_goes_on_to_the_same_bits(
     assert digest_of(config) == digest_of(whole)
 
 
-@pytest.mark.guarantee("G6")
+@pytest.mark.guarantee("G15")
 def test_a_mesh_that_is_nan_for_a_round_changes_no_bit_of_the_others(configured: Make, whole: Config) -> None:
+    """In the geometry stage of three."""
     config = configured("objective.kind=sds", "stages.3.schedule.rounds=1")
     calm = configured("objective.kind=sds", "stages.3.schedule.rounds=1", name="calm")
     with injected("nan@render:step=1:nth=2:particle=1") as _:
@@ -127,10 +130,11 @@ def test_a_mesh_that_is_nan_for_a_round_changes_no_bit_of_the_others(configured:
         assert torch.equal(*pair) == is_same, particle
 
 
-@pytest.mark.guarantee("G7")
+@pytest.mark.guarantee("G16")
 def test_a_particle_without_a_surface_is_named_quarantined_and_counted_and_the_others_go_on(
     configured: Make, whole: Config, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
+    """One of three fields is too thin for any threshold."""
     fields = load_particles(folder(whole, 0))
     points = tet_grid(6, torch.device("cpu")).points * whole.particles.nerf.bound
     with torch.no_grad():
@@ -215,6 +219,7 @@ def damage(config: Config, stage: int, step: int) -> Path:
 
 @pytest.mark.guarantee("G3")
 def test_rounds_of_a_damaged_hand_over_are_trained_again(configured: Make, whole: Config) -> None:
+    """While the next stage has not begun; to the bits of the undamaged run."""
     config = configured()
     shutil.copytree(whole.run.dir, config.run.dir)
     for stage in (1, 2):
