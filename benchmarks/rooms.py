@@ -216,9 +216,10 @@ def page(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> str:
 `configs/room.yaml`, {arguments.particles} radiance fields of as many prompts in a run with one score network, \
 {arguments.rounds} rounds. Share of {HELD_OUT} views a particle in which the classifier reads a room, the asked walls \
 and the asked floor; from cameras drawn as the prior's rooms have them, the same for all arms, and from cameras all \
-over each particle's own free space. Floors are read in the views that do not look up. "In matter": the optical depth of a cell of the grid \
-is at least `cameras.adaptive.optical_depth`; "in solid matter": at least {SOLID:g}; "facing a wall": solid matter \
-nearer than `cameras.adaptive.clearance` in the middle of the view.
+over each particle's own free space. Floors are read in the views that do not look up.
+
+"In matter": the optical depth of a cell of the grid is at least `cameras.adaptive.optical_depth`; "in solid matter": \
+at least {SOLID:g}; "facing a wall": solid matter nearer than `cameras.adaptive.clearance` in the middle of the view.
 
 | cameras | room | walls | floor | free space: room | walls | floor | training views in matter | in solid matter | \
 facing a wall | free volume | s |

@@ -21,7 +21,7 @@ from distvsd.config import CamerasConfig
 from distvsd.errors import ConfigError
 from distvsd.vsd.rng import Purpose, uniform
 
-DIRECTIONS: Final = 16  # drawn for each view, of which the first with enough room is taken
+DIRECTIONS: Final = 32  # drawn for each view, of which the first with enough room is taken
 _PLACES, _DIRECTIONS = 1, 2  # lanes of the stream; 0 is that of the fixed ranges
 
 
@@ -128,7 +128,7 @@ class AdaptiveSampler:
         They are half a cell apart at most, and the last is at the clearance.
         """
         settings = self.config.adaptive
-        count = max(1, math.ceil(2 * settings.clearance / self.edge))
+        count = max(1, math.ceil(2 * settings.clearance / self.edge - 1e-6))  # a whole quotient may round up
         ahead = torch.arange(1, count + 1, device=cameras.fovy.device) * (settings.clearance / count)
         position, backward = cameras.extrinsics[..., None, :3, 3], cameras.extrinsics[..., None, :3, 2]
         points = position - backward * ahead[:, None]
