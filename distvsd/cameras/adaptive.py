@@ -32,9 +32,10 @@ class AdaptiveSampler:
     Free space is read in every round, so there is no state: cameras follow from the parameters that a checkpoint holds.
     It is the set of cells of a grid of N^3 in which the density is low (`cameras.adaptive.optical_depth`) and which can
     be reached through such cells, over their faces, from the one nearest to `cameras.adaptive.start`. So what lies
-    outside the walls of a room is not used. A position is anywhere in its cell; where the density is not low there, it
-    is the cell's middle, where it is. The direction is the first of DIRECTIONS draws in which all is free up to
-    `cameras.adaptive.clearance`, outside the grid's cube nothing is; or else the one that is free farthest.
+    outside the walls of a room is not used. `cameras.adaptive.height` leaves out what is too low or too high. A position
+    is anywhere in its cell; where the density is not low there, it is the cell's middle, where it is. The direction is
+    the first of DIRECTIONS draws in which all is free up to `cameras.adaptive.clearance`, outside the grid's cube nothing
+    is; or else the one that is free farthest.
 
     The cameras of a particle without free space (or whose density is not finite) are those of `SceneSampler`.
     """
@@ -82,7 +83,9 @@ class AdaptiveSampler:
         away = (middles.norm(dim=-1) - self.config.adaptive.start).abs()
         start = torch.where(is_free, away, torch.inf).argmin(1, keepdim=True)
         seeds = torch.zeros_like(is_free).scatter(1, start, True) & is_free
-        return reachable(seeds.unflatten(1, (cells,) * 3), is_free.unflatten(1, (cells,) * 3))
+        reached = reachable(seeds.unflatten(1, (cells,) * 3), is_free.unflatten(1, (cells,) * 3))
+        height, (low, high) = middles[:cells, 2], self.config.adaptive.height
+        return reached & (height >= low) & (height <= high)
 
     def _middles(self, device: torch.device) -> Tensor:
         """Of the cells, `[N^3, 3]`, z fastest."""

@@ -22,6 +22,9 @@ class AdaptiveConfig:
     start: Annotated[float, Range(0, 1000)] = 0.0
     """Free space is what can be reached from the free cell whose distance from the origin is nearest to this; 0 for a
     hollow scene, more than its radius around an object."""
+    height: Annotated[tuple[float, float], Range(-1000, 1000), Increasing()] = (-1000.0, 1000.0)
+    """Heights at which cameras are placed, world units, [low, high]: of the middles of cells. For priors that know
+    scenes at eye level only."""
     clearance: Annotated[float, Range(0, 1000)] = 0.5
     """Least distance to what a camera looks at, along the middle of its view, world units."""
 

@@ -63,6 +63,14 @@ def test_free_space_ends_at_the_walls_although_it_is_free_behind_them() -> None:
     assert free[0, 3, 3, 4] and not free[0, 0, 0, 0] and not free[0, 8, 8, 7]
 
 
+def test_cameras_keep_to_a_range_of_heights() -> None:
+    """Middles of cells are at 0.1, 0.3 and so on: one layer of 60 free cells, from 0.2 to 0.4."""
+    sampler = AdaptiveSampler(replace(CONFIG, adaptive=replace(SETTINGS, height=(0.2, 0.4))))
+    assert int(sampler.free_space(room, IDS[:1]).sum()) == 60
+    height = at(sampler.sample(0, IDS, 0, 10, room))[..., 2]
+    assert height.min() >= 0.2 - 1e-6 and height.max() <= 0.4 + 1e-6
+
+
 def test_a_hole_in_the_wall_as_large_as_a_cell_lets_cameras_out() -> None:
     def open_room(points: Tensor) -> Tensor:
         hole = (points[..., 0] > 0.8) & (points[..., 1:] > 0).all(-1) & (points[..., 1:] < 0.2).all(-1)
