@@ -1,6 +1,6 @@
 """Rooms of the embedded prior, trained with cameras at fixed ranges and with adaptive ones.
 
-    python -m benchmarks.rooms --out runs/rooms [--particles 8] [--rounds 150] [--seed 0] [--arms centre,wide,adaptive]
+    python -m benchmarks.rooms --out runs/rooms [--particles 8] [--rounds 200] [--seed 0] [--arms centre,wide,adaptive]
 
 The prompts are drawn by the seed, walls and floor of two colours. The arms differ in where training cameras stand:
 `centre` has the ranges of the prior's own pictures, `wide` those that the paper uses in its scenes (0.1 to 2.3 from the
@@ -234,7 +234,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--particles", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=150)
+    parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--arms", default="centre,wide,adaptive")
     parser.add_argument("--page", type=Path)

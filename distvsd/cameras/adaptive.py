@@ -32,10 +32,11 @@ class AdaptiveSampler:
     Free space is read in every round, so there is no state: cameras follow from the parameters that a checkpoint holds.
     It is the set of cells of a grid of N^3 in which the density is low (`cameras.adaptive.optical_depth`) and which can
     be reached through such cells, over their faces, from the one nearest to `cameras.adaptive.start`. So what lies
-    outside the walls of a room is not used. `cameras.adaptive.height` leaves out what is too low or too high. A position
-    is anywhere in its cell; where the density is not low there, it is the cell's middle, where it is. The direction is
-    the first of DIRECTIONS draws in which all is free up to `cameras.adaptive.clearance`, outside the grid's cube nothing
-    is; or else the one that is free farthest.
+    outside the walls of a room is not used. `cameras.adaptive.height` leaves out what is too low or too high.
+
+    A position is anywhere in its cell; where the density is not low there, it is the cell's middle, where it is. The
+    direction is the first of DIRECTIONS draws in which all is free up to `cameras.adaptive.clearance` (nothing is,
+    outside the grid's cube), or else the one that is free farthest.
 
     The cameras of a particle without free space (or whose density is not finite) are those of `SceneSampler`.
     """
