@@ -241,6 +241,8 @@ facing a wall | paper's ranges: in matter | in solid matter | facing a wall | fr
 {table}
 
 ![{arguments.arms}](rooms.png)
+
+From left to right: {arguments.arms}; a row a particle, four sides from the centre.
 """
 
 
@@ -266,10 +268,11 @@ def main() -> None:
         rows.append({"arm": arm} | result)
         sheets.append(torch.cat((pictures, torch.ones_like(pictures[:, :1])), dim=1))
         print(json.dumps(rows[-1]), flush=True)
-    save_png(contact_sheet(torch.cat(sheets, dim=1)[:, :-1]), args.out, "rooms.png")
+    sheet = contact_sheet(torch.cat(sheets, dim=1)[:, :-1]).reduce(2).quantize(256)
+    save_png(sheet, args.out, "rooms.png")
     if args.page:
         args.page.write_text(page(args, rows), encoding="ascii")
-        save_png(contact_sheet(torch.cat(sheets, dim=1)[:, :-1]), args.page.parent, "rooms.png")
+        save_png(sheet, args.page.parent, "rooms.png")
 
 
 if __name__ == "__main__":
