@@ -5,6 +5,7 @@ World: right-handed, z up. Camera: OpenGL, looks along its own -z with +y up (th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -72,9 +73,25 @@ def look_at_origin(elevation: Tensor, azimuth: Tensor, distance: Tensor, fovy: T
     """Cameras on spheres around the origin that look at it; all arguments `[...]`, angles in radians, distance in
     world units.
 
-    Elevation must stay inside (-pi/2, pi/2): at the poles the up direction is undefined.
+    Elevation must stay inside (-pi/2, pi/2): at the poles the up direction is undefined. At distance 0 a camera keeps
+    the direction in which it looks.
     """
     ones = torch.ones_like(azimuth)
+    rotation = _rotation(elevation, azimuth)
+    position = rotation[..., 2] * distance[..., None]
+    return Cameras(_pose(rotation, position), fovy * ones, elevation * ones, azimuth * ones)
+
+
+def look_along(position: Tensor, elevation: Tensor, azimuth: Tensor, fovy: Tensor) -> Cameras:
+    """Cameras at `position` `[..., 3]` that look as those of `look_at_origin` at this elevation and azimuth do: down
+    by the elevation, away from the azimuth. Angles `[...]` in radians."""
+    x, y, z = position.unbind(-1)
+    height = (z / position.norm(dim=-1).clamp_min(1e-12)).clamp(-1, 1).asin()
+    return Cameras(_pose(_rotation(elevation, azimuth), position), fovy, height, torch.atan2(y, x))
+
+
+def _rotation(elevation: Tensor, azimuth: Tensor) -> Tensor:
+    """Right, up and backward `[..., 3, 3]`, as columns."""
     backward = torch.stack(
         (
             elevation.cos() * azimuth.cos(),
@@ -83,12 +100,37 @@ def look_at_origin(elevation: Tensor, azimuth: Tensor, distance: Tensor, fovy: T
         ),
         dim=-1,
     )
-    right = torch.stack((-azimuth.sin(), azimuth.cos(), 0 * ones), dim=-1)
-    up = torch.linalg.cross(backward, right)
-    position = backward * distance[..., None]
-    top = torch.stack((right, up, backward, position), dim=-1)
+    right = torch.stack((-azimuth.sin(), azimuth.cos(), torch.zeros_like(azimuth)), dim=-1)
+    return torch.stack((right, torch.linalg.cross(backward, right), backward), dim=-1)
+
+
+def _pose(rotation: Tensor, position: Tensor) -> Tensor:
+    top = torch.cat((rotation, position[..., None]), dim=-1)
     bottom = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=top.dtype, device=top.device).expand(*top.shape[:-2], 1, 4)
-    return Cameras(torch.cat((top, bottom), dim=-2), fovy * ones, elevation * ones, azimuth * ones)
+    return torch.cat((top, bottom), dim=-2)
+
+
+def with_opposites(cameras: Cameras) -> Cameras:
+    """`[P, 2 V]`: each of the cameras `[P, V]`, followed by itself turned by 180 degrees about the vertical axis of the
+    world. Exact: signs of coordinates change, and nothing is rounded."""
+    turn = cameras.extrinsics.new_tensor([-1.0, -1.0, 1.0, 1.0])[:, None]
+    azimuth = torch.where(cameras.azimuth > 0, cameras.azimuth - math.pi, cameras.azimuth + math.pi)
+    opposite = Cameras(cameras.extrinsics * turn, cameras.fovy, cameras.elevation, azimuth)
+    return interleaved(cameras, opposite)
+
+
+def interleaved(first: Cameras, second: Cameras) -> Cameras:
+    """`[P, 2 V]`: the cameras `[P, V]` of both in turn."""
+
+    def both(one: Tensor, other: Tensor) -> Tensor:
+        return torch.stack((one, other), dim=2).flatten(1, 2)
+
+    return Cameras(
+        both(first.extrinsics, second.extrinsics),
+        both(first.fovy, second.fovy),
+        both(first.elevation, second.elevation),
+        both(first.azimuth, second.azimuth),
+    )
 
 
 def rays(cameras: Cameras, height: int, width: int) -> tuple[Tensor, Tensor]:

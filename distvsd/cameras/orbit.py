@@ -9,7 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from distvsd.cameras.base import Cameras, Field, look_at_origin
+from distvsd.cameras.base import Cameras, Field, look_at_origin, with_opposites
 from distvsd.config import CamerasConfig
 from distvsd.vsd.rng import Purpose, uniform
 
@@ -23,18 +23,9 @@ class OrbitSampler:
     config: CamerasConfig
 
     def sample(self, seed: int, ids: Tensor, step: int, views: int, field: Field | None) -> Cameras:
-        u = uniform(seed, Purpose.CAMERA, ids, step, (4, views))
-
-        def spread(index: int, bounds: tuple[float, float], unit: float) -> Tensor:
-            return (bounds[0] + (bounds[1] - bounds[0]) * u[:, index]) * unit
-
-        radian = math.pi / 180
-        return look_at_origin(
-            spread(0, self.config.elevation, radian),
-            spread(1, self.config.azimuth, radian),
-            spread(2, self.config.distance, 1.0),
-            spread(3, self.config.fovy, radian),
-        )
+        if self.config.antithetic:
+            return with_opposites(self._draw(seed, ids, step, -(-views // 2)))[:, :views]
+        return self._draw(seed, ids, step, views)
 
     def inspection(self, views: int) -> Cameras:
         """Evenly around from the front, a little above the horizon, at the middle distance and field of view."""
@@ -46,3 +37,18 @@ class OrbitSampler:
             ones * sum(self.config.distance) / 2,
             ones * math.radians(sum(self.config.fovy) / 2),
         )
+
+    def _draw(self, seed: int, ids: Tensor, step: int, views: int) -> Cameras:
+        u = uniform(seed, Purpose.CAMERA, ids, step, (4, views))
+        radian = math.pi / 180
+        return look_at_origin(
+            spread(u[:, 0], self.config.elevation, radian),
+            spread(u[:, 1], self.config.azimuth, radian),
+            spread(u[:, 2], self.config.distance, 1.0),
+            spread(u[:, 3], self.config.fovy, radian),
+        )
+
+
+def spread(uniform: Tensor, bounds: tuple[float, float], unit: float) -> Tensor:
+    """Numbers in [0, 1) spread over `bounds`, times `unit`."""
+    return (bounds[0] + (bounds[1] - bounds[0]) * uniform) * unit

@@ -1,6 +1,6 @@
 """The configuration of a run: its fields, the strict loader, the canonical form. Imports no torch."""
 
-from distvsd.config.cameras import CamerasConfig
+from distvsd.config.cameras import AdaptiveConfig, CamerasConfig
 from distvsd.config.canonical import diff, digest, to_dict, to_yaml
 from distvsd.config.gaussians import GaussiansConfig
 from distvsd.config.load import config_from, load_config
@@ -17,6 +17,7 @@ from distvsd.config.score import ScoreConfig
 from distvsd.config.stages import StageConfig
 
 __all__ = [
+    "AdaptiveConfig",
     "CamerasConfig",
     "CheckpointConfig",
     "Config",

@@ -46,9 +46,16 @@ class NerfConfig:
     density_scale: Annotated[float, Range(0, 1000, above=True)] = 1.0
     """Factor on the density after its softplus; above 1, matter is opaque and edges are sharp after fewer rounds."""
     blob_density: Annotated[float, Range(-1000, 1000)] = 10.0
-    """Initial density at the centre before density_scale; negative makes a hollow scene."""
+    """Initial density at the centre before its softplus; negative makes a hollow scene."""
     blob_radius: Annotated[float, Range(0, 1000, above=True)] = 0.5
-    """Radius at which the initial density changes sign, world units."""
+    """Radius at which the initial density before its softplus changes sign, world units."""
+    init: Literal["blob", "object_in_scene"] = "blob"
+    """blob: an object, or a hollow scene; object_in_scene: a blob inside a hollow scene, the larger of both before the
+    softplus."""
+    shell_density: Annotated[float, Range(-1000, 0, below=True)] = -10.0
+    """Read when init is object_in_scene: as blob_density, of the hollow scene."""
+    shell_radius: Annotated[float, Range(0, 1000, above=True)] = 2.5
+    """Read when init is object_in_scene: as blob_radius, of the hollow scene; larger than that of the blob."""
     init_scale: Weight = 1e-4
     """Half-width of the uniform initial values of the grid."""
     init_color: Weight = 0.0

@@ -121,6 +121,47 @@ def _micro_batch(config: Config) -> str | None:
     )
 
 
+def _pairs_of_views(config: Config) -> str | None:
+    if not config.cameras.antithetic or config.particles.views % 2 == 0:
+        return None
+    return f"is true, but particles.views is {config.particles.views}; allowed: an even number of views"
+
+
+def _named_views(config: Config) -> str | None:
+    if config.cameras.kind == "orbit" or not config.prior.view_dependent or not config.has_views:
+        return None
+    return (
+        f"is {config.cameras.kind}, but prior.view_dependent is true, and inside a scene nothing is a front or a back; "
+        "set prior.view_dependent=false"
+    )
+
+
+def _orbit_distance(config: Config) -> str | None:
+    if config.cameras.kind != "orbit" or config.cameras.distance[0] > 0:
+        return None
+    return "begins at 0, but cameras.kind is orbit; allowed: above 0"
+
+
+def _space_of_cameras(config: Config) -> str | None:
+    bound, nerf = config.cameras.adaptive.bound, config.particles.nerf.bound
+    if config.cameras.kind != "adaptive" or config.particles.kind != "nerf" or bound <= nerf:
+        return None
+    return f"is {bound:g} but particles.nerf.bound is {nerf:g}, outside which there is nothing; allowed: at most that"
+
+
+def _clearance(config: Config) -> str | None:
+    adaptive = config.cameras.adaptive
+    if adaptive.clearance <= adaptive.bound:
+        return None
+    return f"is {adaptive.clearance:g} but cameras.adaptive.bound is {adaptive.bound:g}; allowed: at most that"
+
+
+def _volume(config: Config) -> str | None:
+    if config.cameras.kind != "adaptive" or config.particles.kind != "image":
+        return None
+    return "is adaptive, which reads the density of particles, but particles.kind is image; allowed: orbit"
+
+
 RELATIONS = (
     Relation(("prompt", "particles.count"), _prompt_count),
     Relation(("objective.t_min", "objective.t_max"), _time_range),
@@ -144,6 +185,12 @@ RELATIONS = (
         _exact_rows,
     ),
     Relation(("score.micro_batch", "parallel.strategy"), _micro_batch),
+    Relation(("cameras.antithetic", "particles.views"), _pairs_of_views),
+    Relation(("cameras.kind", "prior.view_dependent", "particles.kind"), _named_views),
+    Relation(("cameras.distance", "cameras.kind"), _orbit_distance),
+    Relation(("cameras.adaptive.bound", "cameras.kind", "particles.kind", "particles.nerf.bound"), _space_of_cameras),
+    Relation(("cameras.adaptive.clearance", "cameras.adaptive.bound"), _clearance),
+    Relation(("cameras.kind", "particles.kind"), _volume),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -25,6 +26,16 @@ def mode_names(counts: Tensor) -> dict[str, int]:
     """The modes that are present, commonest first: `{"red cube": 3, ...}`."""
     order = counts.argsort(descending=True, stable=True).tolist()
     return {f"{COLORS[MODES[i][0]]} {SHAPES[MODES[i][1]]}": int(counts[i]) for i in order if counts[i] > 0}
+
+
+def room_names(labels: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """The rooms that are present, commonest first: `{"red walls, blue floor": 3, ...}`."""
+    rooms = [
+        f"{COLORS[found['wall']]} walls, {COLORS[found['floor']]} floor"
+        for found in labels
+        if "wall" in found and "floor" in found
+    ]
+    return dict(Counter(rooms).most_common())
 
 
 def total_variation(counts: Tensor, target: Tensor | None = None) -> float:

@@ -91,6 +91,7 @@ def evaluate_particles(
         }
         counts = diversity.mode_counts(found)
         result["modes"] = diversity.mode_names(counts)
+        result["rooms"] = diversity.room_names(found)
         result["modes_present"] = int((counts > 0).sum())
         result["total_variation_from_uniform"] = round(diversity.total_variation(counts), 4)
     return result | {"particles_detail": details}
@@ -127,8 +128,9 @@ def _detail(i: int, opened: Opened, reading: Readings, expected: Expected, turns
     # The classifier can tell that an image is empty only for images of the shapes world.
     known_world = config.prior.path == "shapes" or bool(expected.known())
     nothing = known_world and labels["scene"] == SCENES.index("neither")
-    # Inside a room every ray ends on a wall: there a full opacity is right.
-    fog = reading.opacity > FOG_OPACITY and expected.scene != SCENES.index("room")
+    # Inside a scene every ray ends on a wall: there a full opacity is right.
+    is_inside = config.cameras.kind != "orbit" or expected.scene == SCENES.index("room")
+    fog = reading.opacity > FOG_OPACITY and not is_inside
     detail: dict[str, Any] = {
         "id": i,
         "prompt": config.prompts[i],

@@ -104,12 +104,21 @@ class NerfParticle:
         config = self.config
         features_PFN = self.grid.encode(parameters, points_PN3 / (2 * config.bound) + 0.5)
         raw_P4N = torch.baddbmm(parameters["decoder_bias"][..., None], parameters["decoder_weight"], features_PFN)
-        # Initialisation of the paper's appendix: a soft ball (or, with a negative density, a hollow around the camera).
-        raw_density = raw_P4N[:, 0] + config.blob_density * (1 - points_PN3.norm(dim=-1) / config.blob_radius)
+        raw_density = raw_P4N[:, 0] + self._initial_density(points_PN3.norm(dim=-1))
         if noise_PN is not None:
             raw_density = raw_density + noise_PN
         density = config.density_scale * torch.nn.functional.softplus(raw_density)
         return density, torch.sigmoid(raw_P4N[:, 1:]).transpose(1, 2)
+
+    def _initial_density(self, radius: Tensor) -> Tensor:
+        """Before the softplus, by the distance from the centre: the paper's appendix."""
+        config = self.config
+        # A soft ball or, with a negative density, a hollow around the camera.
+        blob = config.blob_density * (1 - radius / config.blob_radius)
+        if config.init == "blob":
+            return blob
+        # The paper changes from object to scene at |x| = 5/6, where its two are equal; with any numbers, this is that.
+        return torch.maximum(blob, config.shell_density * (1 - radius / config.shell_radius))
 
     def _draw(
         self,

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from distvsd.cameras import CameraSampler, OrbitSampler
+from distvsd.cameras import AdaptiveSampler, CameraSampler, OrbitSampler, SceneSampler
 from distvsd.config import CamerasConfig, Config
 from distvsd.errors import BackendError
 from distvsd.particles import (
@@ -81,7 +81,14 @@ def make_ensemble(
 
 def make_cameras(config: CamerasConfig) -> CameraSampler:
     """The kind of camera sampler of this configuration."""
-    return OrbitSampler(config)
+    match config.kind:
+        case "orbit":
+            return OrbitSampler(config)
+        case "scene":
+            return SceneSampler(config)
+        case "adaptive":
+            return AdaptiveSampler(config)
+    raise ValueError(f"cameras.kind is {config.kind!r}; known are 'orbit', 'scene' and 'adaptive'")
 
 
 @dataclass(frozen=True)

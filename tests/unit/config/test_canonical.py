@@ -105,15 +105,25 @@ def configs(draw: st.DrawFn) -> Config:
     least, first = min(gaussians.min_opacity, 0.005), max(gaussians.init_opacity, 0.01)
     any_strategy = config.parallel.numerics == "fast" and config.objective.kind != "sds"
     count = draw(st.integers(1, 4))
+    cameras = config.cameras
+    bound = min(cameras.adaptive.bound, nerf.bound, 0.5)
+    cameras = replace(
+        cameras,
+        kind="orbit" if config.particles.kind == "image" else cameras.kind,
+        distance=(max(cameras.distance[0], 0.1), max(cameras.distance[1], 0.1)),
+        adaptive=replace(cameras.adaptive, bound=bound, clearance=min(cameras.adaptive.clearance, bound)),
+    )
     prompt = draw(TEXTS | st.lists(TEXTS, min_size=count, max_size=count).filter(lambda texts: count > 1).map(tuple))
     return replace(
         config,
         prompt=prompt,
+        prior=replace(config.prior, view_dependent=config.prior.view_dependent and cameras.kind == "orbit"),
+        cameras=cameras,
         objective=replace(config.objective, t_min=Schedule.constant(0), t_max=config.objective.t_max),
         particles=replace(
             config.particles,
             count=count,
-            views=min(config.particles.views, 1000),
+            views=2 * min(config.particles.views, 500),
             nerf=nerf,
             gaussians=replace(gaussians, min_opacity=least, init_opacity=first),
             image=replace(config.particles.image, space="pixel"),

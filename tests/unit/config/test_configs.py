@@ -74,3 +74,21 @@ def test_prolificdreamer_has_the_papers_numbers() -> None:
 def test_a_stage_without_a_score_network_takes_the_strategy_that_divides_nothing() -> None:
     config = load_config(FOLDER / "prolificdreamer.yaml", ["parallel.strategy=fsdp2"])
     assert [stage.parallel.strategy for stage in config.stage_configs] == ["fsdp2", "flat", "fsdp2"]
+
+
+def test_scene_has_the_papers_numbers() -> None:
+    config = load_config(FOLDER / "scene.yaml")
+    nerf = config.particles.nerf
+    assert (config.cameras.kind, config.cameras.distance) == ("scene", (0.1, 2.3))
+    assert (nerf.blob_density, nerf.blob_radius) == (-10, 2.5)
+    assert not config.prior.view_dependent, "inside a scene there is no front"
+    # Walls must be inside the cube, and no camera outside.
+    assert nerf.bound > nerf.blob_radius > config.cameras.distance[1]
+    object_in_it = load_config(FOLDER / "scene.yaml", ["particles.nerf.init=object_in_scene"]).particles.nerf
+    assert (object_in_it.shell_density, object_in_it.shell_radius) == (-10, 2.5)
+
+
+def test_the_room_can_be_trained_with_adaptive_cameras_by_a_change_of_one_word() -> None:
+    for kind in ("scene", "adaptive"):
+        config = load_config(FOLDER / "room.yaml", [f"cameras.kind={kind}"])
+        assert config.cameras.adaptive.bound == config.particles.nerf.bound > config.particles.nerf.blob_radius

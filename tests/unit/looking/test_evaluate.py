@@ -14,13 +14,16 @@ from distvsd.looking import evaluate, views
 from distvsd.looking.evaluate import evaluate_particles
 from distvsd.looking.render import render_particles
 from distvsd.looking.views import groups, inspection, render_group
-from distvsd.run.parts import make_particle
+from distvsd.run.parts import make_cameras, make_particle
 from distvsd.shapes import world
 from distvsd.shapes.classifier import load_classifier
 
+ROOMS = ("red walls and a blue floor", "yellow walls and an orange floor")
+
 
 class Drawings:
-    """Particles that are drawn by the world: `labels[i]` is (shape, colour, face), or None for nothing at all."""
+    """Particles that are drawn by the world: `labels[i]` is (shape, colour, face), or (wall, floor) for a room, or None
+    for nothing at all."""
 
     def __init__(self, labels, prompts, kind="nerf", opacities=None):
         self.labels = labels
@@ -48,9 +51,9 @@ class Drawings:
                 images[row] *= self.opacities.get(i, 1.0)
                 continue
             count = cameras.shape[1]
-            shape, color, face = (torch.full((count,), value) for value in self.labels[i])
-            none = torch.full((count,), -1)
-            labels = world.Labels(shape, color, face, none, none)
+            values = self.labels[i]
+            numbers = (-1, -1, 0, *values) if len(values) == 2 else (*values, -1, -1)
+            labels = world.Labels(*(torch.full((count,), number) for number in numbers))
             images[row] = world.draw(labels, cameras[row], torch.full((count,), background), resolution, samples=1)
             opacity[row] = (images[row] != background).any(1, keepdim=True).float()
         return images, opacity
@@ -86,6 +89,13 @@ def test_nothing_and_fog_are_empty_and_broken_values_are_diverged(classifier):
     json.dumps(result, allow_nan=False)
 
 
+def test_an_opaque_view_is_no_fog_where_cameras_are_inside(classifier):
+    home = Drawings([None], ["inside of a smart home"], opacities={0: 1.0})
+    assert evaluate_particles(home, classifier)["empty"] == 1
+    home.config = dataclasses.replace(home.config, cameras=CamerasConfig(kind="scene"))
+    assert evaluate_particles(home, classifier)["empty"] == 0
+
+
 def test_a_prompt_without_labels_expects_none_and_diversity_is_measured(classifier):
     same = evaluate_particles(Drawings([(1, 0, 0)] * 3, ["an object"] * 3), classifier)
     mixed = evaluate_particles(Drawings([(1, 0, 0), (0, 2, 0), (4, 3, 0)], ["an object"] * 3), classifier)
@@ -94,6 +104,17 @@ def test_a_prompt_without_labels_expects_none_and_diversity_is_measured(classifi
     assert same["diversity"]["vendi"] == pytest.approx(1, abs=0.01)
     assert 1.5 < mixed["diversity"]["vendi"] <= 3.001
     assert mixed["diversity"]["mean_cosine"] < same["diversity"]["mean_cosine"]
+
+
+def test_rooms_are_read_from_inside(classifier):
+    """Red walls and a blue floor as asked, and a green floor where an orange one was asked for."""
+    rooms = Drawings([(0, 2), (3, 1)], [f"inside a room with {colors}" for colors in ROOMS])
+    rooms.sampler = make_cameras(CamerasConfig(kind="adaptive", fovy=(60.0, 80.0)))
+    result = evaluate_particles(rooms, classifier)
+    assert result["view_accuracy"] == {"scene": 1.0, "wall": 1.0, "floor": 0.5}
+    assert result["label_accuracy"] == {"scene": 1.0, "wall": 1.0, "floor": 0.5}
+    assert result["rooms"] == {"red walls, blue floor": 1, "yellow walls, green floor": 1} and result["modes"] == {}
+    assert result["empty"] == 0
 
 
 def test_images_have_one_view_and_are_empty_when_nothing_is_recognised(classifier):

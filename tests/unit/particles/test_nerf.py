@@ -57,6 +57,17 @@ def test_a_scene_begins_hollow_around_the_camera():
     torch.testing.assert_close(density[0], torch.tensor([4.54e-5, 4.01815]), rtol=1e-3, atol=0)
 
 
+def test_an_object_begins_in_the_middle_of_a_hollow_scene():
+    """The paper's numbers: of 10 (1 - r / 0.5) and -10 (1 - r / 2.5) the first is larger inside r = 5/6, where both are
+    -20/3. softplus(-20/3) = 1.2718e-3, softplus(-6) = 2.4757e-3."""
+    mixed = replace(NERF, init="object_in_scene", bound=4.0)
+    parameters = {name: value * 0 for name, value in mixed.init(0, IDS).items()}
+    radius = torch.tensor([0.0, 0.5, 0.8, 5 / 6, 1.0, 2.5, 3.5])
+    density, _ = mixed.evaluate(parameters, torch.stack((0 * radius, radius, 0 * radius), dim=-1).expand(3, 7, 3))
+    expected = torch.tensor([10.00005, 0.69315, 2.4757e-3, 1.2718e-3, 2.4757e-3, 0.69315, 4.01815])
+    torch.testing.assert_close(density[0], expected, rtol=1e-3, atol=0)
+
+
 def test_no_two_particles_begin_alike():
     rendered = NERF.view(*scene(views=1)[:2], 16, 0.5).images
     assert not torch.allclose(rendered[0], rendered[1], atol=1e-4)
