@@ -5,6 +5,8 @@ STAMP := .venv/installed
 DEMO ?= runs/demo
 # For machines without a GPU: a package index with CPU builds of torch. Without it pip may install the CUDA build.
 TORCH_INDEX ?=
+# For the tests, such as --guarantees FOLDER.
+TEST_OPTIONS ?=
 
 .PHONY: install test lint demo clean
 
@@ -18,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 test: install
-	$(BIN)/python -m tests
+	$(BIN)/python -m tests $(TEST_OPTIONS)
 
 lint: install
 	$(BIN)/ruff check .

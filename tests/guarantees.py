@@ -134,7 +134,7 @@ def page(proofs: list[Proof]) -> str:
         "What a run guarantees when something fails, and the tests of it. This page is made from their results:",
         "",
         "```sh",
-        "python -m pytest tests --guarantees guarantees.json && python -m tests.guarantees guarantees.json",
+        "python -m tests --guarantees FOLDER && python -m tests.guarantees FOLDER/*",
         "```",
         f"{len(proofs)} tests with {cases} cases, each with the result of its last run, on a CPU with gloo ranks.",
     ]
