@@ -33,12 +33,14 @@ from typing import Any
 import torch
 
 from benchmarks.machine import machine
-from distvsd.checkpoint import newest, verify_run
+from distvsd.checkpoint import newest
 from distvsd.config import Config, load_config
 from distvsd.errors import CheckpointError, RankError
 from distvsd.parallel.world import World
 from distvsd.run.build import build_run
+from distvsd.run.contents import verify
 from distvsd.run.train import train
+from distvsd.stages import newest_stage
 from distvsd.testing.pipelines import tiny_pipeline
 from distvsd.testing.ranks import run_ranks
 
@@ -110,7 +112,7 @@ def campaign(
 ) -> Tally:
     """Kills trainings in `folder` at least `kills` times, and resumes each until it is done.
 
-    config_in: returns the configuration of the training in a run directory.
+    config_in: returns the configuration of the training in a run directory; it may have stages.
 
     It forks, so the caller must have one thread. Call `warm_up` first to make it fast. Raises RankError if a training
     fails without a kill.
@@ -119,8 +121,8 @@ def campaign(
     began = time.monotonic()
     run_ranks(lambda world: train(undisturbed), ranks, timeout_s=TIMEOUT_S)
     seconds = time.monotonic() - began
-    expected = verify_run(Path(undisturbed.run.dir), digest=True)
-    save_s = statistics.median(line["save_stall_s"] for line in reported(Path(undisturbed.run.dir)))
+    expected = verify(Path(undisturbed.run.dir), digest=True)
+    save_s = statistics.median(line["save_stall_s"] for line in reported(newest_stage(Path(undisturbed.run.dir))))
     total = Tally()
     while total.kills < kills:
         config = config_in(folder / f"killed-{total.trainings}")
@@ -130,14 +132,14 @@ def campaign(
             # The range grows with each attempt. Otherwise a training on a machine that has become slower never ends.
             kill = Kill(victims, draw.uniform(0, seconds * (1 + attempts / 10)))
             if not config.checkpoint.asynchronous and draw.random() < 0.5:
-                kill = Kill(victims, kill.after_s, Path(config.run.dir) / "checkpoints", draw.uniform(0, save_s))
+                kill = Kill(victims, kill.after_s, Path(config.run.dir), draw.uniform(0, save_s))
             if attempt(config, folder / "pids", ranks, kill, tally):
                 break
         else:
             raise RankError(
                 f"a training was not done after {MOST_ATTEMPTS} attempts; undisturbed it took {seconds:.1f} s"
             )
-        if verify_run(Path(config.run.dir), digest=True) != expected:
+        if verify(Path(config.run.dir), digest=True) != expected:
             tally.different += 1
         total += tally
         shutil.rmtree(config.run.dir)
@@ -148,13 +150,13 @@ def campaign(
 class Kill:
     """SIGKILL to some ranks, `after_s` seconds after all have started.
 
-    saves: the folder of the checkpoints. If it is given, the kill then also waits for a save to begin, and for
-    `within_s` seconds more.
+    run: the directory of the run. If it is given, the kill then also waits for a save to begin, and for `within_s`
+    seconds more.
     """
 
     victims: list[int]
     after_s: float
-    saves: Path | None = None
+    run: Path | None = None
     within_s: float = 0.0
 
     def strike(self, pids: Path, ranks: int) -> None:
@@ -162,8 +164,9 @@ class Kill:
         while len(list(pids.glob("*.pid"))) < ranks:
             time.sleep(0.001)
         time.sleep(self.after_s)
-        if self.saves is not None:
-            while not any(self.saves.glob(".staged-*")):
+        if self.run is not None:
+            staged = "checkpoints/.staged-*"
+            while not any(self.run.glob(staged)) and not any(self.run.glob(f"stages/*/{staged}")):
                 time.sleep(0.001)
             time.sleep(self.within_s)
         for victim in self.victims:
@@ -201,8 +204,9 @@ def attempt(config: Config, pids: Path, ranks: int, kill: Kill, tally: Tally) ->
 
 
 def _examine(run: Path, tally: Tally) -> None:
-    """Counts one kill: verifies every file of the newest checkpoint and finds how old it is."""
+    """Counts one kill: verifies every file of the newest checkpoint and finds how old it is, in its stage."""
     tally.kills += 1
+    run = newest_stage(run)
     checkpoints = run / "checkpoints"
     unfinished = (".staged-", ".replaced-", ".removed-")
     names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []

@@ -22,6 +22,13 @@ TINY: dict[str, Any] = {
 }
 
 
+THREE_STAGES = """[
+  {name: nerf, schedule: {rounds: 2}},
+  {name: geometry, objective: {kind: sds}, particles: {kind: mesh, mesh: {signal: shaded, laplacian: 1}}},
+  {name: texture, particles: {kind: mesh, mesh: {trained: texture}}, schedule: {rounds: 2}},
+]"""
+
+
 def overrides(run: Path, prior: Path, **changes: Any) -> list[str]:
     """The key=value arguments of three tiny particles in exact numerics; changes are dotted keys and their values."""
     settings = {
@@ -42,6 +49,13 @@ def overrides(run: Path, prior: Path, **changes: Any) -> list[str]:
 def small_config(run: Path, prior: Path, **changes: Any) -> Config:
     """The same as a configuration."""
     return load_config(SMOKE, overrides(run, prior, **changes))
+
+
+def three_stages(run: Path, prior: Path, *more: str, **changes: Any) -> Config:
+    """A field, its mesh and the colours of the mesh; saved after every round."""
+    settings = {"stages": THREE_STAGES, "schedule.rounds": 3, "checkpoint.every": 1, "log.every": 1}
+    settings |= {"particles.mesh.grid": 6, "particles.mesh.threshold": 1} | changes
+    return load_config(SMOKE, [*overrides(run, prior, **settings), *more])
 
 
 def refusals(config: Config, size: int) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 
 from distvsd.checkpoint.reader import newest
 from distvsd.cli import main
-from distvsd.config import Config, load_config
+from distvsd.config import Config
 from distvsd.errors import CheckpointError, ConfigError, RunError
 from distvsd.faults import injected
 from distvsd.looking.opened import load_particles
@@ -22,21 +22,10 @@ from distvsd.run.contents import verify
 from distvsd.run.train import train
 from distvsd.stages import stages_of
 from distvsd.testing.ranks import run_ranks
-from tests.small_run import SMOKE, overrides
+from tests.small_run import three_stages
 
-STAGES = """[
-  {name: nerf, schedule: {rounds: 2}},
-  {name: geometry, objective: {kind: sds}, particles: {kind: mesh, mesh: {signal: shaded, laplacian: 1}}},
-  {name: texture, particles: {kind: mesh, mesh: {trained: texture}}, schedule: {rounds: 2}},
-]"""
 FOLDERS = ("stages/1-nerf", "stages/2-geometry", "stages/3-texture")
 Make = Callable[..., Config]
-
-
-def three_stages(run: Path, prior: Path, *more: str) -> Config:
-    settings = {"stages": STAGES, "schedule.rounds": 3, "checkpoint.every": 1, "particles.count": 3, "log.every": 1}
-    settings |= {"particles.mesh.grid": 6, "particles.mesh.threshold": 1}
-    return load_config(SMOKE, [*overrides(run, prior, **settings), *more])
 
 
 @pytest.fixture(scope="module")
