@@ -90,7 +90,8 @@ def test_the_camera_embedding_is_as_wide_as_what_it_is_added_to(model: str) -> N
 
 @pytest.mark.parametrize("model", PUBLISHED)
 def test_a_plan_for_a_public_model_leaves_nothing_unknown_and_needs_no_weights(model: str) -> None:
-    config = load_config(PAPER, ["particles.kind=image", "particles.image.space=latent", "render.resolution=512"])
+    images = ["stages=[]", "particles.kind=image", "particles.image.space=latent", "render.resolution=512"]
+    config = load_config(PAPER, images)
     for planned in (config, load_config(PAPER)):
         plan = plan_run(planned, 2, 4, published=model)
         text = draw(plan)
