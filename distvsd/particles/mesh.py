@@ -38,7 +38,7 @@ class MeshParticle:
     """A closed triangle mesh in the cube [-bound, bound]^3 of a field that colours it, batched over particles.
 
     values: `[P, L]`, positive inside, in cells of the lattice. offsets: `[P, L, 3]`, where the points of the lattice
-    are, see `points`. The other parameters are those of `field`, of which only the colours are used.
+    are, see `meshes`. The other parameters are those of `field_particle`, of which only the colours are used.
 
     config: the fields of `particles.mesh`. learning_rate: of a round, for values and offsets. backend: of the
     rasteriser. deterministic: see `Particle`.
@@ -137,7 +137,8 @@ class MeshParticle:
         behind = torch.cat((behind, torch.zeros_like(behind[..., :1])), dim=-1)
         images = hits.onto(behind, torch.cat((colors, torch.ones_like(colors[:, :1])), dim=1))
         images = antialias(images, hits, cameras).permute(0, 1, 4, 2, 3)
-        broken = ~torch.stack([meshes.one(row)[0].detach().isfinite().all() for row in range(len(meshes))])
+        lost = meshes.vertex_owners[~meshes.vertices.detach().isfinite().all(1)]
+        broken = torch.bincount(lost, minlength=len(meshes)) > 0
         images = torch.where(broken[:, None, None, None, None], torch.nan, images)
         return Rendered(images[:, :, :3], images[:, :, 3:], images.new_zeros(len(meshes)))
 

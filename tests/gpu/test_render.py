@@ -9,15 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from distvsd.cameras import OrbitSampler
-from distvsd.config import CamerasConfig, NerfConfig
-from distvsd.particles import Keys, NerfParticle
+from distvsd.config import NerfConfig
+from distvsd.particles import NerfParticle
 from distvsd.render import composite
 from distvsd.render.volume import VolumeBackend
 from distvsd.testing import check_particle, check_sampler
 from distvsd.vsd.rng import Purpose, normal, uniform
+from tests.gpu.drawn import SAMPLER, image_and_gradients
 
-SAMPLER = OrbitSampler(CamerasConfig(elevation=(-10.0, 60.0), distance=(1.2, 1.5), fovy=(40.0, 50.0)))
 SMALL = NerfConfig(
     levels=2,
     features=4,
@@ -49,19 +48,6 @@ def nerf(backend: VolumeBackend = "torch", gather: bool = False, **fields: Any) 
         gather=gather,
         deterministic=False,
     )
-
-
-def image_and_gradients(particle: NerfParticle, device: torch.device | str) -> tuple[Tensor, dict[str, Tensor]]:
-    """Renders three particles for training. Returns the images and the gradients of a weighted sum, on the CPU."""
-    ids = torch.tensor([4, 0, 9], device=device)
-    # Initialized on the CPU for both devices, so that only the render is compared.
-    start = particle.init(5, ids.cpu())
-    parameters = {name: value.to(device).requires_grad_() for name, value in start.items()}
-    rendered = particle.render(parameters, SAMPLER.sample(5, ids, 3, 2, None), 32, Keys(5, ids, 3))
-    weights = normal(5, Purpose.SAMPLE, ids, 0, tuple(rendered.images.shape[1:]))
-    target = (rendered.images * weights).sum() + rendered.penalty.sum()
-    found = torch.autograd.grad(target, list(parameters.values()))
-    return rendered.images.detach().cpu(), {name: value.cpu() for name, value in zip(parameters, found, strict=True)}
 
 
 def are_close(ours: tuple[Tensor, dict[str, Tensor]], theirs: tuple[Tensor, dict[str, Tensor]]) -> None:

@@ -6,14 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from distvsd.cameras import OrbitSampler
-from distvsd.config import CamerasConfig, GaussiansConfig
-from distvsd.particles import GaussianParticle, Keys
+from distvsd.config import GaussiansConfig
+from distvsd.particles import GaussianParticle
 from distvsd.render.splat import SplatBackend
 from distvsd.testing import check_particle
-from distvsd.vsd.rng import Purpose, normal
+from tests.gpu.drawn import image_and_gradients
 
-SAMPLER = OrbitSampler(CamerasConfig(elevation=(-10.0, 60.0), distance=(1.2, 1.5), fovy=(40.0, 50.0)))
 SMALL = GaussiansConfig(
     capacity=300, init_color=1.0, relocate_every=2, noise=10.0, opacity=0.1, scale=0.1, sparsity=0.1, coverage=0.1
 )
@@ -21,18 +19,6 @@ SMALL = GaussiansConfig(
 
 def gaussians(backend: SplatBackend = "torch") -> GaussianParticle:
     return GaussianParticle(config=SMALL, learning_rate=lambda step: 0.01, backend=backend, deterministic=False)
-
-
-def image_and_gradients(particle: GaussianParticle, device: torch.device | str) -> tuple[Tensor, dict[str, Tensor]]:
-    """One training render of three particles and the gradients of a weighted sum, brought to the CPU."""
-    ids = torch.tensor([4, 0, 9], device=device)
-    start = particle.init(5, ids.cpu())
-    parameters = {name: value.to(device).requires_grad_() for name, value in start.items()}
-    rendered = particle.render(parameters, SAMPLER.sample(5, ids, 3, 2, None), 32, Keys(5, ids, 3))
-    weights = normal(5, Purpose.SAMPLE, ids, 0, tuple(rendered.images.shape[1:]))
-    target = (rendered.images * weights).sum() + rendered.penalty.sum()
-    found = torch.autograd.grad(target, list(parameters.values()))
-    return rendered.images.detach().cpu(), {name: value.cpu() for name, value in zip(parameters, found, strict=True)}
 
 
 def are_close(ours: tuple[Tensor, dict[str, Tensor]], theirs: tuple[Tensor, dict[str, Tensor]]) -> None:
