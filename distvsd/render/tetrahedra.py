@@ -94,27 +94,37 @@ def marching_tetrahedra(grid: TetGrid, values: Tensor, points: Tensor) -> Meshes
     """
     particles, edges = len(values), len(grid.edges)
     values = torch.where(grid.is_border, values.clamp(max=-1e-3 * grid.cell), values)
-    inside = values > 0
-    ends = inside[:, grid.edges]
-    crossed = ends[..., 0] != ends[..., 1]
-    owner, edge = crossed.nonzero(as_tuple=True)
+    # Bytes, with those of a point side by side: most of the lattice is far from every surface, and this is the only
+    # look at all of it.
+    inside = (values > 0).byte().T.contiguous()
+    ends = [inside.index_select(0, grid.edges[:, end]) for end in range(2)]
+    owner, edge = _by_particle(ends[0] != ends[1])
     a, b = grid.edges[edge].unbind(1)
     at_a, at_b = values[owner, a], values[owner, b]
     from_a, from_b = (points[a], points[b]) if points.ndim == 2 else (points[owner, a], points[owner, b])
     vertices = from_a + (from_b - from_a) * (at_a / (at_a - at_b))[:, None]
 
-    vertex_of = crossed.flatten().cumsum(0) - 1
+    case = inside.index_select(0, grid.tets[:, 0])
+    for corner in range(1, 4):
+        case |= inside.index_select(0, grid.tets[:, corner]) << corner
+    of, tet = _by_particle((case > 0) & (case < 15))
+    case = case[tet, of].long()
     table, triangles = _cases(values.device)
-    corners = inside[:, grid.tets]
-    case = (corners * (1 << torch.arange(4, device=values.device))).sum(-1)
-    of, tet = ((case > 0) & (case < 15)).nonzero(as_tuple=True)
-    case = case[of, tet]
+    vertex_of = torch.zeros(particles * edges, dtype=torch.int64, device=values.device)
+    vertex_of[owner * edges + edge] = torch.arange(len(edge), device=values.device)
     found = vertex_of[(of * edges)[:, None] + grid.tet_edges[tet]]
     sides = table[case]
     is_face = torch.arange(2, device=values.device) < triangles[case, None]
     faces = found.gather(1, sides.flatten(1)).reshape(-1, 2, 3)[is_face]
     faces_of = of[:, None].expand(-1, 2)[is_face]
     return Meshes(vertices, faces, _ends(owner, particles), _ends(faces_of, particles))
+
+
+def _by_particle(found: Tensor) -> tuple[Tensor, Tensor]:
+    """Column and row of every true entry of `[N, P]`, column by column."""
+    rows = found.any(1).nonzero().squeeze(1)
+    column, place = found[rows].T.nonzero(as_tuple=True)
+    return column, rows[place]
 
 
 def _ends(owners: Tensor, particles: int) -> tuple[int, ...]:
