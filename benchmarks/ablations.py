@@ -1,4 +1,4 @@
-"""Every ablation of `configs/ablations` with the embedded prior, beside `configs/quickstart.yaml`: a table and a picture.
+"""Every ablation of `configs/ablations` beside `configs/quickstart.yaml`, with the embedded prior: table and picture.
 
     python -m benchmarks.ablations --out runs/ablations [--only sds esd] [--particles 8] [--ranks 1] [--page FILE]
     [key=value]
@@ -43,7 +43,7 @@ def train(path: Path, folder: Path, particles: int, ranks: int, overrides: list[
 
 
 def cells(opened: Opened) -> Tensor:
-    """Images `[CELLS, 3, EDGE, EDGE]` of the first particles; several views of each where there are fewer than cells."""
+    """Images `[CELLS, 3, EDGE, EDGE]` of the first particles; several views of each where there are fewer of them."""
     chosen = list(opened.ids)[:CELLS]
     cameras = inspection(opened)
     views = torch.arange(CELLS // len(chosen)) * cameras.shape[1] // (CELLS // len(chosen))
@@ -89,7 +89,7 @@ Each line is a file of `configs/ablations`, which changes one thing of `configs/
 cube". The classifier labels eight views of each particle. Similarity: mean cosine between the classifier's features \
 of two particles, 1 where all look alike. Lost: empty or diverged.
 
-| configuration | views with the right colour | with the right shape | particles with a face | similarity | lost | what it is for |
+| configuration | views of right colour | of right shape | particles with a face | similarity | lost | what it is for |
 |---|---:|---:|---:|---:|---:|---|
 {lines}
 

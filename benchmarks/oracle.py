@@ -235,7 +235,7 @@ def distil(mixture: Mixture, settings: Settings, watch: Callable[[int, Tensor], 
         ensemble=ensemble,
         encode=encode,
         objective=objective,
-        exchange=lambda samples, step: Exchange(world, [count]).start(samples),
+        exchange=lambda samples, step: Exchange(world, [count]).start(samples).wait(),
         exclude=lambda union, absent: union,  # points are always finite
         training=training,
         resolution=lambda step: 1,

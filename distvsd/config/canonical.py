@@ -14,7 +14,16 @@ from distvsd.config.schema import Config
 from distvsd.config.stages import StageConfig
 
 # What changes no bit of the result: where a run lies, what is kept and reported, how long ranks are waited for.
-BOOKKEEPING = ("run.dir", "particles.recompute", "parallel.timeout_s", "checkpoint.", "log.")
+BOOKKEEPING = (
+    "run.dir",
+    # How a rank divides its work changes rounding only, as the number of ranks does, and nothing in exact numerics.
+    "particles.micro_batch",
+    "particles.recompute",
+    "score.micro_batch",
+    "parallel.timeout_s",
+    "checkpoint.",
+    "log.",
+)
 
 
 def to_dict(config: Config) -> dict[str, Any]:

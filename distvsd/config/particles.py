@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from distvsd.config.gaussians import GaussiansConfig
 from distvsd.config.mesh import MeshConfig
-from distvsd.config.ranges import Betas, Count, Increasing, Positive, Range, Share, Weight
+from distvsd.config.ranges import Betas, Count, Increasing, Measured, Positive, Range, Share, Weight
 from distvsd.config.schedule import Schedule
 
 
@@ -105,12 +105,13 @@ class ParticlesConfig:
     """Number of particles over all ranks; fewer than ranks is legal."""
     views: Positive = 1
     """Views rendered per particle and round."""
-    micro_batch: Count = 0
-    """Particles per render call on a rank; 0 is all of them. What the backward pass needs of every call is kept until
-    the end of the round, unless `recompute` is set."""
+    micro_batch: Measured = "auto"
+    """Particles that a rank renders and moves in one go; 0 is all of them. auto: of 1, 2, 4, ... what takes the least
+    time and fits, measured in the first rounds and noted in the checkpoint. The memory of a round is that of one such
+    group. numerics exact always takes 1; parallel.strategy other than flat holds all groups of a round at once."""
     recompute: bool = False
     """Renders and their encoding are computed again in the backward pass instead of kept. The result has the same bits;
-    memory is that of one render call instead of all, and rendering takes twice the time."""
+    memory is that of one render call without its graph, and rendering takes twice the time."""
     learning_rate: Annotated[Schedule, Range(0, 10)] = Schedule(((0, 0.01),))
     """Adam's rate for grids and pixels; gaussians have factors on it."""
     network_learning_rate: Annotated[Schedule, Range(0, 10)] = Schedule(((0, 0.001),))

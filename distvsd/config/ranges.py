@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class FolderName:
 
 
 Count = Annotated[int, Range(0, 10**9)]
+Measured = Annotated[int | Literal["auto"], Range(0, 10**9)]  # auto: chosen in the first rounds
 Positive = Annotated[int, Range(1, 10**9)]
 Share = Annotated[float, Range(0, 1)]
 Weight = Annotated[float, Range(low=0)]

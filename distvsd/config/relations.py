@@ -113,11 +113,11 @@ def _exact_rows(config: Config) -> str | None:
 
 def _micro_batch(config: Config) -> str | None:
     # The libraries' backward pass is one call, and every rank must take part in a call of a split network.
-    if config.score.micro_batch == 0 or config.parallel.strategy == "flat":
+    if config.score.micro_batch in (0, "auto") or config.parallel.strategy == "flat":
         return None
     return (
         f"is {config.score.micro_batch}, but parallel.strategy is {config.parallel.strategy}, which makes one call on "
-        "every rank; allowed: 0, or the strategy flat"
+        "every rank; allowed: 0, auto, or the strategy flat"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from distvsd.config.ranges import Betas, Count, Positive, Range, Rate, Share, Weight
+from distvsd.config.ranges import Betas, Count, Measured, Positive, Range, Rate, Share, Weight
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,11 @@ class ScoreConfig:
     """Rounds of renders kept for replay."""
     replay_share: Annotated[float, Range(0, 0.99)] = 0.0
     """Share of each score batch drawn from the replay; above 0 needs replay_rounds."""
-    micro_batch: Count = 0
+    micro_batch: Measured = "auto"
     """Samples per call of either UNet, for the particles' gradient and in the score's training; fewer need less memory.
-    0: all samples of a rank in one call; any other value needs parallel.strategy flat. numerics exact always takes one
-    particle a call."""
+    0: all samples of a group, and all that a rank trains on, in one call; any other number needs parallel.strategy
+    flat. auto: 0 for the gradient; for the training measured as particles.micro_batch is, 0 where the strategy is not
+    flat. numerics exact always takes one particle a call."""
     learning_rate_scaling: Literal["none", "sqrt", "linear"] = "none"
     """How the learning rate grows with the samples of a step, relative to one sample."""
     max_grad_norm: Weight = 0.0

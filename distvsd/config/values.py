@@ -38,7 +38,7 @@ def convert(entry: Entry, annotation: Any) -> object:
     if get_origin(annotation) is tuple:
         return _pair(entry.value, allowed, any(isinstance(mark, Increasing) for mark in marks))
     if get_origin(annotation) in (Union, types.UnionType):
-        return _texts(entry.value)
+        return _number_or_word(entry.value, annotation, allowed) if int in get_args(annotation) else _texts(entry.value)
     if annotation is str:
         return _text(entry.value, marks)
     if annotation is bool:
@@ -90,6 +90,17 @@ def _number(value: object, kind: type, allowed: Range) -> float:
     if not allowed.holds(number):
         raise Mistake(f"is {named(number)}; {_allowed(kind, allowed)}")
     return int(number) if kind is int else float(number)
+
+
+def _number_or_word(value: object, annotation: Any, allowed: Range) -> float | str:
+    """annotation: `int | Literal[...]`."""
+    words = [word for part in get_args(annotation) for word in get_args(part)]
+    if isinstance(value, str) and value in words:
+        return value
+    try:
+        return _number(value, int, allowed)
+    except Mistake as mistake:
+        raise Mistake(f"{mistake}, or {', '.join(words)}") from None
 
 
 def _float_text(text: str) -> object:

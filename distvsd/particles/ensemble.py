@@ -46,14 +46,20 @@ class Views:
 class Ensemble:
     """This rank's shard of the particles. Every method is local and communicates nothing; a shard may be empty."""
 
-    def __init__(self, store: ParticleStore, sampler: CameraSampler, config: ParticlesConfig) -> None:
-        """config: `views` a particle and round, `recompute` and `health` are read."""
+    def __init__(
+        self, store: ParticleStore, sampler: CameraSampler, config: ParticlesConfig, whole: bool = False
+    ) -> None:
+        """config: `views` a particle and round, `recompute` and `health` are read. whole: `render` gives one part, for
+        networks that all ranks must call equally often."""
         self.store, self.sampler, self.num_views = store, sampler, config.views
         self._render = checkpointed(store.particle.render) if config.recompute else store.particle.render
         self._config = config.health
         self._health = {particle_id: Health() for particle_id in store.ids}
         self._good = GoodStates()
+        self._whole = whole
+        self.halved = False  # a group did not fit into memory since they were formed
         self._out_of_memory: set[int] = set()  # in this round
+        self._update = Update()  # of this round, so far
 
     @property
     def particle(self) -> Particle:
@@ -62,6 +68,11 @@ class Ensemble:
     @property
     def ids(self) -> list[int]:
         return self.store.ids
+
+    def regroup(self, size: int) -> None:
+        """From the next round on, groups of so many particles; 0 is all in one."""
+        self.store.regroup(size)
+        self.halved = False
 
     @property
     def quarantined(self) -> list[int]:
@@ -73,29 +84,38 @@ class Ensemble:
         """Of everything in `stream`."""
         return sum(tensor.nbytes for _, state in self.stream() for tensor in state.values())
 
-    def render(self, step: int, resolution: int) -> list[Views]:
-        """The active particles from `num_views` fresh cameras, one entry a group; keyed by (seed, particle, step).
+    def render(self, step: int, resolution: int) -> Iterator[list[Views]]:
+        """The active particles from `num_views` fresh cameras, keyed by (seed, particle, step), part by part.
+
+        A part is one group, or the whole shard where that was asked for. It is to be updated before the next is asked
+        for, so that a round holds the graph of one part. A shard without active particles gives one empty part.
 
         Out of memory, a group is halved for the rest of the run and drawn again; a single particle that does not fit
         is NaN in all its views, without a graph. What else a renderer raises passes through.
         """
         self._out_of_memory.clear()
-        groups = self.store.lease(step)
-        drawn: list[tuple[Cameras, Rendered] | None] = []
-        while len(drawn) < len(groups):
-            at = len(drawn)
-            group = groups[at]
-            found = self._draw(group, resolution, step)
-            if found is None and len(group.own) > 1:
-                groups[at : at + 1] = self.store.split(group)
-            else:
-                drawn.append(found)
-                self._out_of_memory.update(group.own if found is None else ())
-        like = next((found[1] for found in drawn if found), None)
-        return [
-            Views(group, *(found or self._undrawn(group, resolution, step, like)))
-            for group, found in zip(groups, drawn, strict=True)
-        ]
+        self._update = Update()
+        drawn = (views for group in self.store.lease(step) for views in self._views(group, resolution, step))
+        if self._whole:
+            yield list(drawn)
+            return
+        first = next(drawn, None)
+        yield [] if first is None else [first]
+        del first
+        for views in drawn:
+            yield [views]
+
+    def _views(self, group: Group, resolution: int, step: int) -> Iterator[Views]:
+        """Of the group, or of its parts where it does not fit into memory."""
+        found = self._draw(group, resolution, step)
+        if found is None and len(group.own) > 1:
+            self.halved = True
+            for half in self.store.split(group):
+                yield from self._views(half, resolution, step)
+            return
+        if found is None:
+            self._out_of_memory.update(group.own)
+        yield Views(group, *(found or self._undrawn(group, resolution, step)))
 
     def _sample(self, group: Group, step: int) -> Cameras:
         field = self.particle.field(group.parameters)
@@ -112,37 +132,35 @@ class Ensemble:
             return None
         return cameras, dataclasses.replace(rendered, images=poison("render", rendered.images, group.ids))
 
-    def _undrawn(self, group: Group, resolution: int, step: int, like: Rendered | None) -> tuple[Cameras, Rendered]:
-        """NaN in the place of the views of one particle that could not be drawn. like: what another group drew."""
+    def _undrawn(self, group: Group, resolution: int, step: int) -> tuple[Cameras, Rendered]:
+        """NaN in the place of the views of one particle that could not be drawn."""
         cameras = self._sample(group, step)
-        penalty = torch.zeros(1, device=cameras.fovy.device)
-        if like is not None:
-            # In the same memory layout: a batch of two layouts is copied into another one, by which the networks choose
-            # their kernels, and that would change the last bits of all particles in it.
-            images, opacity = (torch.full_like(part.detach()[:1], torch.nan) for part in (like.images, like.opacity))
-            return cameras, Rendered(images, opacity, penalty)
         image: tuple[int, ...] = (3, resolution, resolution)
         if self.particle.is_latent:
             # Only the particle knows the size of its latents; to draw no view of it takes no memory.
             with torch.no_grad():
                 image = self.particle.view(group.parameters, cameras[:, :0], resolution, 0.0).images.shape[2:]
-        blank = penalty.new_full((*cameras.shape, 1, *image[1:]), torch.nan)
-        return cameras, Rendered(blank.expand(-1, -1, image[0], -1, -1), blank, penalty)
+        blank = cameras.fovy.new_full((*cameras.shape, 1, *image[1:]), torch.nan)
+        return cameras, Rendered(blank.expand(-1, -1, image[0], -1, -1), blank, torch.zeros(1, device=blank.device))
 
-    def update(self, views: list[Views], latents: Tensor, gradient: Tensor, step: int) -> Update:
+    def update(self, views: list[Views], latents: Tensor, gradient: Tensor, step: int) -> None:
         """One Adam step a particle along `gradient` at the latents, plus the regularisers' own gradient.
 
-        views: of this round's `render`. latents: `[N, C, h, w]` with the graph to this ensemble's parameters, in the
-        order of the views; gradient: the same shape (Eq. 9: the UNet's Jacobian is left out, the encoder's and the
+        views: a part of this round's `render`. latents: `[N, C, h, w]` with the graph to this ensemble's parameters, in
+        the order of the views; gradient: the same shape (Eq. 9: the UNet's Jacobian is left out, the encoder's and the
         renderer's are not). A particle whose latents, gradient at the latents or gradient is not finite keeps its
-        state, as do all of this rank's when the memory does not suffice for the backward pass; `particles.health` says
-        what happens when that goes on. Every `particles.health.good_every` rounds the states are marked as good.
-        Consumes the graph.
+        state, as do all of this part when the memory does not suffice for the backward pass; `particles.health` says
+        what happens when that goes on. Consumes the graph.
         """
-        update = self._move(views, latents, gradient, step) if views else Update()
+        if views:
+            self._update = self._update + self._move(views, latents, gradient, step)
+
+    def finish(self, step: int) -> Update:
+        """What all updates of this round did. Every `particles.health.good_every` rounds the states are marked as
+        good."""
         if (step + 1) % self._config.good_every == 0:
             self.mark_good()
-        return update
+        return self._update
 
     def _move(self, views: list[Views], latents: Tensor, gradient: Tensor, step: int) -> Update:
         groups = [view.group for view in views]
@@ -163,6 +181,7 @@ class Ensemble:
                 moved.update(own_moved)
         else:
             self._out_of_memory.update(own)
+            self.halved = True
             groups = [half for group in groups for half in self.store.split(group)]
         update = judge({i: self._health[i] for i in own}, moved, self._out_of_memory, self._config)
         for particle_id in (*update.restored, *update.quarantined):
@@ -211,7 +230,7 @@ class Ensemble:
     def mark_good(self) -> None:
         """The present state of every particle that is well becomes the one that it goes back to.
 
-        `update` calls it, by the number of the round: when checkpoints are written must not change what comes later.
+        `finish` calls it, by the number of the round: when checkpoints are written must not change what comes later.
         """
         self._good.mark(
             particle_id for particle_id, health in self._health.items() if not health.bad and not health.quarantined

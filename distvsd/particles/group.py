@@ -78,9 +78,10 @@ class Group:
         """The same particles as two groups, or the group itself if it has one particle. Shares the memory: this is
         called when none is free."""
         middle = len(self.own) // 2
-        return [self._part(slice(0, middle)), self._part(slice(middle, None))] if middle else [self]
+        return [self.part(slice(0, middle)), self.part(slice(middle, None))] if middle else [self]
 
-    def _part(self, rows: slice) -> Group:
+    def part(self, rows: slice) -> Group:
+        """Some of the particles as a group of their own; shares the memory."""
         adam = self.adam
         return Group(
             self.own[rows],

@@ -8,7 +8,7 @@ not end because of one.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from distvsd.config import HealthConfig
@@ -98,6 +98,10 @@ class Update:
     restored: list[int] = field(default_factory=list)
     quarantined: list[int] = field(default_factory=list)
     absent: list[int] = field(default_factory=list)
+
+    def __add__(self, other: Update) -> Update:
+        """What two updates of different particles did."""
+        return Update(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(Update)))
 
 
 def judge(

@@ -45,11 +45,13 @@ def least_memory(config: Config, particle: Particle, latents: int, particles: in
     """
     views = config.particles.views
     size = min(config.render.corners(config.schedule.rounds))
-    micro_batch = 1 if config.parallel.numerics == "exact" else config.particles.micro_batch or particles
+    group = config.particles.micro_batch
+    if group == "auto" or config.parallel.numerics == "exact":
+        group = 1
     pixels = 0 if particle.is_latent else 3 * size**2
     renders = (config.particles.count if config.objective.needs_score else particles) * views
     return {
         "particles": particle_bytes(particle, config) * particles,
-        "pictures of a call": FLOAT_BYTES * min(micro_batch, particles) * views * pixels,
+        "pictures of a call": FLOAT_BYTES * min(group or particles, particles) * views * pixels,
         "latents of a round": FLOAT_BYTES * renders * latents,
     }

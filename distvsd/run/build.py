@@ -31,8 +31,9 @@ from distvsd.prior.pipeline import Pipeline
 from distvsd.prior.teacher import Teacher
 from distvsd.run.custom import Custom
 from distvsd.run.encode import Encoder
-from distvsd.run.loop import Loop, Pending, Round
+from distvsd.run.loop import Loop, Round
 from distvsd.run.parts import Latents, blank_particle, make_ensemble, make_objective
+from distvsd.run.sizes import Sizes
 from distvsd.runtime.memory import host_memory
 from distvsd.score.lora import LoraScore
 from distvsd.score.other_base import load_other_base
@@ -50,7 +51,8 @@ from distvsd.vsd.samples import Samples
 class Run:
     """The parts of one rank of a run, wired together; `loop.run` is the algorithm.
 
-    training: trains the score network; None where the objective needs none. custom: the parts that the caller made.
+    training: trains the score network; None where the objective needs none. sizes: how much a call takes. custom: the
+    parts that the caller made.
     """
 
     config: Config
@@ -58,6 +60,7 @@ class Run:
     prior: Pipeline
     ensemble: Ensemble
     training: ScoreTraining | None
+    sizes: Sizes
     loop: Loop
     custom: Custom
 
@@ -105,6 +108,7 @@ def build_run(
     assigned = owners(config.particles.count, world.size)
     own = assigned[world.rank]
     ensemble = make_ensemble(config, prior, own, world.device, source and source(prior, own), custom=custom)
+    sizes = Sizes(config, world, ensemble, training)
     loop = Loop(
         ensemble=ensemble,
         encode=Encoder(config, prior, ensemble),
@@ -115,14 +119,22 @@ def build_run(
         resolution=config.render.resolution_at,
         watch=watch,
         lag_due=lambda step: (step + 1) % config.log.every == 0,
-        entered=entered,
+        entered=sizes.entered(entered),
     )
-    return Run(config=config, world=world, prior=prior, ensemble=ensemble, training=training, loop=loop, custom=custom)
+    return Run(
+        config=config,
+        world=world,
+        prior=prior,
+        ensemble=ensemble,
+        training=training,
+        sizes=sizes,
+        loop=loop,
+        custom=custom,
+    )
 
 
 def _load_prior(config: Config, world: World, custom: Custom, is_split: bool) -> Pipeline:
     """is_split: ranks will hold parts of its network."""
-    exact = config.parallel.numerics == "exact"
     prior = load_prior(
         config.prior.path,
         config.prompts,
@@ -131,7 +143,7 @@ def _load_prior(config: Config, world: World, custom: Custom, is_split: bool) ->
         config.prior.dtype,
         world.device,
         # With one particle a call, no bit of a particle depends on which others are on its rank.
-        micro_batch=config.particles.views if exact else config.score.micro_batch,
+        micro_batch=_samples_a_call(config),
         # A network that is split over ranks may not fit on one device, so it is loaded into the host's memory.
         unet_device="cpu" if is_split else None,
     )
@@ -143,14 +155,14 @@ def _has_views(config: Config, custom: Custom) -> bool:
     return custom.particle.has_views if custom.particle is not None else config.has_views
 
 
-def _exchange(world: World, ensemble: Ensemble, assigned: Sequence[Sequence[int]]) -> Callable[[Samples, int], Pending]:
-    """Starts to gather the samples of all ranks' active particles."""
+def _exchange(world: World, ensemble: Ensemble, assigned: Sequence[Sequence[int]]) -> Callable[[Samples, int], Samples]:
+    """Gathers the samples of all ranks' active particles."""
 
-    def start(samples: Samples, step: int) -> Pending:
+    def gather(samples: Samples, step: int) -> Samples:
         rows = [len(ensemble.store.active(ids, step)) * ensemble.num_views for ids in assigned]
-        return Exchange(world, rows).start(samples)
+        return Exchange(world, rows).start(samples).wait()
 
-    return start
+    return gather
 
 
 def _refuse_unfit(config: Config, world: World, custom: Custom, learns: bool) -> None:
@@ -208,9 +220,16 @@ def _distillation(
     return SpreadDistillation(distillation, training.strategy)
 
 
+def _samples_a_call(config: Config) -> int:
+    """0 for all; what is measured begins with that."""
+    if config.parallel.numerics == "exact":
+        return config.particles.views
+    return 0 if config.score.micro_batch == "auto" else config.score.micro_batch
+
+
 def _score_training(config: Config, world: World, prior: Pipeline, custom: Custom) -> ScoreTraining:
     """The score network, how ranks train it, and its replay."""
-    exact, views = config.parallel.numerics == "exact", config.particles.views
+    views = config.particles.views
     score = LoraScore(
         base=_base_of_score(config, world, prior),
         text_of=prior.texts.bare,
@@ -218,7 +237,7 @@ def _score_training(config: Config, world: World, prior: Pipeline, custom: Custo
         seed=config.run.seed,
         device=world.device,
         num_views=views,
-        micro_batch=views if exact else config.score.micro_batch,
+        micro_batch=_samples_a_call(config),
         reads_cameras=_has_views(config, custom) and config.score.camera_drop < 1,
     )
     length, numerics = sum(score.num_parameters), config.parallel.numerics
@@ -231,7 +250,7 @@ def _score_training(config: Config, world: World, prior: Pipeline, custom: Custo
         seed=config.run.seed,
         num_particles=config.particles.count,
         num_views=views,
-        micro_batch=views if exact else config.score.micro_batch,
+        micro_batch=_samples_a_call(config),
         replay=Replay(config.score.replay_rounds, views, world.device),
         gather=functools.partial(gather_objects, world),
     )

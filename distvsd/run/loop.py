@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor
 
@@ -16,12 +15,6 @@ from distvsd.faults import begin_round
 from distvsd.particles.ensemble import Ensemble, Update, Views
 from distvsd.score.training import Fit, ScoreTraining
 from distvsd.vsd.samples import Samples
-
-
-class Pending(Protocol):
-    """An exchange under way; `wait` gives the samples of all ranks, sorted by particle."""
-
-    def wait(self) -> Samples: ...
 
 
 @dataclass(frozen=True)
@@ -40,9 +33,9 @@ class Round:
 class Loop:
     """The parts of a run on one rank; what may communicate is passed in as callables.
 
-    encode(views, resolution): this rank's renders as samples, with the graph to the particles. objective(samples,
-    step): the gradient at the latents, see `vsd.objectives.Distillation`. exchange(samples, step): starts the gather of
-    all ranks' samples (communicates). exclude(union, ids): the union with weight 0 for the particles that any rank
+    encode(views, resolution): renders as samples, with the graph to the particles. objective(samples, step): the
+    gradient at the latents, see `vsd.objectives.Distillation`. exchange(samples, step): gathers all ranks' samples
+    (communicates). exclude(union, ids): the union with weight 0 for the particles that any rank
     names (communicates). training is None where no score network is learnt (SDS). watch(round): returns True to stop;
     every rank must return the same. entered(step, phase): called at the start of each phase.
     """
@@ -50,7 +43,7 @@ class Loop:
     ensemble: Ensemble
     encode: Callable[[list[Views], int], Samples]
     objective: Callable[[Samples, int], Tensor]
-    exchange: Callable[[Samples, int], Pending]
+    exchange: Callable[[Samples, int], Samples]
     exclude: Callable[[Samples, list[int]], Samples]
     training: ScoreTraining | None
     resolution: Callable[[int], int]
@@ -69,20 +62,21 @@ class Loop:
         clock = _Clock(step, self.entered)
         clock.enter("render")
         resolution = self.resolution(step)
-        views = self.ensemble.render(step, resolution)  # local: each rank, its own particles
-        clock.enter("encode")
-        samples = self.encode(views, resolution)  # local: latents with the graph to the particles
-        clock.enter("exchange")
-        # communicates: starts the gather
-        exchanged = self.exchange(samples.detached(), step) if self.training else None
-        clock.enter("objective")
-        gradient = self.objective(samples, step)  # local unless networks are spread: w(t) (eps_prior - eps_score)
-        clock.enter("update")
-        update = self.ensemble.update(views, samples.latents, gradient, step)  # local: one Adam step a particle
-        if self.training is None or exchanged is None:
+        rendered: list[Samples] = []
+        for views in self.ensemble.render(step, resolution):  # local: some of this rank's particles after the other
+            clock.enter("encode")
+            samples = self.encode(views, resolution)  # local: latents with the graph to the particles
+            clock.enter("objective")
+            gradient = self.objective(samples, step)  # local unless networks are spread: w(t) (eps_prior - eps_score)
+            clock.enter("update")
+            self.ensemble.update(views, samples.latents, gradient, step)  # local: one Adam step a particle
+            rendered.append(samples.detached())
+            clock.enter("render")
+        update = self.ensemble.finish(step)  # local: what became of each particle
+        if self.training is None:
             return Round(step, update, None, None, clock.stop())
         clock.enter("exchange")
-        union = exchanged.wait()  # communicates: the samples of all ranks
+        union = self.exchange(Samples.cat(rendered), step)  # communicates: the samples of all ranks
         union = self.exclude(union, update.absent)  # communicates: a particle that did not move is not trained on
         clock.enter("score")
         lag = self.training.lag(union, step) if self.lag_due(step) else None  # local unless networks are spread
@@ -100,9 +94,9 @@ class _Clock:
         self._since = 0.0
 
     def enter(self, phase: str) -> None:
+        self._entered(self._step, phase)
         self.stop()
         self._phase, self._since = phase, time.perf_counter()
-        self._entered(self._step, phase)
 
     def stop(self) -> dict[str, float]:
         if self._phase is not None:

@@ -76,7 +76,9 @@ def make_ensemble(
             f"{device}; set parallel.numerics=fast"
         )
     store = Resident(particle, ids, particles, seed=config.run.seed, device=device, source=source, blank=blank)
-    return Ensemble(store, custom.cameras or make_cameras(config.cameras), particles)
+    # Where a network is split, all ranks must call it equally often, and shards differ in size.
+    whole = config.parallel.strategy != "flat"
+    return Ensemble(store, custom.cameras or make_cameras(config.cameras), particles, whole)
 
 
 def make_cameras(config: CamerasConfig) -> CameraSampler:

@@ -92,6 +92,7 @@ def resume(parts: Run, saver: Saver) -> tuple[int, int, int | None]:
     if checkpoint is None:
         return 0, 0, 0
     agreed(parts.world, lambda: _restore(parts, checkpoint))
+    parts.sizes.load_state(checkpoint.manifest.more.get("sizes", {}))
     manifest = checkpoint.manifest
     return manifest.step, manifest.metrics_bytes, manifest.more.get("health_bytes")
 

@@ -132,6 +132,8 @@ class Trainer:
             set_timeout(self.world, self.config.parallel.timeout_s)
         self.heartbeat.at(done.step, "watch", self.patience_s)  # a save may be in it
         self.journal.watch(done)
+        if found := self.parts.sizes.after(done):
+            self.journal.progress.note(found)
         self.collect_garbage(completed)
         if completed % self.config.log.every == 0 or last:
             self._log(done)
@@ -182,6 +184,8 @@ class Trainer:
         } | self.journal.lengths()
         if names := self.parts.custom.names():
             metadata["custom"] = names
+        if sizes := self.parts.sizes.state():
+            metadata["sizes"] = sizes
         training = self.parts.training
         texts = training.score.texts() if training else {}
         score = training.state().items() if training else ()

@@ -33,6 +33,8 @@ SMALL = {
     "run.seed": 41,
     "prompt": "a red cube",
     "particles.count": PARTICLES,
+    "particles.micro_batch": 0,
+    "score.micro_batch": 0,
     "particles.nerf.samples_per_ray": 4,
     "particles.nerf.base_resolution": 8,
     "particles.nerf.max_resolution": 8,

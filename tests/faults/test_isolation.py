@@ -19,6 +19,7 @@ from distvsd.errors import DivergedError
 from distvsd.faults import begin_round, injected
 from distvsd.run.build import build_run
 from distvsd.testing.ranks import run_ranks
+from distvsd.vsd.samples import Samples
 
 SMOKE = Path(__file__).parents[2] / "configs" / "smoke.yaml"
 STRUCK, ROUND = 2, 1
@@ -282,9 +283,9 @@ def until_the_end(world, config, plan, change):
     for step in range(5):
         with injected(plan):
             begin_round(step)
-            views = parts.ensemble.render(step, 16)
-            samples = parts.loop.encode(views, 16).detached()
-            gathered = parts.loop.exchange(change(samples) if step >= ROUND else samples, step).wait()
+            drawn = [parts.loop.encode(views, 16).detached() for views in parts.ensemble.render(step, 16)]
+            samples = Samples.cat(drawn)
+            gathered = parts.loop.exchange(change(samples) if step >= ROUND else samples, step)
             try:
                 training.round(gathered, step)
             except DivergedError as error:

@@ -1,7 +1,7 @@
 """What must be offered by whatever holds the particles of one rank.
 
-A round leases the active particles, renders and updates what it leased, and commits that. Nothing else of a store is on
-the device for certain, and a round touches nothing else.
+A round leases the active particles group by group, renders and updates what it leased, and commits that. Nothing else
+of a store is on the device for certain, and a round touches nothing else.
 """
 
 from __future__ import annotations
@@ -34,8 +34,15 @@ class ParticleStore(Protocol):
         """
         ...
 
-    def lease(self, step: int) -> list[Group]:
-        """The groups of the active particles, on the device, in the order of `active`; valid until the next lease."""
+    def lease(self, step: int) -> Iterator[Group]:
+        """The groups of the active particles in the order of `active`, one after the other, on the device.
+
+        All stay valid until the next lease.
+        """
+        ...
+
+    def regroup(self, size: int) -> None:
+        """From the next round on, groups of so many particles, or of fewer at the end."""
         ...
 
     def commit(self, groups: list[Group]) -> None:

@@ -10,10 +10,13 @@ from torch import Tensor
 from distvsd.config import ParticlesConfig
 from distvsd.particles.base import Handed, Parameters, Particle, blank_parameters
 from distvsd.particles.group import Group
+from distvsd.vsd.samples import slices
+
+FIRST_GROUP = 8  # particles of a group until its size has been measured
 
 
 class Resident:
-    """See `ParticleStore`. groups: what is rendered in one call each; a group's tensors are its own allocations."""
+    """See `ParticleStore`. groups: what is rendered in one call each; views of one allocation for each parameter."""
 
     def __init__(
         self,
@@ -34,20 +37,33 @@ class Resident:
         self.particle, self.seed, self.ids = particle, seed, list(ids)
         self.device = torch.device(device)
         self._source = source
+        size = FIRST_GROUP if config.micro_batch == "auto" else config.micro_batch
+        chosen = torch.tensor(self.ids, dtype=torch.int64, device=device)
+        parameters = blank_parameters(particle, chosen) if blank else self._fresh(chosen, size)
+        self._all = Group.of(particle, self.ids, chosen, parameters, config.betas, config.eps)
         self.groups: list[Group] = []
-        size = config.micro_batch or max(len(self.ids), 1)
-        for first in range(0, len(self.ids), size):
-            own = self.ids[first : first + size]
-            chosen = torch.tensor(own, device=device)
-            rows = self._rows(slice(first, first + size))
-            parameters = blank_parameters(particle, chosen) if blank else particle.init(seed, chosen, rows)
-            self.groups.append(Group.of(particle, own, chosen, parameters, config.betas, config.eps))
+        self.regroup(size)
+
+    def _fresh(self, ids: Tensor, size: int) -> Parameters:
+        """The initial values of `ids`, made `size` at a time."""
+        if not 0 < size < len(ids):
+            return self.particle.init(self.seed, ids, self._source)
+        whole = blank_parameters(self.particle, ids)
+        for first in range(0, len(ids), size):
+            rows = slice(first, first + size)
+            for name, value in self.particle.init(self.seed, ids[rows], self._rows(rows)).items():
+                whole[name][rows] = value
+        return whole
 
     def active(self, ids: Sequence[int], step: int) -> list[int]:
         return list(ids)
 
-    def lease(self, step: int) -> list[Group]:
-        return list(self.groups)
+    def lease(self, step: int) -> Iterator[Group]:
+        yield from list(self.groups)
+
+    def regroup(self, size: int) -> None:
+        rows = slices(len(self.ids), size)
+        self.groups = [self._all] if len(rows) == 1 else [self._all.part(own) for own in rows]
 
     def commit(self, groups: list[Group]) -> None:
         """Nothing is to be done: the leased tensors are the particles'."""

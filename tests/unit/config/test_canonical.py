@@ -61,6 +61,8 @@ def values(annotation: Any) -> st.SearchStrategy[Any]:
     if get_origin(annotation) is tuple:
         increasing = any(isinstance(mark, Increasing) for mark in marks)
         return st.tuples(numbers, numbers).map(lambda pair: tuple(sorted(pair)) if increasing else pair)
+    if get_origin(annotation) in (Union, types.UnionType) and int in get_args(annotation):
+        return st.just("auto") | st.integers(int(allowed.low), int(allowed.high))
     if get_origin(annotation) in (Union, types.UnionType) or annotation is str:
         return TEXTS if not marks else st.text(min_size=1, max_size=40).filter(lambda text: "\0" not in text)
     if annotation is bool:

@@ -1,27 +1,20 @@
 """The ensemble of a rank: its optimiser moves only what should move, and its state restores bit for bit."""
 
-import math
-
 import pytest
 import torch
 
 from distvsd.errors import CheckpointError
 from distvsd.particles.adam import ParticleAdam
-from tests.unit.particles.shards import image, shard
+from tests.unit.particles.shards import image, one_round, poisoned, shard
 
 
 def ensemble(ids=(0, 1, 2), micro_batch=0):
     return shard(image(), ids, micro_batch=micro_batch)
 
 
-def move(particles, step, poison=None):
-    """Makes one update towards zero and returns it; the gradient of the rows `poison` is NaN."""
-    views = particles.render(step, 4)
-    latents = torch.cat([view.rendered.images.flatten(0, 1) for view in views])
-    gradient = latents.detach().clone()
-    if poison is not None:
-        gradient[poison] = math.nan
-    return particles.update(views, latents, gradient, step)
+def move(particles, step, poison=()):
+    """Makes one update towards zero and returns it; the gradients of the particles `poison` are NaN."""
+    return one_round(particles, step, gradient_of=lambda latents, ids: poisoned(latents, ids, poison))
 
 
 def test_adam_takes_the_steps_of_torchs_adam():
@@ -53,7 +46,7 @@ def test_the_first_step_is_the_learning_rate_in_the_direction_of_the_gradient():
 def test_a_particle_with_a_nan_gradient_keeps_every_bit_and_the_others_move_as_without_it():
     together, without = ensemble(), ensemble((0, 2))
     before = {name: value.clone() for name, value in together.state()[1].items()}
-    update = move(together, 0, poison=1)
+    update = move(together, 0, poison=[1])
     move(without, 0)
     assert update.healthy == [0, 2] and update.unhealthy == [1]
     for name, value in together.state()[1].items():
@@ -93,6 +86,5 @@ def test_a_state_of_another_shape_is_refused_by_name():
 
 def test_an_empty_shard_renders_and_updates_nothing():
     nobody = ensemble(())
-    assert nobody.render(0, 4) == []
-    update = nobody.update([], torch.zeros(0, 3, 4, 4), torch.zeros(0, 3, 4, 4), 0)
-    assert update.healthy == [] and nobody.state() == {}
+    assert list(nobody.render(0, 4)) == [[]]
+    assert move(nobody, 0).healthy == [] and nobody.state() == {}

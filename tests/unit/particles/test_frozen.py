@@ -11,7 +11,7 @@ from distvsd.faults import injected
 from distvsd.particles import Cost, Ensemble, Handed, Resident
 from distvsd.particles.stored import blank_state
 from distvsd.testing import check_particle
-from tests.unit.particles.shards import AROUND, image, nerf, shard
+from tests.unit.particles.shards import AROUND, image, nerf, one_round, shard
 from tests.unit.particles.voxels import EDGE, SAMPLES, TintedVoxels
 
 VOXELS = TintedVoxels()
@@ -31,10 +31,7 @@ def voxels(ids=IDS, **fields):
 
 def move(particles, step, poison=False):
     """Makes one update towards black and returns it; with `poison` all gradients are NaN."""
-    views = particles.render(step, 8)
-    latents = torch.cat([view.rendered.images.flatten(0, 1) for view in views])
-    gradient = latents.detach() * (math.nan if poison else 1)
-    return particles.update(views, latents, gradient, step)
+    return one_round(particles, step, 8, lambda latents, ids: latents * (math.nan if poison else 1))
 
 
 def copies(particles):

@@ -12,7 +12,7 @@ from distvsd.config.mesh import MeshConfig
 from distvsd.errors import ConfigError
 from distvsd.particles import GaussianParticle, Handed, Keys, MeshParticle
 from distvsd.testing import check_particle
-from tests.unit.particles.shards import AROUND, SMALL, image, nerf, shard
+from tests.unit.particles.shards import AROUND, SMALL, image, nerf, one_round, shard
 
 IDS = torch.tensor([4, 9, 2])
 FEW = GaussiansConfig(capacity=60, init_color=1.0, relocate_every=2, min_opacity=0.05, noise=10.0)
@@ -29,9 +29,7 @@ def mesh():
 def pushed(particles, rounds, first=0, towards=0.1):
     """Rounds in which every picture is pushed towards one grey level."""
     for step in range(first, first + rounds):
-        views = particles.render(step, 16)
-        latents = torch.cat([view.rendered.images.flatten(0, 1) for view in views])
-        particles.update(views, latents, latents.detach() - towards, step)
+        one_round(particles, step, 16, lambda latents, ids: latents - towards)
 
 
 def states(particles):
@@ -327,9 +325,7 @@ def test_a_kind_without_structure_keeps_its_bits():
     """`adapt` is an ability that a kind may have or not."""
     particles = shard(image())
     assert not hasattr(particles.particle, "adapt")
-    views = particles.render(0, 4)
-    latents = torch.cat([view.rendered.images.flatten(0, 1) for view in views])
-    assert particles.update(views, latents, latents.detach(), 0).healthy == [0, 1, 2]
+    assert one_round(particles, 0).healthy == [0, 1, 2]
 
 
 def test_its_cost_counts_what_init_makes():

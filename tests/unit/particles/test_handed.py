@@ -9,7 +9,7 @@ import torch
 from distvsd.config import HealthConfig, ImageConfig
 from distvsd.errors import ConfigError
 from distvsd.particles import Handed, ImageParticle
-from tests.unit.particles.shards import SMALL, image, nerf, shard
+from tests.unit.particles.shards import SMALL, image, nerf, one_round, shard
 
 IDS = torch.tensor([5, 2])
 
@@ -47,9 +47,7 @@ def test_a_particle_that_keeps_failing_goes_back_to_what_was_handed_over():
     source = handed(image())
     particles = shard(image(), [5, 2], source=source, health=HealthConfig(max_bad=2))
     for step, factor in enumerate([1.0, math.nan, math.nan]):
-        views = particles.render(step, 4)
-        latents = torch.cat([view.rendered.images.flatten(0, 1) for view in views])
-        update = particles.update(views, latents, latents.detach() * factor, step)
+        update = one_round(particles, step, gradient_of=lambda latents, ids, factor=factor: latents * factor)
     assert update.restored == [5, 2]
     assert torch.equal(particles.parameters_of(2)["image"], source.parameters["image"][1])
 

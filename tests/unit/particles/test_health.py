@@ -1,7 +1,5 @@
 """What happens to a particle that keeps failing; a resume at any point changes nothing."""
 
-import math
-
 import pytest
 import torch
 
@@ -10,7 +8,7 @@ from distvsd.errors import CheckpointError
 from distvsd.faults import begin_round, injected
 from distvsd.particles.good import most_copies, saved_place
 from distvsd.particles.health import Health
-from tests.unit.particles.shards import image, shard
+from tests.unit.particles.shards import image, one_round, poisoned, shard
 
 IMAGES = image()
 LATENTS = image((4, 2, 2))
@@ -24,12 +22,7 @@ def ensemble(ids=(0, 1, 2), micro_batch=0, particle=IMAGES, views=1, **limits):
 def move(particles, step, poison=(), gradient_of=lambda latents: latents):
     """Makes one update towards zero and returns it; the gradients of the particles `poison` are NaN."""
     begin_round(step)
-    views = particles.render(step, 4)
-    latents = torch.cat([view.rendered.images.flatten(0, 1) for view in views])
-    gradient = gradient_of(latents.detach().clone())
-    ids = torch.cat([view.ids for view in views]).repeat_interleave(particles.num_views)
-    gradient[torch.isin(ids, torch.tensor(poison, dtype=torch.int64))] = math.nan
-    return particles.update(views, latents, gradient, step)
+    return one_round(particles, step, gradient_of=lambda latents, ids: poisoned(gradient_of(latents), ids, poison))
 
 
 def copy_of(particles, particle_id):
@@ -208,11 +201,12 @@ def test_a_gradient_whose_square_overflows_counts_as_not_finite():
 def test_a_nan_that_the_backward_pass_swallows_is_seen_all_the_same():
     """The latents of one view are not finite, and the encoder's derivative there is zero."""
     particles = ensemble(views=2)
-    views = particles.render(0, 4)
+    (views,) = particles.render(0, 4)
     images = torch.cat([view.rendered.images.flatten(0, 1) for view in views])
-    struck = torch.arange(6).reshape(-1, 1, 1, 1) == 3
-    latents = torch.where(struck, torch.nan, images)  # no gradient flows through the other branch
-    update = particles.update(views, latents, torch.ones_like(images), 0)
+    hit = torch.arange(6).reshape(-1, 1, 1, 1) == 3
+    latents = torch.where(hit, torch.nan, images)  # no gradient flows through the other branch
+    particles.update(views, latents, torch.ones_like(images), 0)
+    update = particles.finish(0)
     assert update.unhealthy == [1] and update.healthy == [0, 2]
 
 
@@ -235,7 +229,7 @@ def test_a_particle_that_does_not_fit_alone_is_nan_and_skips_the_round(particle)
     particles, without = ensemble((0, 1), 1, particle, views=2), ensemble((0,), 1, particle, views=2)
     before = copy_of(particles, 1)
     with injected("oom@render:particle=1:step=0"):
-        views = particles.render(0, 4)
+        views = [view for part in particles.render(0, 4) for view in part]
         assert views[1].rendered.images.shape == views[0].rendered.images.shape
         assert views[1].rendered.images.isnan().all() and views[0].rendered.images.isfinite().all()
         update = move(particles, 0)
@@ -266,4 +260,4 @@ def test_a_backward_pass_out_of_memory_moves_nobody_and_leaves_no_gradient_behin
 def test_another_error_of_a_renderer_passes_through():
     particles = ensemble()
     with injected("eio@render:particle=1"), pytest.raises(OSError):
-        particles.render(0, 4)
+        list(particles.render(0, 4))

@@ -26,10 +26,14 @@ def update(particles: Ensemble, step: int) -> tuple[list[int], int]:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with saved_tensors_hooks(count, lambda tensor: tensor):
-        views = particles.render(step, SIZE)
-    latents = torch.cat([view.rendered.images.flatten(0, 1) for view in views])
-    return particles.update(views, latents, latents.detach() - 0.3, step).healthy, sum(kept.values())
+    parts = particles.render(step, SIZE)
+    while True:
+        with saved_tensors_hooks(count, lambda tensor: tensor):
+            views = next(parts, None)
+        if views is None:
+            return particles.finish(step).healthy, sum(kept.values())
+        latents = torch.cat([view.rendered.images.flatten(0, 1) for view in views])
+        particles.update(views, latents, latents.detach() - 0.3, step)
 
 
 def test_recomputed_renders_move_particles_by_the_same_bits_and_keep_a_small_part() -> None:

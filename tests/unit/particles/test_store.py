@@ -7,7 +7,7 @@ import torch
 
 from distvsd.config import HealthConfig, ParticlesConfig
 from distvsd.particles import Ensemble, Resident
-from tests.unit.particles.shards import FIXED, image, nerf, shard
+from tests.unit.particles.shards import FIXED, image, nerf, one_round, poisoned, shard
 
 ROUNDS = 6
 
@@ -30,7 +30,7 @@ class Turns(Resident):
         for group in leased:
             for name, value in self.away.pop(group.own[0]).items():
                 group.state_of(0)[name].copy_(value)
-        return leased
+        return iter(leased)
 
     @torch.no_grad()
     def commit(self, groups):
@@ -54,12 +54,7 @@ def turns(ids, **limits):
 
 
 def move(particles, step, poison=()):
-    views = particles.render(step, 4)
-    latents = torch.cat([view.rendered.images.flatten(0, 1) for view in views])
-    gradient = latents.detach().clone()
-    ids = torch.cat([view.ids for view in views])
-    gradient[torch.isin(ids, torch.tensor(poison, dtype=torch.int64))] = math.nan
-    return particles.update(views, latents, gradient, step)
+    return one_round(particles, step, gradient_of=lambda latents, ids: poisoned(latents, ids, poison))
 
 
 def test_a_round_moves_the_active_particles_and_touches_no_other():
@@ -96,7 +91,7 @@ def test_a_particle_that_rests_has_no_bad_round_and_keeps_its_good_state():
 
 def test_a_round_in_which_nothing_is_active_moves_nothing():
     particles = turns((0, 2))
-    update = particles.update(particles.render(1, 4), torch.zeros(0, 3, 4, 4), torch.zeros(0, 3, 4, 4), 1)
+    update = move(particles, 1)
     assert update.healthy == [] and update.absent == []
 
 

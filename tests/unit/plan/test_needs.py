@@ -51,7 +51,7 @@ def test_no_more_is_asked_for_than_a_rank_really_takes() -> None:
     ensemble = make_ensemble(config, None, range(4), "cpu")
     values = sum(tensor.nbytes for i in ensemble.ids for tensor in ensemble.parameters_of(i).values())
     assert needs["particles"] == 4 * values
-    views = ensemble.render(0, 64)
+    (views,) = ensemble.render(0, 64)
     assert needs["pictures of a call"] == sum(view.rendered.images.nbytes for view in views)
     ids = torch.zeros(12, dtype=torch.int64)
     union = Samples(torch.zeros(12, 48, 16, 16), torch.zeros(12, 16), ids, ids, torch.ones(12))

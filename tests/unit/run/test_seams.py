@@ -69,7 +69,7 @@ def test_the_first_gradient_of_vsd_is_the_same_with_a_flow_model(tmp_path: Path)
     gradients: list[list[Tensor]] = []
     for custom in (Custom(), Custom(denoiser=as_flow)):
         run = build_run(config, ALONE, lambda done: False, custom=custom)
-        samples = run.loop.encode(run.ensemble.render(0, 64), 64).detached()
+        samples = run.loop.encode(*run.ensemble.render(0, 64), 64).detached()
         first = run.loop.objective(samples, 0)
         for step in range(3):
             run.loop.round(step)
@@ -85,7 +85,7 @@ def test_the_score_networks_loss_under_flow_is_the_diffusions_in_other_units(tmp
         run = build_run(config, ALONE, lambda done: False, custom=custom)
         assert run.training is not None
         score = run.training.score
-        samples = run.loop.encode(run.ensemble.render(0, 64), 64).detached()
+        samples = run.loop.encode(*run.ensemble.render(0, 64), 64).detached()
         times = score.process.times(torch.tensor([0.3, 0.7]), 0.0, 1.0)
         noise = torch.sin(torch.arange(samples.latents.numel())).view_as(samples.latents)
         losses.append(score.loss(samples, times, noise, torch.ones(2, dtype=torch.bool)).detach())

@@ -140,13 +140,13 @@ def test_vsd_without_guidance_starts_at_zero_and_not_later(configured: Callable[
     run = build_run(config, ALONE, lambda done: False)
     gradients = []
     for step in (0, 1):
-        samples = run.loop.encode(run.ensemble.render(step, 16), 16)
+        samples = run.loop.encode(*run.ensemble.render(step, 16), 16)
         gradients.append(run.loop.objective(samples, step).norm().item())
         run.loop.round(step)
     assert gradients[0] < 1e-4 * gradients[1]
     with_guidance = configured(prior__guidance_scale=5, prior__view_dependent="false")
     run = build_run(with_guidance, ALONE, lambda done: False)
-    samples = run.loop.encode(run.ensemble.render(0, 16), 16)
+    samples = run.loop.encode(*run.ensemble.render(0, 16), 16)
     assert run.loop.objective(samples, 0).norm().item() > 1e3 * gradients[0]
 
 
@@ -158,7 +158,7 @@ def test_a_score_that_is_never_shown_a_camera_is_never_asked_with_one(
     run = build_run(configured(**changes, score__learning_rate=0.01), ALONE, lambda done: False)
     for step in (0, 1):
         run.loop.round(step)
-    samples = run.loop.encode(run.ensemble.render(2, 16), 16).detached()
+    samples = run.loop.encode(*run.ensemble.render(2, 16), 16).detached()
     t = torch.full_like(samples.ids, 500)
     asked = run.training.score.eps(samples.latents, t, samples.ids, samples.cameras)
     assert torch.equal(asked, run.training.score.eps(samples.latents, t, samples.ids, None))
@@ -175,7 +175,7 @@ def test_a_render_is_encoded_at_the_edge_that_the_prior_was_trained_at(
     place = tiny_pipeline(tmp_path / "sd15", "sd15")
     config = configured(prior__path=place, render__encode_resolution=asked, particles__recompute=recompute)
     run = build_run(config, ALONE, lambda done: False)
-    views = run.ensemble.render(0, 16)
+    (views,) = run.ensemble.render(0, 16)
     samples = run.loop.encode(views, 16)
     assert samples.latents.shape == (2, 4, edge // 8, edge // 8)
     images = views[0].rendered.images.flatten(0, 1)
@@ -195,7 +195,7 @@ def test_latents_of_which_the_prior_knows_nothing_are_refused_unless_asked_for(
     with pytest.raises(ConfigError, match=r"64 pixels.*small_latents"):
         train(configured(**small))
     run = build_run(configured(**small, render__small_latents="true"), ALONE, lambda done: False)
-    assert run.loop.encode(run.ensemble.render(0, 8), 8).latents.shape[2:] == (1, 1)
+    assert run.loop.encode(*run.ensemble.render(0, 8), 8).latents.shape[2:] == (1, 1)
 
 
 def test_a_run_of_a_version_without_newer_fields_goes_on_with_todays_values_and_says_so(
