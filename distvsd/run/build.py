@@ -208,7 +208,7 @@ def _distillation(
     distillation = Distillation(
         objective=objective,
         process=prior.process,
-        prior=Teacher(prior, ClassifierFree(config.prior.guidance_scale), views),
+        prior=Teacher(prior, ClassifierFree(config.prior.guidance_scale, *config.prior.guidance_range), views),
         score=training.score.eps if training is not None else None,
         seed=config.run.seed,
         num_views=views,

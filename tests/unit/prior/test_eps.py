@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distvsd.prior import Pipeline, load_prior
-from distvsd.prior.guidance import ClassifierFree
+from distvsd.prior.guidance import GUIDED, ClassifierFree
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 IDS, VIEWS = torch.tensor([1, 0, 1, 1]), torch.tensor([0, 10, 2, 8])
@@ -158,3 +158,31 @@ def test_the_views_of_a_particle_are_asked_about_in_one_call(shared_pipeline: Ca
     condition = prior.condition(IDS, VIEWS, views_per_particle=2)
     prior.ask(draw(4), TIMESTEPS, condition, frozenset({"conditional"}), ClassifierFree(1.0))
     assert sizes == [2, 2]
+
+
+@pytest.mark.parametrize("kind", ["sd15", "shapes"])
+def test_guidance_applies_within_its_range_and_elsewhere_a_sample_takes_half_of_the_work(
+    shared_pipeline: Callable[..., Path], kind: str
+) -> None:
+    """Times 400 and 700 of 999 are between 0.3 and 0.75 of the range, 20 and 979 are not."""
+    prior = load(shared_pipeline(kind))
+    noisy, condition = draw(4 if kind == "sd15" else 48), prior.condition(IDS, VIEWS)
+    everywhere, nowhere = ask(prior, noisy, 3.0), ask(prior, noisy, 3.0, "conditional")
+    sizes = batches(prior)
+    found = prior.ask(noisy, TIMESTEPS, condition, GUIDED, ClassifierFree(3.0, 0.3, 0.75)).of("guided")
+    expected = torch.stack((nowhere[0], everywhere[1], everywhere[2], nowhere[3]))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert sizes == [6]
+    prior.ask(noisy, TIMESTEPS, condition, GUIDED, ClassifierFree(3.0, 0.8, 0.9))
+    prior.ask(noisy, TIMESTEPS, condition, GUIDED, ClassifierFree(3.0, 20 / 999, 979 / 999))  # both ends are included
+    assert sizes == [6, 4, 8]
+
+
+def test_guidance_in_a_range_never_cuts_through_the_views_of_a_particle(shared_pipeline: Callable[..., Path]) -> None:
+    prior = load(shared_pipeline("sd15"))
+    noisy, sizes = draw(4), batches(prior)
+    condition = prior.condition(IDS, VIEWS, views_per_particle=2)
+    found = prior.ask(noisy, TIMESTEPS, condition, GUIDED, ClassifierFree(3.0, 0.9, 1.0)).of("guided")
+    assert sizes == [6]
+    expected = torch.cat((ask(prior, noisy, 3.0, "conditional")[:3], ask(prior, noisy, 3.0)[3:]))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
