@@ -49,7 +49,8 @@ class Search:
         best = min(self.seconds, key=self.seconds.__getitem__)
         others = [other for size, other in self.seconds.items() if size != self.size]
         helps = all(seconds < BETTER * other for other in others)
-        larger, smaller = min(2 * best, self.most), best // 2
+        larger = min(2 * best, self.most)
+        smaller = 2 ** ((best - 1).bit_length() - 1) if best > 1 else 0  # the next power of two below
         if best == self.size == max(self.seconds) and helps and may_grow and larger > best:
             self.size = larger
         elif best == min(self.seconds) and smaller and (helps or best != self.size):

@@ -50,7 +50,8 @@ def test_it_stays_where_neither_helps() -> None:
 
 
 def test_it_begins_with_all_where_there_are_few_and_ends_with_all_where_that_is_no_power_of_two() -> None:
-    assert searched({3: 1.0, 1: 2.0}, 3) == (3, [3, 1])
+    assert searched({3: 1.0, 2: 2.0}, 3) == (3, [3, 2])
+    assert searched({6: 3.0, 4: 2.0, 2: 2.5}, 6) == (4, [6, 4, 2])
     assert searched({8: 3.0, 11: 2.0}, 11) == (11, [8, 11])
     assert searched({1: 1.0}, 1) == (1, [1])
 
