@@ -102,8 +102,10 @@ def cleaned(vertices: Tensor, faces: Tensor) -> tuple[Tensor, Tensor]:
 def vertex_normals(vertices: Tensor, faces: Tensor) -> Tensor:
     """Unit normals `[N, 3]` float32: the mean of the triangles at each vertex by their area; +z where they cancel."""
     normals_N3 = _meshes(vertices, faces).vertex_normals
+    # Shorter than 1 where the triangles have nearly no area, which a reader of glTF takes for an error.
+    length_N1 = normals_N3.norm(dim=-1, keepdim=True)
     upward = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
-    return torch.where(normals_N3.norm(dim=-1, keepdim=True) > 0.5, normals_N3, upward).float()
+    return torch.where(length_N1 > 0.5, normals_N3 / length_N1, upward).float()
 
 
 def y_up(vectors: Tensor) -> Tensor:
