@@ -1,10 +1,11 @@
 """Every ablation of `configs/ablations` beside `configs/quickstart.yaml`, with the embedded prior: table and picture.
 
-    python -m benchmarks.ablations --out runs/ablations [--only sds esd] [--particles 8] [--ranks 1] [--page FILE]
-    [key=value]
+    python -m benchmarks.ablations --out runs/ablations [--only sds esd] [--particles 4] [--shorten 2] [--ranks 1]
+    [--page FILE] [key=value]
 
 Each is trained into a folder of its own, or continued there. All see the same seed and so the same first particles,
-cameras and noise. An ablation of the number of particles keeps its own number.
+cameras and noise. An ablation of the number of particles keeps its own number. --shorten divides the rounds, and the
+rounds of all schedules, by a number.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import machine
-from distvsd.config import load_config
+from distvsd.config import Config, load_config
 from distvsd.looking.evaluate import evaluate_run
 from distvsd.looking.images import contact_sheet, save_png
 from distvsd.looking.opened import Opened, load_particles
@@ -32,12 +33,30 @@ QUICKSTART = CONFIGS / "quickstart.yaml"
 CELLS, EDGE = 8, 64  # of a row of the picture
 
 
-def train(path: Path, folder: Path, particles: int, ranks: int, overrides: list[str]) -> None:
+def shortened(config: Config, by: int) -> list[str]:
+    """Overrides that divide the rounds of the run, and of its schedules, by a number."""
+    schedules = {
+        "objective.t_min": config.objective.t_min,
+        "objective.t_max": config.objective.t_max,
+        "particles.learning_rate": config.particles.learning_rate,
+    }
+    rounds = max(config.schedule.rounds // by, 1)
+    settings = [f"schedule.rounds={rounds}", f"checkpoint.every={max(config.checkpoint.every // by, 1)}"]
+    for key, schedule in schedules.items():
+        points = ", ".join(f"{at // by}: {value}" for at, value in schedule.points)
+        settings.append(f"{key}={{{schedule.kind}: {{{points}}}}}")
+    return settings
+
+
+def train(path: Path, folder: Path, particles: int, shorten: int, ranks: int, overrides: list[str]) -> None:
     """Trains one file, or continues it; nothing is done where it is finished."""
+    config = load_config(path)
     usual = load_config(QUICKSTART).particles.count
-    count = [f"particles.count={particles}"] if load_config(path).particles.count == usual else []
+    settings = [f"run.dir={folder}", *shortened(config, shorten)]
+    if config.particles.count == usual:
+        settings.append(f"particles.count={particles}")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command = [sys.executable, *launcher, "-m", "distvsd.train", str(path), f"run.dir={folder}", *count, *overrides]
+    command = [sys.executable, *launcher, "-m", "distvsd.train", str(path), *settings, *overrides]
     threads = max(len(os.sched_getaffinity(0)) // ranks, 1)
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
 
@@ -82,12 +101,13 @@ def page(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> str:
 
 {machine()}
 
-    python -m benchmarks.ablations --out DIR --particles {arguments.particles} --ranks {arguments.ranks} --page \
-benchmarks/ablations.md {" ".join(arguments.overrides)}
+    python -m benchmarks.ablations --out DIR --particles {arguments.particles} --shorten {arguments.shorten} --ranks \
+{arguments.ranks} --page benchmarks/ablations.md {" ".join(arguments.overrides)}
 
 Each line is a file of `configs/ablations`, which changes one thing of `configs/quickstart.yaml`; the prompt is "a red \
-cube". The classifier labels eight views of each particle. Similarity: mean cosine between the classifier's features \
-of two particles, 1 where all look alike. Lost: empty or diverged.
+cube". All rounds, and those of the schedules, are divided by {arguments.shorten}. The classifier labels eight views \
+of each particle. Similarity: mean cosine between the classifier's features of two particles, 1 where all look alike. \
+Lost: empty or diverged.
 
 | configuration | views of right colour | of right shape | particles with a face | similarity | lost | what it is for |
 |---|---:|---:|---:|---:|---:|---|
@@ -102,7 +122,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
     parser.add_argument("--only", nargs="+", help="names of ablations; all unless given")
-    parser.add_argument("--particles", type=int, default=8)
+    parser.add_argument("--particles", type=int, default=4)
+    parser.add_argument("--shorten", type=int, default=2)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--page", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -115,7 +136,7 @@ def main() -> None:
     rows, pictures = [], []
     for path in paths:
         folder = args.out / path.stem
-        train(path, folder, args.particles, args.ranks, args.overrides)
+        train(path, folder, args.particles, args.shorten, args.ranks, args.overrides)
         rows.append(row(path, folder))
         pictures.append(cells(load_particles(folder)))
         print(rows[-1], flush=True)

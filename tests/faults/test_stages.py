@@ -24,9 +24,9 @@ from distvsd.testing.ranks import run_ranks
 from tests.small_run import THREE_STAGES, three_stages
 
 Figure = Callable[[str], None]
-# Two rounds of a field, three of its geometry, four of its texture: rounds 2 and 3, counted from 0, name a stage.
+# Two rounds of a field, three of its geometry, five of its texture: rounds 2 and 3, counted from 0, name a stage.
 STAGES = THREE_STAGES.replace(
-    "mesh: {trained: texture}}, schedule: {rounds: 2}", "mesh: {trained: texture}}, schedule: {rounds: 4}"
+    "mesh: {trained: texture}}, schedule: {rounds: 2}", "mesh: {trained: texture}}, schedule: {rounds: 5}"
 )
 FOLDERS = ("stages/1-nerf", "stages/2-geometry", "stages/3-texture")
 WHEN = {"1-nerf": "step=1:nth=1", "2-geometry": "step=2:nth=1", "3-texture": "step=3:nth=1"}
