@@ -154,4 +154,4 @@ def test_a_mesh_that_does_not_fit_into_memory_for_a_round_skips_it_and_changes_n
 
     ours, theirs = lines(struck), lines(whole)
     different = {name for name in theirs if name.startswith("2-geometry/") and ours[name] != theirs[name]}
-    assert different == {"2-geometry/particle/1"}
+    assert different == {"2-geometry/particle/000001", "2-geometry/all"}
