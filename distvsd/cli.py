@@ -187,6 +187,20 @@ def _parser() -> argparse.ArgumentParser:
             metavar=metavar,
             help=f"{what} (default: the one that the plan prints)",
         )
+    plan.add_argument(
+        "--gflops",
+        type=ASSUMPTION,
+        metavar="N",
+        help="10^9 operations a second of a rank's device in large matrix "
+        "products (default: measured here, in half a second)",
+    )
+    plan.add_argument(
+        "--gbps",
+        type=ASSUMPTION,
+        metavar="N",
+        help="10^9 bytes a second of a rank's device, read and written in large "
+        "copies (default: measured here, in half a second)",
+    )
     json_argument(plan)
 
     _commands_on_runs(kinds)
