@@ -137,7 +137,9 @@ class Trainer:
         decide, so every rank does the same."""
         completed = done.step + 1
         last = completed == self.config.schedule.rounds
-        if done.step in (self.first, self.profiled.stop):
+        if done.step in self.profiled or completed in self.profiled:  # to start a profile or to write it takes seconds
+            set_timeout(self.world, self.patience_s, self.heartbeat.refuse_lost)
+        elif done.step in (self.first, self.profiled.stop):
             set_timeout(self.world, self.config.parallel.timeout_s)
         self.heartbeat.at(done.step, "watch", self.patience_s)  # a save may be in it
         self.profile.enter(done.step, "watch")
@@ -157,8 +159,6 @@ class Trainer:
         if self.config.log.images_every and completed % self.config.log.images_every == 0:
             draw_round(self.parts, self.paths, self.journal, completed)
         self.was_preempted = Order.PREEMPTED in orders and not last
-        if done.step == self.profiled.stop - 1:  # the others wait for the rank that writes its profile
-            set_timeout(self.world, self.patience_s, self.heartbeat.refuse_lost)
         self.profile.end_round(done.step)
         return self.was_preempted
 

@@ -11,7 +11,7 @@ import logging
 import shutil
 import tempfile
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -27,7 +27,7 @@ _log = logging.getLogger("distvsd")
 WARM_UP: Final = 3
 OPERATORS: Final = 5  # of a phase, in the table
 _MARK: Final = "phase: "
-_US: Final = 1e-6
+_NS: Final = 1e-9
 
 
 def profiled_rounds(first: int, last: int, count: int) -> range:
@@ -103,7 +103,8 @@ class Profile:
 
     def _write(self, recorder: profile) -> None:
         root, name = self._folder.parent, f"{self._folder.name}/rank-{self._rank}"
-        phases = by_phase(recorder.events() or [])
+        assert recorder.profiler is not None and recorder.profiler.kineto_results is not None, "it was stopped"
+        phases = by_phase(recorder.profiler.kineto_results.events())
         inside.write(root, f"{name}.md", table(phases, self._rank, self._recorded))
         # The profiler takes the name of a file and follows links, so its file is made elsewhere.
         with tempfile.TemporaryDirectory() as folder:
@@ -141,32 +142,58 @@ class Phase:
     operators: dict[str, Operator] = field(default_factory=dict)
 
 
-def by_phase(events: Iterable[Any]) -> dict[str, Phase]:
-    """The phases in the order of their first entry, from a profiler's events. What began outside of all is left out.
+def by_phase(events: Sequence[Any]) -> dict[str, Phase]:
+    """The phases in the order of their first entry, from a profiler's raw events (torch's `_KinetoEvent`). What began
+    outside of all is left out.
 
     A kernel counts for the phase that started it, not for the one during which it runs.
     """
-    host = [event for event in events if event.device_type.name == "CPU"]
-    marks = sorted((event.time_range.start, event.time_range.end, event.name) for event in host if _is_mark(event))
+    # torch's own tree of the events takes 200 microseconds for each; a round has up to hundreds of thousands.
+    host = [event for event in events if event.device_type().name == "CPU" and not event.is_async()]
+    marks = sorted((event.start_ns(), event.end_ns(), event.name()) for event in host if _is_mark(event))
     starts = [start for start, _, _ in marks]
     phases: dict[str, Phase] = {}
     for start, end, name in marks:
         phase = phases.setdefault(name.removeprefix(_MARK), Phase())
         phase.entries += 1
-        phase.seconds += (end - start) * _US
-    for event in host:
-        at = bisect_right(starts, event.time_range.start) - 1
-        if _is_mark(event) or at < 0 or event.time_range.start > marks[at][1]:
+        phase.seconds += (end - start) * _NS
+    kernels: dict[int, int] = {}
+    for event in events:
+        if event.device_type().name != "CPU" and not event.is_user_annotation():
+            started_by = event.linked_correlation_id()
+            kernels[started_by] = kernels.get(started_by, 0) + event.duration_ns()
+    operators = [event for event in host if not event.is_user_annotation()]
+    for event, own_ns in _own_times(operators):
+        at = bisect_right(starts, event.start_ns()) - 1
+        if at < 0 or event.start_ns() > marks[at][1]:
             continue
-        operator = phases[marks[at][2].removeprefix(_MARK)].operators.setdefault(event.name, Operator())
+        operator = phases[marks[at][2].removeprefix(_MARK)].operators.setdefault(event.name(), Operator())
         operator.calls += 1
-        operator.host_s += event.self_cpu_time_total * _US
-        operator.device_s += event.self_device_time_total * _US
+        operator.host_s += own_ns * _NS
+        operator.device_s += kernels.get(event.correlation_id(), 0) * _NS
     return phases
 
 
+def _own_times(events: Sequence[Any]) -> list[tuple[Any, int]]:
+    """Each event with its nanoseconds without those of the events that it encloses on its thread."""
+    own: list[tuple[Any, int]] = []
+    around: list[int] = []  # places in `own` of the events that enclose the next one
+    thread = None
+    for event in sorted(events, key=lambda event: (event.start_thread_id(), event.start_ns(), -event.end_ns())):
+        if event.start_thread_id() != thread:
+            thread, around = event.start_thread_id(), []
+        while around and own[around[-1]][0].end_ns() <= event.start_ns():
+            around.pop()
+        if around:
+            outer, left = own[around[-1]]
+            own[around[-1]] = outer, left - event.duration_ns()
+        around.append(len(own))
+        own.append((event, event.duration_ns()))
+    return own
+
+
 def _is_mark(event: Any) -> bool:
-    return str(event.name).startswith(_MARK)
+    return str(event.name()).startswith(_MARK)
 
 
 def table(phases: dict[str, Phase], rank: int, rounds: Sequence[int]) -> str:
