@@ -158,6 +158,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     train_arguments(train)
 
+    _plan_command(kinds)
+    _commands_on_runs(kinds)
+    prior_commands(kinds)
+    command_parser(
+        kinds, "doctor", "list versions, devices and what is missing, each with what to do", "", commands.run_doctor
+    )
+    return parser
+
+
+def _plan_command(kinds: Any) -> None:
     plan = command_parser(
         kinds,
         "plan",
@@ -202,13 +212,6 @@ def _parser() -> argparse.ArgumentParser:
         "copies (default: measured here, in half a second)",
     )
     json_argument(plan)
-
-    _commands_on_runs(kinds)
-    prior_commands(kinds)
-    command_parser(
-        kinds, "doctor", "list versions, devices and what is missing, each with what to do", "", commands.run_doctor
-    )
-    return parser
 
 
 def _commands_on_runs(kinds: Any) -> None:

@@ -169,6 +169,8 @@ def _floor(found: Mapping[str, Any] | None) -> Iterator[str]:
     for part, work in last["work"].items():
         if work is None:
             yield f"  {part:<16}{'unknown':>10}"
+        elif part == "render" and not any(work.values()):
+            yield f"  {part:<16}not counted for this kind of particle"
         else:
             seconds = last["parts"][part]
             yield f"  {part:<16}{work['flops'] / 1e9:>10.3g}{work['bytes'] / 1e6:>10.3g}{seconds:>10.3g}"
