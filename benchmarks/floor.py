@@ -99,17 +99,18 @@ PAGE = """\
 
     {command}
 
-{particles} particles, {threads} thread(s), {device}. Ceilings: {gflops:.1f} GFLOP/s in large matrix products, {gbps:.1f} GB/s in large copies
-(read and written), both measured between the rounds; medians. A part takes at least its operations at the first rate and
-its bytes at the second, whichever is longer. `counted` are the operations of a real round (torch.utils.flop_counter).
-Not in the floor: element-wise arithmetic and activations. Grids that fit into a cache are read faster than a copy.
+{particles} particles, {threads} thread(s), {device}. Ceilings: {gflops:.1f} GFLOP/s in large matrix products and
+{gbps:.1f} GB/s in large copies (read and written), both measured between the rounds; medians. A part takes at least its
+operations at the first rate and its bytes at the second, whichever is longer. `counted` are the operations of a real
+round (torch.utils.flop_counter). Not in the floor: element-wise arithmetic and activations. Grids that fit into a cache
+are read faster than a copy.
 
 | part | GFLOP | counted | MB | floor ms | measured ms | times the floor |
 |---|---:|---:|---:|---:|---:|---:|
 {rows}
 
-**A round takes {ratio:.2f} times its floor**: the median of {turns} turns ({least:.2f} to {most:.2f}), {round_ms:.0f} ms
-against {floor_ms:.0f} ms.
+**A round takes {ratio:.2f} times its floor**: the median of {turns} turns ({least:.2f} to {most:.2f}),
+{round_ms:.0f} ms against {floor_ms:.0f} ms.
 """
 
 

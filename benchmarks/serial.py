@@ -118,19 +118,19 @@ PAGE = """\
 
     {command}
 
-{particles} particles, {threads} thread(s), {device}. The serial way is that of the authors' code: each iteration draws one
-particle,
-renders one view, asks the prior (with and without the prompt) and the score about that one render, moves the particle
-with Adam and trains the LoRA once on the render. The round does this for all particles with one call of each network; its
-LoRA takes one step on all renders. Same parts, weights, configuration and process; the two take turns.
+{particles} particles, {threads} thread(s), {device}. The serial way is that of the authors' code: each iteration
+draws one particle, renders one view, asks the prior (with and without the prompt) and the score about that one render,
+moves the particle with Adam and trains the LoRA once on the render. The round does this for all particles with one call
+of each network; its LoRA takes one step on all renders. Same parts, weights, configuration and process; the two take
+turns.
 
 | way | particle updates/s | ms an update |
 |---|---:|---:|
 | one particle after the other | {serial_updates_per_s:.2f} | {serial_ms:.1f} |
 | a round of all | {round_updates_per_s:.2f} | {round_ms:.1f} |
 
-**The round makes {ratio:.2f} times the updates a second**: the median of {pairs} pairs of measurements ({least:.2f} to
-{most:.2f}).
+**The round makes {ratio:.2f} times the updates a second**: the median of {pairs} pairs of measurements
+({least:.2f} to {most:.2f}).
 """
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 Shapes = Mapping[str, Sequence[int]]
 
 # The two products of fused attention become five in its backward pass, of which one computes the scores again.
 ATTENTION_BACKWARD = 2.5
 _PER_SAMPLE = ("time_embedding.", "class_embedding.", "add_embedding.")
+_BEFORE_THE_TIME = ("conv_in.weight", "down_blocks.0.resnets.0.conv1.weight")
 _OF_TEXT = (".attn2.to_k.", ".attn2.to_v.")
 _QUERIES = (".to_q.weight", ".query.weight")  # the second in older files of autoencoders
 _BLOCK = re.compile(r"(down|up)_blocks\.(\d{1,4})\.")
@@ -36,12 +37,12 @@ class Operations:
 @dataclass(frozen=True)
 class NetworkOperations:
     """Of one sample. layers: linear layers and convolutions. attention: its two products. adapter: of a LoRA of rank 1.
-    first: of the first convolution, an operation count a pixel; nothing before it has a gradient."""
+    first: operations a pixel of the layers at whose input no gradient is needed."""
 
     layers: Operations
     attention: Operations
     adapter: Operations
-    first: float
+    first: float = 0.0
 
     def forward(self, pixels: int, rank: int = 0) -> float:
         """One call, with an adapter of this rank. pixels: of the input, an image's or a latent's."""
@@ -59,7 +60,9 @@ class NetworkOperations:
 def unet_operations(shapes: Shapes, tokens: int, adapted: Sequence[str]) -> NetworkOperations:
     """Of a UNet with these weights, at p latent pixels. tokens: of a text. adapted: how the names of the layers end
     that get an adapter."""
-    return _counted(shapes, tokens, tuple(f".{target}.weight" for target in adapted))
+    # The first number that is trained is the camera's, which joins the time after these two.
+    first = sum(2.0 * math.prod(shapes.get(name, (0,))) for name in _BEFORE_THE_TIME)
+    return replace(_counted(shapes, tokens, tuple(f".{target}.weight" for target in adapted)), first=first)
 
 
 def encoder_operations(shapes: Shapes) -> NetworkOperations:
@@ -79,8 +82,7 @@ def _counted(shapes: Shapes, tokens: int, adapted: tuple[str, ...]) -> NetworkOp
             adapter.append(_of_layer(name, 2.0 * (shape[0] + shape[1]), depth, tokens))
         if name.endswith(_QUERIES):
             attention.append(_of_attention(name, 4.0 * shape[0], depth, tokens))
-    first = 2.0 * math.prod(shapes.get("conv_in.weight", (0,)))
-    return NetworkOperations(_sum(layers), _sum(attention), _sum(adapter), first)
+    return NetworkOperations(_sum(layers), _sum(attention), _sum(adapter))
 
 
 def _weights(shapes: Shapes) -> Iterator[tuple[str, Sequence[int]]]:

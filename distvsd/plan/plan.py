@@ -27,6 +27,7 @@ from distvsd.vsd.objectives.base import Part, ScorePart
 SAMPLE_WORDS = CAMERA_FEATURES + 2 + 2 + 1
 EXACT_BYTES = 16  # an exact sum keeps each gradient element as two 64-bit integers
 CHART_COLUMNS = 48
+_COUNTS = ("network", "score_network", "encoder")  # of the prior's sizes; `floor` tells what they come to
 
 
 def make_plan(
@@ -70,7 +71,7 @@ def make_plan(
         "world": {"nodes": nodes, "gpus_per_node": gpus_per_node, "ranks": world},
         "owners": _owners(config.particles.count, world),
         "idle_ranks": max(world - config.particles.count, 0),
-        "prior": asdict(prior),
+        "prior": {name: value for name, value in asdict(prior).items() if name not in _COUNTS},
         "particle": size,
         "rank_memory": _rank_memory(size, chosen, prior, largest_shard),
         "score": score,

@@ -43,12 +43,12 @@ def _stable_diffusion(text: int) -> tuple[tuple[int, int, int], ...]:
 
 def _unet(layers: Operations, adapter: Operations, attention: tuple[float, float]) -> NetworkOperations:
     """attention: over the text for each pixel, over the pixels for each pair of them."""
-    return NetworkOperations(layers, Operations(0.0, *attention), adapter, first=23_040.0)
+    return NetworkOperations(layers, Operations(0.0, *attention), adapter, first=1_866_240.0)
 
 
 def _encoder(pixel: float) -> NetworkOperations:
     """Of an AutoencoderKL, for each pixel of the image; it attends over pixels of 8 x 8 with 512 channels."""
-    return NetworkOperations(Operations(pixel=pixel), Operations(pair=0.5), Operations(), first=6912.0)
+    return NetworkOperations(Operations(pixel=pixel), Operations(pair=0.5), Operations())
 
 
 PUBLISHED = {
