@@ -29,7 +29,7 @@ from distvsd.run.build import build_run
 from distvsd.run.loop import Loop
 from distvsd.run.planned import plan_run
 
-QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+QUICKSTART = "configs/quickstart.yaml"
 
 
 def examine(config: Config, world: World, turns: int, rounds: int, warmup: int) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def _row(part: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", nargs="?", default=str(QUICKSTART), help="a YAML file (default: the quickstart)")
+    parser.add_argument("config", nargs="?", default=QUICKSTART, help="a YAML file (default: the quickstart)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
     parser.add_argument("--turns", type=int, default=5, help="of ceilings and rounds (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="of a turn (default: %(default)s)")

@@ -32,7 +32,7 @@ from distvsd.run.loop import Loop
 from distvsd.run.parts import make_ensemble
 from distvsd.vsd.samples import Samples
 
-QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+QUICKSTART = "configs/quickstart.yaml"
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def page(found: dict[str, Any], command: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", nargs="?", default=str(QUICKSTART), help="a YAML file (default: the quickstart)")
+    parser.add_argument("config", nargs="?", default=QUICKSTART, help="a YAML file (default: the quickstart)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
     parser.add_argument("--particles", type=int, default=16, help="(default: %(default)s)")
     parser.add_argument("--pairs", type=int, default=5, help="measurements of each way (default: %(default)s)")
@@ -155,7 +155,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = load_config(args.config, settings).stage_configs[0]
     with open_world(config.parallel.timeout_s) as world:
         found = compare(config, world, args.pairs, args.warmup)
-    text = page(found, f"python -m benchmarks.serial --particles {args.particles} --pairs {args.pairs} --json")
+    given = ["python -m benchmarks.serial", args.config, *args.overrides, f"--particles {args.particles}"]
+    text = page(found, " ".join([*given, f"--pairs {args.pairs}"]))
     if args.page:
         args.page.write_text(text, encoding="utf-8")
     print(json.dumps(found) if args.json else text)
