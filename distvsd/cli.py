@@ -158,6 +158,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     train_arguments(train)
 
+    _plan_command(kinds)
+    _commands_on_runs(kinds)
+    prior_commands(kinds)
+    command_parser(
+        kinds, "doctor", "list versions, devices and what is missing, each with what to do", "", commands.run_doctor
+    )
+    return parser
+
+
+def _plan_command(kinds: Any) -> None:
     plan = command_parser(
         kinds,
         "plan",
@@ -187,14 +197,21 @@ def _parser() -> argparse.ArgumentParser:
             metavar=metavar,
             help=f"{what} (default: the one that the plan prints)",
         )
-    json_argument(plan)
-
-    _commands_on_runs(kinds)
-    prior_commands(kinds)
-    command_parser(
-        kinds, "doctor", "list versions, devices and what is missing, each with what to do", "", commands.run_doctor
+    plan.add_argument(
+        "--gflops",
+        type=ASSUMPTION,
+        metavar="N",
+        help="10^9 operations a second of a rank's device in large matrix "
+        "products (default: measured here, in half a second)",
     )
-    return parser
+    plan.add_argument(
+        "--gbps",
+        type=ASSUMPTION,
+        metavar="N",
+        help="10^9 bytes a second of a rank's device, read and written in large "
+        "copies (default: measured here, in half a second)",
+    )
+    json_argument(plan)
 
 
 def _commands_on_runs(kinds: Any) -> None:

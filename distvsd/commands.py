@@ -42,9 +42,22 @@ def run_plan(args: argparse.Namespace) -> int:
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Assumptions)}
     assumed = Assumptions(**{name: value for name, value in given.items() if value is not None})
     config = load_config(args.config, args.overrides)
-    plan = plan_run(config, args.nodes, args.gpus_per_node, assumed, args.published)
+    plan = plan_run(
+        config, args.nodes, args.gpus_per_node, assumed, args.published, _ceilings(args, config.prior.dtype)
+    )
     print(json.dumps(plan) if args.json else draw(plan))
     return 0
+
+
+def _ceilings(args: argparse.Namespace, dtype: str) -> Any:
+    """Of this machine, measured unless both are given."""
+    from distvsd.plan.ceilings import measure_ceilings
+    from distvsd.plan.floor import Ceilings
+
+    if args.gflops is not None and args.gbps is not None:
+        return Ceilings(args.gflops, args.gbps, "given")
+    found = measure_ceilings(dtype)
+    return Ceilings(args.gflops or found.gflops, args.gbps or found.gbps, found.what)
 
 
 def run_evaluate(args: argparse.Namespace) -> int:

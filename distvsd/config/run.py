@@ -51,6 +51,11 @@ class LogConfig:
     """Rounds between lines of metrics.jsonl."""
     images_every: Count = 0
     """Rounds between contact sheets; 0 is only at the end."""
+    profile: Annotated[int, Range(0, 100)] = 0
+    """Rounds that are recorded into `profile/` of the run directory, after the first three of a process: a trace that
+    opens in Perfetto, and a table of phases with their heaviest operators. 0 is none. Recorded rounds are slower."""
+    profile_ranks: Literal["first", "all"] = "first"
+    """Which ranks record."""
     wandb: Literal["off", "offline", "online"] = "off"
     """Whether metrics also go to Weights and Biases; online falls back to offline where it does not answer."""
     wandb_project: str = "distvsd"

@@ -74,6 +74,12 @@ class PipelineFolder:
         return self.latent_channels, edge // self.downscale, edge // self.downscale
 
     @property
+    def text_length(self) -> int:
+        """Tokens of a text, by the configuration of the text encoder."""
+        length = self.configs["text_encoder"].get("max_position_embeddings", 77)
+        return length if isinstance(length, int) and 1 <= length <= 4096 else 77
+
+    @property
     def text_encoder_class(self) -> str:
         """The name of the text encoder's class in transformers."""
         return str(self.index["text_encoder"][1])

@@ -45,11 +45,17 @@ class Rendered:
 @dataclass(frozen=True)
 class Cost:
     """What one particle takes. trained, frozen: its numbers with and without an optimiser. points: at which the
-    renderer evaluates it for one view."""
+    renderer evaluates it for one view.
+
+    For `distvsd plan`, and 0 where nobody counted: flops, the operations of the products of that view, and touched,
+    the float32 numbers that it must read and write.
+    """
 
     trained: int
     frozen: int
     points: int
+    flops: float = 0.0
+    touched: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -70,4 +70,5 @@ class ImageParticle:
         return None
 
     def cost(self, resolution: int) -> Cost:
-        return Cost(trained=math.prod(self.shape), frozen=0, points=resolution**2)
+        numbers = math.prod(self.shape)
+        return Cost(trained=numbers, frozen=0, points=resolution**2, touched=2 * numbers)

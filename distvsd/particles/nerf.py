@@ -92,7 +92,10 @@ class NerfParticle:
         return Surface(meshes, lambda spots: self.evaluate(parameters, spots)[1])
 
     def cost(self, resolution: int) -> Cost:
-        return Cost(*parameter_counts(self), points=resolution**2 * self.config.samples_per_ray)
+        points, width = resolution**2 * self.config.samples_per_ray, self.config.levels * self.config.features
+        # Of a sample: eight corners of every level, and density and colour, which are written once and read once.
+        touched = 8 * width + 2 * 4
+        return Cost(*parameter_counts(self), points=points, flops=2.0 * 4 * width * points, touched=touched * points)
 
     def evaluate(
         self, parameters: Parameters, points_PN3: Tensor, noise_PN: Tensor | None = None

@@ -16,6 +16,7 @@ from distvsd.parallel.assign import share
 from distvsd.particles.base import Particle
 from distvsd.particles.good import most_copies
 from distvsd.plan.cluster import Assumptions, disk_times, failures, strategies
+from distvsd.plan.floor import Ceilings, Share, Work, compared, floor, works
 from distvsd.plan.needs import FLOAT_BYTES, particle_bytes
 from distvsd.plan.prior import PriorSizes
 from distvsd.score.camera import CAMERA_FEATURES
@@ -26,6 +27,7 @@ from distvsd.vsd.objectives.base import Part, ScorePart
 SAMPLE_WORDS = CAMERA_FEATURES + 2 + 2 + 1
 EXACT_BYTES = 16  # an exact sum keeps each gradient element as two 64-bit integers
 CHART_COLUMNS = 48
+_COUNTS = ("network", "score_network", "encoder")  # of the prior's sizes; `floor` tells what they come to
 
 
 def make_plan(
@@ -36,12 +38,15 @@ def make_plan(
     nodes: int = 1,
     gpus_per_node: int = 1,
     assumed: Assumptions | None = None,
+    ceilings: Ceilings | None = None,
+    measured: Mapping[int, Mapping[str, float]] | None = None,
 ) -> dict[str, Any]:
     """The plan of a stage as plain data, ready for JSON; bytes unless a name says otherwise.
 
     particle: of the stage's kind; None, and None for what depends on it, where only the prior knows its size and is not
-    here. needs: the predictions that the objective needs. Raises ConfigError where training would: for latents much
-    smaller than those that the network was trained on.
+    here. needs: the predictions that the objective needs. ceilings: of a rank's device; without them there is no
+    `floor`, the least time of a round. measured: seconds by phase of the loop at a resolution, to compare with it.
+    Raises ConfigError where training would: for latents much smaller than those that the network was trained on.
     """
     assumed = assumed or Assumptions()
     world = nodes * gpus_per_node
@@ -61,16 +66,17 @@ def make_plan(
     chosen = next((row for row in table if row["chosen"]), dict.fromkeys(("base", "trained", "sent_a_round")))
     checkpoint = _checkpoint(config, size, score, phases, world)
     times = disk_times(config, checkpoint["total"], checkpoint["loaded"], assumed)
-    return {
+    samples = _unet_samples(config, needs, largest_shard, world)
+    plan = {
         "world": {"nodes": nodes, "gpus_per_node": gpus_per_node, "ranks": world},
         "owners": _owners(config.particles.count, world),
         "idle_ranks": max(world - config.particles.count, 0),
-        "prior": asdict(prior),
+        "prior": {name: value for name, value in asdict(prior).items() if name not in _COUNTS},
         "particle": size,
         "rank_memory": _rank_memory(size, chosen, prior, largest_shard),
         "score": score,
         "strategies": table,
-        "unet": _unet_samples(config, needs, largest_shard, world),
+        "unet": samples,
         "phases": phases,
         "wire": _wire(phases, chosen, world),
         "checkpoint": checkpoint | times,
@@ -79,6 +85,44 @@ def make_plan(
         "schedules": {key: _schedule(schedule, config.schedule.rounds) for key, schedule in _schedules(config)},
         "rounds": config.schedule.rounds,
     }
+    if ceilings is not None:
+        shares = _shares(phases, samples, largest_shard, score["parameters"])
+        of_round = {share.resolution: works(config, particle, prior, share) for share in shares}
+        plan["floor"] = _floor(of_round, ceilings, measured or {})
+    return plan
+
+
+def _shares(
+    phases: list[dict[str, Any]], samples: Mapping[str, int], particles: int, trained: int | None
+) -> Iterator[Share]:
+    """Of the busiest rank, one for each resolution."""
+    for phase in {phase["resolution"]: phase for phase in phases}.values():
+        latent, sent = phase["latent_shape"], phase["sent_a_round"]
+        yield Share(
+            particles=particles,
+            prior=samples["prior"],
+            score=samples["score"],
+            training=samples["score_training"],
+            trained=trained,
+            resolution=phase["resolution"],
+            edge=phase["encoded_at"],
+            latent=None if latent is None else tuple(latent),
+            moved=None if sent is None else sent + phase["received_a_round"],
+        )
+
+
+def _floor(
+    of_round: Mapping[int, Mapping[str, Work | None]],
+    ceilings: Ceilings,
+    measured: Mapping[int, Mapping[str, float]],
+) -> dict[str, Any]:
+    """The least time of a round of the busiest rank, for each resolution; and how far the measured ones are from it."""
+    rows = []
+    for resolution, parts in of_round.items():
+        row = {"resolution": resolution} | floor(parts, ceilings)
+        found = measured.get(resolution)
+        rows.append(row | {"measured": None if found is None else compared(row, found)})
+    return {"ceilings": asdict(ceilings), "rounds": rows}
 
 
 def _owners(particles: int, world: int) -> list[dict[str, Any]]:

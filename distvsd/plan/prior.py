@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from distvsd.config import Config
 from distvsd.errors import PriorError
 from distvsd.networks.folder import PipelineFolder, open_folder
-from distvsd.networks.unet import TIME_EMBEDDING
+from distvsd.networks.operations import NetworkOperations, encoder_operations, unet_operations
+from distvsd.networks.unet import TIME_EMBEDDING, UNet
 from distvsd.plan.published import PUBLISHED, Published
 from distvsd.score.stored import Shapes, trainable_of
 
@@ -21,7 +22,8 @@ class PriorSizes:
     """latent_channels; downscale: image pixels a side of a latent pixel; resolution: pixels a side that the network was
     trained at. weight_bytes: of all files, unet_bytes: of the network's alone. adapter_parameters, camera_parameters:
     trained beside it. score_base_bytes: of the network that the score adapts where it is another than the prior's, else
-    0. None where the prior is not here; problem then says why. path: its name in the plan.
+    0. network, score_network, encoder: operations of a sample through the prior's network, the score's and the
+    encoder. None where the prior is not here; problem then says why. path: its name in the plan.
     """
 
     path: str
@@ -35,6 +37,9 @@ class PriorSizes:
     camera_parameters: int | None = None
     note: str | None = None
     score_base_bytes: int = 0
+    network: NetworkOperations | None = None
+    score_network: NetworkOperations | None = None
+    encoder: NetworkOperations | None = None
 
     def latent_shape(self, edge: int) -> tuple[int, int, int] | None:
         """Of an image with this edge in pixels; None where the prior is not here."""
@@ -51,6 +56,9 @@ def prior_sizes(config: Config, published: str | None = None) -> PriorSizes:
         folder = open_folder(config.prior.path)
         base = open_folder(config.score.base) if config.score.base else None
         adapter, camera = _trained(config, _shapes(base or folder))
+        network = _operations(folder)
+        score_network = _operations(base) if base else network
+        encoder = encoder_operations(_shapes(folder, "vae"))
     except PriorError as error:
         return PriorSizes(config.prior.path, str(error))
     return PriorSizes(
@@ -63,6 +71,9 @@ def prior_sizes(config: Config, published: str | None = None) -> PriorSizes:
         adapter_parameters=adapter,
         camera_parameters=camera,
         score_base_bytes=base.weights["unet"].num_bytes if base else 0,
+        network=network,
+        score_network=score_network,
+        encoder=encoder,
     )
 
 
@@ -83,11 +94,20 @@ def _published(config: Config, model: Published) -> PriorSizes:
         adapter_parameters=adapter,
         camera_parameters=camera,
         note=note,
+        network=model.network,
+        score_network=model.network,
+        encoder=model.encoder,
     )
 
 
-def _shapes(folder: PipelineFolder) -> Shapes:
-    return {name: header.shape for name, header in folder.weights["unet"].headers.items()}
+def _operations(folder: PipelineFolder) -> NetworkOperations:
+    return unet_operations(_shapes(folder), folder.text_length, UNet.lora_targets)
+
+
+def _shapes(folder: PipelineFolder, component: str = "unet") -> Shapes:
+    """None of a component without weights."""
+    weights = folder.weights.get(component)
+    return {} if weights is None else {name: header.shape for name, header in weights.headers.items()}
 
 
 def _attention(model: Published) -> Iterator[tuple[str, tuple[int, int]]]:

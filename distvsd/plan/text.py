@@ -58,6 +58,7 @@ def _lines(plan: Mapping[str, Any]) -> Iterator[str]:
         f"UNet a round busiest rank, in samples: prior {unet['prior']}, score {unet['score']}, "
         f"score training (with backward) {unet['score_training']}"
     )
+    yield from _floor(plan.get("floor"))
     yield from _phases(plan["phases"])
     yield (
         f"wire         a round at most, renders and gradients: each rank {amount(plan['wire']['rank'])} out and in, "
@@ -147,6 +148,40 @@ def _phases(phases: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         )
     if len(phases) > MAX_LINES:
         yield f"  ... and {len(phases) - MAX_LINES} more, the last from round {phases[-1]['round']}"
+
+
+def _floor(found: Mapping[str, Any] | None) -> Iterator[str]:
+    """The least time of a round: the last resolution part by part, the others as one line each."""
+    if found is None:
+        return
+    ceilings, rows = found["ceilings"], found["rounds"]
+    yield (
+        f"floor        busiest rank at {ceilings['gflops']:.3g} GFLOP/s and {ceilings['gbps']:.3g} GB/s "
+        f"({ceilings['what']}; --gflops, --gbps)"
+    )
+    for row in rows[:MAX_LINES]:
+        least, measured = duration(row["seconds"]), _measured(row["measured"])
+        yield f"  {row['resolution']} pixels: a round takes at least {least}{measured}"
+    if len(rows) > MAX_LINES:
+        yield f"  ... and {len(rows) - MAX_LINES} more resolutions"
+    last = rows[-1]
+    yield f"  {'at ' + str(last['resolution']) + ' pixels':<16}{'GFLOP':>10}{'MB':>10}{'seconds':>10}"
+    for part, work in last["work"].items():
+        if work is None:
+            yield f"  {part:<16}{'unknown':>10}"
+        elif part == "render" and not any(work.values()):
+            yield f"  {part:<16}not counted for this kind of particle"
+        else:
+            seconds = last["parts"][part]
+            yield f"  {part:<16}{work['flops'] / 1e9:>10.3g}{work['bytes'] / 1e6:>10.3g}{seconds:>10.3g}"
+
+
+def _measured(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    ratios = ", ".join(f"{phase} {ratio:.3g}" for phase, ratio in found["ratios"].items() if ratio is not None)
+    whole = "" if found["ratio"] is None else f", {found['ratio']:.3g} times that ({ratios})"
+    return f"; run.dir measured {duration(found['seconds'])}{whole}"
 
 
 def _of_image(edge: int | None) -> str:

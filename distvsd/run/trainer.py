@@ -29,6 +29,7 @@ from distvsd.run.pictures import draw_finished, draw_round
 from distvsd.run.resume import Source, largest_part, resume, source_of
 from distvsd.runtime.heartbeat import Heartbeat
 from distvsd.runtime.preempt import Preemption
+from distvsd.runtime.profile import Profile, profiled_rounds
 from distvsd.runtime.status import State
 from distvsd.runtime.stragglers import tame_garbage_collector
 from distvsd.runtime.tracker import Outcome
@@ -68,6 +69,9 @@ class Trainer:
         self.first, metrics_bytes, health_bytes = resume(self.parts, self.saver)
         self.journal = agreed(world, lambda: Journal(config, world, paths, self.first, metrics_bytes, health_bytes))
         agreed(world, lambda: self._adopt() if world.rank == 0 else None)
+        self.profiled = profiled_rounds(self.first, config.schedule.rounds, config.log.profile)
+        records = world.rank == 0 or config.log.profile_ranks == "all"
+        self.profile = Profile(paths.profile, world.rank, self.profiled if records else range(0))
         self.saved = self.first if self.first else -1  # rounds completed in the newest checkpoint that was begun
         self.was_preempted = False
         self.collect_garbage = tame_garbage_collector()
@@ -87,7 +91,7 @@ class Trainer:
 
     def _load(self, source: Source | None, custom: Custom) -> Run:
         fault("load")
-        return build_run(self.config, self.world, self._watch, self.heartbeat.at, custom, source)
+        return build_run(self.config, self.world, self._watch, self._entered, custom, source)
 
     def _adopt(self) -> None:
         """Writes the configurations that the run and the stage go on with; `--resume must` may have changed them."""
@@ -118,19 +122,27 @@ class Trainer:
                 self._finish()  # all ranks stopped at the same place, so a save under way can be completed
             raise
         finally:
+            self.profile.close()
             self.journal.close(outcome)
             gc.unfreeze()
             gc.enable()
         return not self.was_preempted
+
+    def _entered(self, step: int, phase: str) -> None:
+        self.heartbeat.at(step, phase)
+        self.profile.enter(step, phase)
 
     def _watch(self, done: Round) -> bool:
         """Does what is due after a round; True stops the run. The round's number and the union of all ranks' orders
         decide, so every rank does the same."""
         completed = done.step + 1
         last = completed == self.config.schedule.rounds
-        if done.step == self.first:
+        if done.step in self.profiled or completed in self.profiled:  # to start a profile or to write it takes seconds
+            set_timeout(self.world, self.patience_s, self.heartbeat.refuse_lost)
+        elif done.step in (self.first, self.profiled.stop):
             set_timeout(self.world, self.config.parallel.timeout_s)
         self.heartbeat.at(done.step, "watch", self.patience_s)  # a save may be in it
+        self.profile.enter(done.step, "watch")
         self.journal.watch(done)
         if found := self.parts.sizes.after(done):
             self.journal.progress.note(found)
@@ -149,6 +161,7 @@ class Trainer:
         if self.config.log.images_every and completed % self.config.log.images_every == 0:
             draw_round(self.parts, self.paths, self.journal, completed)
         self.was_preempted = Order.PREEMPTED in orders and not last
+        self.profile.end_round(done.step)
         return self.was_preempted
 
     def _orders(self) -> Order:

@@ -68,6 +68,10 @@ class RunPaths:
         return self.root / "exports"
 
     @property
+    def profile(self) -> Path:
+        return self.root / "profile"
+
+    @property
     def evaluation(self) -> Path:
         return self.root / "evaluation.json"
 
@@ -87,7 +91,7 @@ class RunPaths:
         self.prove_writable()
         for file in (self.status, self.config, self.metrics, self.health, self.lock, self.evaluation):
             inside.expect_file(self.root, file.name)
-        for folder in (self.heartbeats, self.checkpoints, self.renders, self.wandb):
+        for folder in (self.heartbeats, self.checkpoints, self.renders, self.profile, self.wandb):
             inside.expect_folder(self.root, folder.name)
         for name in inside.names(self.root, self.heartbeats.name):
             inside.expect_file(self.root, f"{self.heartbeats.name}/{name}")

@@ -32,7 +32,7 @@ OPTIONS = {"export": ("--texture", "0", "--resolution", "12")}  # what takes lea
 # The files and folders that each command reads or writes, with everything inside the folders.
 USED = {
     "train": "STATUS.json config.yaml metrics.jsonl health.jsonl run.lock evaluation.json heartbeats checkpoints wandb "
-    "renders",
+    "renders profile",
     "render": "config.yaml checkpoints renders",
     "evaluate": "config.yaml checkpoints evaluation.json",
     "verify": "config.yaml checkpoints",
@@ -41,13 +41,14 @@ USED = {
 }
 UNUSED = {"train": r"wandb/|renders/.*mp4", "render": r"renders/round"}  # exceptions from USED
 # Errors with images and telemetry do not end a run, and an unsound checkpoint is skipped. A warning names the path.
-LENIENT = ("renders/", "wandb", "checkpoints/")
+LENIENT = ("renders/", "profile/", "wandb", "checkpoints/")
 Said = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture(scope="module")
 def settings(prior: Path) -> list[str]:
     changes = {"particles.count": 1, "schedule.rounds": 2, "checkpoint.every": 1, "log.every": 1, "log.images_every": 1}
+    changes |= {"log.profile": 1}
     return overrides(Path("RUN"), prior, **changes)[1:]
 
 

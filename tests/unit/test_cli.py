@@ -110,7 +110,7 @@ def test_wrong_usage_ends_with_2(config: str, command: str, capsys: pytest.Captu
 ODD = ["", "x", "0x10", "1e3", "1_0", "nan", "inf", "-inf", "9" * 400, "-" + "9" * 5000, "-1", "\u0661", "1.5", "\x1b"]
 NUMBERS = [
     *(("plan CONFIG", option) for option in ("--nodes", "--gpus-per-node", "--round-s", "--disk-mb-s", "--restart-s")),
-    ("plan CONFIG", "--node-mtbf-days"),
+    *(("plan CONFIG", option) for option in ("--node-mtbf-days", "--gflops", "--gbps")),
     *(("export .", option) for option in ("--texture", "--resolution", "--particles", "--threshold")),
     *(("prior sample a --out a.png", option) for option in ("--count", "--steps", "--seed", "--guidance-scale")),
     *(("prior build a", option) for option in ("--seed", "--num-images", "--steps", "--batch-size", "--learning-rate")),
@@ -121,7 +121,7 @@ NUMBERS = [
 def test_a_number_that_cannot_be_is_wrong_usage(
     config: str, command: str, option: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    accepts_fractions = option.endswith(("-s", "-days", "-scale", "-rate", "-threshold"))
+    accepts_fractions = option.endswith(("-s", "-days", "-scale", "-rate", "-threshold", "-gflops", "-gbps"))
     for word in ODD:
         if accepts_fractions and word in ("1e3", "1_0", "1.5", "\u0661"):
             continue

@@ -11,6 +11,7 @@ import torch
 
 from distvsd.cli import main
 from distvsd.config import Config, load_config
+from distvsd.networks.operations import encoder_operations, unet_operations
 from distvsd.networks.unet import UNet
 from distvsd.plan.prior import prior_sizes
 from distvsd.plan.published import PUBLISHED
@@ -49,6 +50,18 @@ def test_the_published_numbers_are_those_of_the_classes(model: str) -> None:
     assert published.denoiser == numbers(made(model, "denoiser"))
     assert published.vae == numbers(made(model, "vae"))
     assert published.text == sum(numbers(made(model, part)) for part in CONFIGS[model] if part.startswith("text"))
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_the_published_operations_are_those_of_the_shapes(model: str) -> None:
+    def shapes(part: str) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(value.shape) for name, value in made(model, part).state_dict().items()}
+
+    published = PUBLISHED[model]
+    assert published.encoder == encoder_operations(shapes("vae"))
+    if published.network is not None:
+        assert published.network == unet_operations(shapes("denoiser"), 77, UNet.lora_targets)
+    assert (published.network is None) == ("transformer" in published.missing)
 
 
 @pytest.mark.parametrize("model", PUBLISHED)
