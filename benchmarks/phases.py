@@ -34,6 +34,7 @@ from distvsd.config import digest, load_config
 from distvsd.parallel.collectives import barrier, gather_objects
 from distvsd.parallel.world import World, open_world
 from distvsd.particles import Ensemble
+from distvsd.particles.ensemble import Views
 from distvsd.run.build import build_run
 from distvsd.run.loop import Loop
 from distvsd.score.spread import SpreadDistillation
@@ -146,12 +147,14 @@ def measured(loop: Loop, meter: Meter) -> Loop:
 
         return metered
 
-    def exchange(samples: Any, step: int) -> Any:
-        pending = within("exchange", loop.exchange)(samples, step)
-        return SimpleNamespace(wait=within("exchange", pending.wait))
-
     ensemble, training = loop.ensemble, loop.training
-    parts = SimpleNamespace(render=within("render", ensemble.render), update=within("update", ensemble.update))
+
+    def render(step: int, resolution: int) -> Iterator[list[Views]]:
+        parts = ensemble.render(step, resolution)
+        while (views := within("render", next)(parts, None)) is not None:
+            yield views
+
+    parts = SimpleNamespace(render=render, update=within("update", ensemble.update), finish=ensemble.finish)
     spread = loop.objective if isinstance(loop.objective, SpreadDistillation) else None
     distillation = spread.distillation if spread else loop.objective
     assert isinstance(distillation, Distillation), "expected a Distillation, spread over ranks or not"
@@ -175,7 +178,7 @@ def measured(loop: Loop, meter: Meter) -> Loop:
         ensemble=cast(Ensemble, parts),
         encode=within("encode", loop.encode),
         objective=dataclasses.replace(spread, distillation=distillation) if spread else distillation,
-        exchange=exchange,
+        exchange=within("exchange", loop.exchange),
         training=learner,
     )
 

@@ -17,7 +17,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +30,8 @@ from distvsd.run.build import Run, build_run
 from distvsd.run.encode import Encoder
 from distvsd.run.loop import Loop
 from distvsd.run.parts import make_ensemble
-from distvsd.vsd.samples import Samples
 
 QUICKSTART = "configs/quickstart.yaml"
-
-
-@dataclass(frozen=True)
-class Here:
-    """An exchange with nobody."""
-
-    samples: Samples
-
-    def wait(self) -> Samples:
-        return self.samples
 
 
 class Serial:
@@ -66,7 +55,7 @@ def _alone(parts: Run, particle: int) -> Loop:
         parts.loop,
         ensemble=ensemble,
         encode=Encoder(config, parts.prior, ensemble),
-        exchange=lambda samples, step: Here(samples),
+        exchange=lambda samples, step: samples,
         lag_due=lambda step: False,
     )
 
