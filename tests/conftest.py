@@ -1,5 +1,5 @@
-"""One thread and no GPU in the parent, because tests fork ranks, Triton's interpreter in the GPU's place; and the record
-of which test proves which guarantee.
+"""One thread and no GPU in the parent, because tests fork ranks; Triton's interpreter in its place; and the record of
+which test proves which guarantee.
 
 A forked child of a process with busy OpenMP threads can deadlock, and autograd's device threads do not survive a fork:
 the tests of tests/gpu run by themselves, with DISTVSD_TEST_GPU=1.

@@ -46,7 +46,7 @@ def encode(
     for table, resolution in zip(tables, resolutions, strict=True):
         module = _module(features, resolution, table_size.bit_length() - 1, smoothstep, points.device)
         flat, where = flat_entries(table), moved(points, resolution)
-        rows.append(torch.stack([_call(module, *given) for given in zip(flat, where, strict=True)]))
+        rows.append(torch.stack([_call(module, *given, features) for given in zip(flat, where, strict=True)]))
     return torch.cat(rows, dim=2).transpose(1, 2)
 
 
@@ -64,9 +64,9 @@ def moved(points: Tensor, resolution: int) -> Tensor:
     return points.clamp(0, 1) - 0.5 / (resolution - 1)
 
 
-def _call(module: torch.nn.Module, parameters: Tensor, points: Tensor) -> Tensor:
+def _call(module: torch.nn.Module, parameters: Tensor, points: Tensor, features: int) -> Tensor:
     if len(points) == 0:
-        return parameters.new_zeros(0, module.n_output_dims)
+        return parameters[:0].reshape(0, features)
     read: Tensor = torch.func.functional_call(module, {"params": parameters}, (points,))
     return read
 

@@ -42,9 +42,7 @@ class _Composite(torch.autograd.Function):
         light, opacity = color.new_zeros(rays, 3), color.new_zeros(rays, 1)
         weights, through = torch.empty_like(density), torch.empty_like(density)
         if len(density):
-            _walk[(rays,)](
-                *(ends, lengths, density, color, light, opacity, weights, through), BLOCK=BLOCK, num_warps=1
-            )
+            _walk[(rays,)](*(ends, lengths, density, color, light, opacity, weights, through), BLOCK=BLOCK, num_warps=1)
         ctx.save_for_backward(ends, lengths, color, weights, through)
         return light, opacity, weights
 
@@ -57,7 +55,8 @@ class _Composite(torch.autograd.Function):
             _walk_back[(len(ends) - 1,)](
                 *(ends, lengths, color, weights, through),
                 *(by_light.contiguous(), by_opacity.contiguous(), by_weights.contiguous(), by_density, by_color),
-                **{"BLOCK": BLOCK, "num_warps": 1},
+                BLOCK=BLOCK,
+                num_warps=1,
             )
         return None, None, by_density, by_color
 

@@ -48,9 +48,7 @@ def _layout(resolutions: tuple[int, ...], hashed: tuple[bool, ...], table_size: 
 
 class _Encode(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, entries: Tensor, points: Tensor, layout: Tensor, table_size: int, smoothstep: bool
-    ) -> Tensor:
+    def forward(ctx: Any, entries: Tensor, points: Tensor, layout: Tensor, table_size: int, smoothstep: bool) -> Tensor:
         entries, points = entries.contiguous(), points.contiguous()
         ctx.save_for_backward(entries, points, layout)
         ctx.table_size, ctx.smoothstep = table_size, smoothstep

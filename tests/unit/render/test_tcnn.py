@@ -21,7 +21,9 @@ from distvsd.render.tcnn import encode, flat_entries, moved
 PRIMES = (1, 2654435761, 805459861)
 
 
-def read_as_tcnn(params: Tensor, features: int, resolution: int, log2_table: int, smooth: bool, point: Tensor) -> Tensor:
+def read_as_tcnn(
+    params: Tensor, features: int, resolution: int, log2_table: int, smooth: bool, point: Tensor
+) -> Tensor:
     """A grid of one level with this base resolution, at one point."""
     scale = np.float32(resolution) - np.float32(1)  # exp2f(0) * base_resolution - 1
     size = math.ceil(scale) + 1

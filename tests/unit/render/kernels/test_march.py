@@ -23,7 +23,9 @@ def some_cells(particles: int, size: int, share: float, seed: int = 1) -> Tensor
     return torch.rand(particles, size, size, size, generator=torch.Generator().manual_seed(seed)) < share
 
 
-def kept(occupied: Tensor, origins: Tensor, directions: Tensor, bound: float, steps: int, jitter: Tensor) -> list[Tensor]:
+def kept(
+    occupied: Tensor, origins: Tensor, directions: Tensor, bound: float, steps: int, jitter: Tensor
+) -> list[Tensor]:
     """Every interval of every ray, and of these the ones in occupied cells, chosen by a mask; in float64."""
     starts, ends = sample_intervals(origins, directions, bound, steps, jitter)
     middles = ((starts + ends) / 2).double()
