@@ -203,6 +203,8 @@ def _measure(world: World, loop: Loop, warmup: int, rounds: int) -> dict[str, An
     synchronise(world.device)
     barrier(world)
     seconds, step = (time.perf_counter() - began) / rounds, warmup + rounds
+    on_cuda, resident = world.device.type == "cuda", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    allocated = torch.cuda.max_memory_allocated(world.device) if on_cuda else resident
     clock = Clock(world.device)
     measured(loop, clock).run(step, step + rounds)
     clock.lap()
@@ -213,6 +215,7 @@ def _measure(world: World, loop: Loop, warmup: int, rounds: int) -> dict[str, An
         "round_s": seconds,
         "phase_s": {phase: total / rounds for phase, total in clock.seconds.items()},
         "flops": flops.operations,
+        "peak_allocated_bytes": allocated,
         "peak_bytes": _peaks(world.device, loop, step + 1),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
@@ -246,6 +249,7 @@ def work(args: argparse.Namespace) -> None:
                 "phase_s": _by_phase(found, "phase_s", lambda values: sum(values) / len(values)),
                 "flops": _by_phase(found, "flops", sum),
                 "peak_bytes": _by_phase(found, "peak_bytes", max),
+                "peak_allocated_bytes": max(rank["peak_allocated_bytes"] for rank in found),
                 "peak_rss_bytes": max(rank["peak_rss_bytes"] for rank in found),
             }
             Path(args.worker).write_text(json.dumps(total), encoding="utf-8")

@@ -30,6 +30,8 @@ PACKAGES = (
     Package("deepspeed", "parallel.strategy: deepspeed", "pip install 'distvsd[deepspeed]'"),
     Package("wandb", "log.wandb", "pip install 'distvsd[wandb]'"),
     Package("nerfacc", "render.backend: nerfacc", "pip install 'distvsd[cuda]'"),
+    Package("triton", "render.grid_backend: triton", "pip install 'distvsd[cuda]'"),
+    Package("tinycudann", "render.grid_backend: tinycudann", "from source, github.com/NVlabs/tiny-cuda-nn"),
     Package("xatlas", "textures of distvsd export", "pip install 'distvsd[export]'"),
     Package("gsplat", "render.splat_backend: gsplat", "pip install 'distvsd[cuda]'"),
 )

@@ -1,4 +1,5 @@
-"""One thread and no GPU in the parent, because tests fork ranks; and the record of which test proves which guarantee.
+"""One thread and no GPU in the parent, because tests fork ranks; Triton's interpreter in its place; and the record of
+which test proves which guarantee.
 
 A forked child of a process with busy OpenMP threads can deadlock, and autograd's device threads do not survive a fork:
 the tests of tests/gpu run by themselves, with DISTVSD_TEST_GPU=1.
@@ -21,6 +22,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if os.environ.get("DISTVSD_TEST_GPU") != "1":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["TRITON_INTERPRET"] = "1"  # read once, when Triton is first imported by whatever test
 
 import pytest
 import torch

@@ -72,6 +72,13 @@ def _exact_backend(config: Config) -> str | None:
     return "is nerfacc, whose sums change from run to run, but parallel.numerics is exact; allowed: auto, torch"
 
 
+def _exact_grid(config: Config) -> str | None:
+    backend = config.render.grid_backend
+    if config.parallel.numerics != "exact" or backend in ("auto", "torch"):
+        return None
+    return f"is {backend}, whose sums change from run to run, but parallel.numerics is exact; allowed: auto, torch"
+
+
 def _exact_splats(config: Config) -> str | None:
     if config.parallel.numerics != "exact" or config.render.splat_backend != "gsplat":
         return None
@@ -169,6 +176,7 @@ RELATIONS = (
     Relation(("score.replay_share", "score.replay_rounds"), _replay),
     Relation(("render.resolution", "particles.kind", "particles.image.space"), _latent_size),
     Relation(("render.backend", "parallel.numerics"), _exact_backend),
+    Relation(("render.grid_backend", "parallel.numerics"), _exact_grid),
     Relation(("render.splat_backend", "parallel.numerics"), _exact_splats),
     Relation(("particles.gaussians.min_opacity", "particles.gaussians.init_opacity"), _first_opacity),
     Relation(("parallel.strategy", "parallel.numerics"), _exact_strategy),

@@ -22,6 +22,8 @@ class RenderConfig:
     """Allows latents with less than a quarter of the edge that the prior was trained at; those images are useless."""
     backend: Literal["auto", "torch", "nerfacc"] = "auto"
     """Of volume rendering; auto takes the fastest installed one that supports parallel.numerics."""
+    grid_backend: Literal["auto", "torch", "triton", "tinycudann"] = "auto"
+    """Of hash grids; auto takes triton on CUDA where it is installed and parallel.numerics is fast."""
     raster_backend: Literal["auto", "torch", "nvdiffrast"] = "auto"
     """Of meshes; auto takes nvdiffrast on CUDA where it is installed and parallel.numerics is fast."""
     splat_backend: Literal["auto", "torch", "gsplat"] = "auto"

@@ -22,6 +22,7 @@ from distvsd.particles.base import Cost, Handed, Keys, Parameters, Rendered, par
 from distvsd.particles.isosurface import isosurface
 from distvsd.particles.penalties import coverage, sparsity
 from distvsd.render import HashGrid, composite, sample_intervals
+from distvsd.render.hashgrid import GridBackend
 from distvsd.render.meshes import Surface
 from distvsd.render.volume import Composited, VolumeBackend
 from distvsd.vsd.rng import Purpose, normal, uniform
@@ -33,13 +34,14 @@ class NerfParticle:
 
     config: the fields of `particles.nerf`; meanings and ranges are documented there. learning_rate,
     network_learning_rate: of a round, for the grid and for the small networks. backend: of the volume rendering.
-    gather: see `HashGrid`. deterministic: see `Particle`.
+    grid_backend, gather: see `HashGrid`. deterministic: see `Particle`.
     """
 
     config: NerfConfig
     learning_rate: Callable[[int], float]
     network_learning_rate: Callable[[int], float]
     backend: VolumeBackend = "torch"
+    grid_backend: GridBackend = "torch"
     gather: bool = False
     deterministic: bool = True
     is_latent: ClassVar[bool] = False
@@ -47,7 +49,7 @@ class NerfParticle:
 
     @cached_property
     def grid(self) -> HashGrid:
-        return HashGrid(self.config, self.gather)
+        return HashGrid(self.config, self.gather, self.grid_backend)
 
     @cached_property
     def backdrop(self) -> Backdrop:

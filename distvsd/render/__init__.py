@@ -1,7 +1,7 @@
 """How a particle is drawn: hash grids, volume rendering, splatting and triangle meshes, batched over particles, each
 with a plain torch reference."""
 
-from distvsd.render.hashgrid import HashGrid
+from distvsd.render.hashgrid import HashGrid, grid_backend
 from distvsd.render.meshes import Meshes, Surface
 from distvsd.render.raster import raster_backend, rasterize
 from distvsd.render.splat import Splats, Splatted, splat_backend
@@ -15,6 +15,7 @@ __all__ = [
     "Splatted",
     "Surface",
     "composite",
+    "grid_backend",
     "raster_backend",
     "rasterize",
     "sample_intervals",

@@ -2,31 +2,67 @@
 
 A level whose vertices fit in the table is kept dense, as in Instant-NGP; dense levels are read through
 `grid_sample`, which is several times faster than gathering eight corners. `gather_level` is the plain reference for
-both, and the path for hashed levels.
+both, and the path for hashed levels. With `backend="triton"` one kernel reads all levels (`render/kernels/`), with
+"tinycudann" the library of that name (`render/tcnn.py`); neither was run on a GPU yet.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from distvsd.config import NerfConfig
+from distvsd.errors import BackendError
+from distvsd.render.kernels import what_is_missing
 from distvsd.vsd.rng import Purpose, uniform
 
+GridBackend = Literal["torch", "triton", "tinycudann"]
 _PRIMES = (1, 2654435761, 805459861)  # Eq. 4 of arXiv 2201.05989
+
+
+def grid_backend(
+    asked: Literal["auto", "torch", "triton", "tinycudann"], numerics: Literal["fast", "exact"], device: torch.device
+) -> GridBackend:
+    """The backend that was asked for; auto is triton on CUDA where it is installed and sums need no fixed order.
+
+    Raises BackendError where what was asked for cannot run here, or cannot be exact.
+    """
+    if asked == "auto":
+        is_usable = device.type == "cuda" and numerics == "fast" and what_is_missing(device) is None
+        return "triton" if is_usable else "torch"
+    if asked == "torch":
+        return "torch"
+    why = what_is_missing(device) if asked == "triton" else _without_tinycudann(device)
+    if numerics == "exact":
+        why = "it adds gradients in no fixed order, but parallel.numerics is exact"
+    if why is not None:
+        raise BackendError(f"render.grid_backend is {asked}, which cannot be used: {why}; or set it to torch")
+    return asked
+
+
+def _without_tinycudann(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"it needs CUDA, and this rank is on {device}"
+    if find_spec("tinycudann") is None:
+        return "it is not installed; install it from its source (github.com/NVlabs/tiny-cuda-nn, bindings/torch)"
+    return None
 
 
 @dataclass(frozen=True)
 class HashGrid:
     """The shape of a grid, from the fields of the configuration; the features live in the particles' parameters.
 
-    gather: read dense levels by gathering too; its backward pass can be made deterministic on every device.
+    gather: read dense levels by gathering too; its backward pass can be made deterministic on every device. Read by
+    the backend torch only.
     """
 
     config: NerfConfig
     gather: bool = False
+    backend: GridBackend = "torch"
 
     @property
     def table_size(self) -> int:
@@ -59,8 +95,10 @@ class HashGrid:
         """Features `[P, L F, N]` at points `[P, N, 3]` in the unit cube (x, y, z); differentiable in parameters and
         points.
 
-        Points outside are read at the nearest face.
+        Points outside are read at the nearest face. Raises BackendError where the backend cannot be imported.
         """
+        if self.backend != "torch":
+            return self._encode_elsewhere(parameters, points)
         return torch.cat(
             [
                 self._read(parameters[f"grid{level}"], resolution, points)
@@ -68,6 +106,16 @@ class HashGrid:
             ],
             dim=1,
         )
+
+    def _encode_elsewhere(self, parameters: dict[str, Tensor], points: Tensor) -> Tensor:
+        if self.backend == "triton":
+            if (why := what_is_missing(points.device)) is not None:
+                raise BackendError(f"render.grid_backend is triton, but {why}; or set it to torch")
+            from distvsd.render.kernels.hashgrid import encode
+        else:
+            from distvsd.render.tcnn import encode
+        tables = [parameters[f"grid{level}"] for level in range(self.config.levels)]
+        return encode(tables, self.resolutions(), self.table_size, self.config.smoothstep, points)
 
     def _read(self, grid: Tensor, resolution: int, points: Tensor) -> Tensor:
         position = points.clamp(0, 1) * (resolution - 1)

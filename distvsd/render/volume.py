@@ -6,6 +6,7 @@ CPU and on CUDA. Both are differentiable and agree to rounding.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
@@ -89,7 +90,8 @@ def composite(
     )
 
 
-def _nerfacc_weights(starts: Tensor, ends: Tensor, density: Tensor) -> Tensor:
+def _nerfacc() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """Its function from intervals and densities to weights, transmittances and alphas."""
     try:
         from nerfacc.volrend import render_weight_from_density
     except ImportError as error:
@@ -97,8 +99,22 @@ def _nerfacc_weights(starts: Tensor, ends: Tensor, density: Tensor) -> Tensor:
             f"render.backend is nerfacc, which cannot be imported here ({error}); install it with "
             "`pip install distvsd[cuda]`, or set render.backend=torch"
         ) from error
+    found: Callable[..., tuple[Tensor, Tensor, Tensor]] = render_weight_from_density
+    return found
+
+
+def _nerfacc_weights(starts: Tensor, ends: Tensor, density: Tensor) -> Tensor:
     # nerfacc takes [rays, samples]; only its dense path runs without CUDA.
     flat = density.reshape(-1, density.shape[-1])
-    weights, _, _ = render_weight_from_density(starts.reshape_as(flat), ends.reshape_as(flat), flat)
+    weights, _, _ = _nerfacc()(starts.reshape_as(flat), ends.reshape_as(flat), flat)
     shaped: Tensor = weights.reshape(density.shape)
     return shaped
+
+
+def nerfacc_packed_weights(ray: Tensor, starts: Tensor, ends: Tensor, density: Tensor, num_rays: int) -> Tensor:
+    """Weights `[K]` of samples packed one ray after the other, by nerfacc, on CUDA only. Not run on a GPU yet.
+
+    ray: `[K]` int64, ascending; starts, ends, density: `[K]` float32. Differentiable in density.
+    """
+    weights: Tensor = _nerfacc()(starts, ends, density, ray_indices=ray, n_rays=num_rays)[0]
+    return weights

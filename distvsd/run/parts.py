@@ -26,7 +26,7 @@ from distvsd.particles import (
     Resident,
 )
 from distvsd.particles.encode import encode_plain
-from distvsd.render import raster_backend, splat_backend, volume_backend
+from distvsd.render import grid_backend, raster_backend, splat_backend, volume_backend
 from distvsd.run.custom import Custom
 from distvsd.vsd.objectives import ESD, SDS, VSD, Objective
 
@@ -154,6 +154,7 @@ def _make_field(config: Config, device: torch.device) -> NerfParticle:
         learning_rate=particles.learning_rate.at,
         network_learning_rate=particles.network_learning_rate.at,
         backend=volume_backend(config.render.backend, config.parallel.numerics, device),
+        grid_backend=grid_backend(config.render.grid_backend, config.parallel.numerics, device),
         # Reading a dense level on CUDA adds its gradients in no fixed order; gathering can be made deterministic.
         gather=exact and not on_cpu,
         deterministic=exact or on_cpu,

@@ -75,6 +75,8 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "gsplat": ("render",),
     "nerfacc": ("render",),
     "nvdiffrast": ("render",),
+    "tinycudann": ("render.tcnn",),
+    "triton": ("render.kernels",),
     "safetensors": ("checkpoint", "networks", "shapes", "testing.pipelines"),
     "wandb": ("runtime.wandb_process",),
     "yaml": ("config",),
@@ -84,6 +86,8 @@ THIRD_PARTY: dict[str, tuple[str, ...]] = {
     "xatlas": ("looking.atlas",),
 }
 NO_TORCH = ("config", "errors", "cli", "cli_prior", "arguments", "commands", "train", "__main__", "__init__")
+# Files that are made of a heavy package and load it; they are imported where they are used, like the package.
+MADE_OF = {"render.kernels": "triton"}
 # Packages that are slow to import or may be missing. torch and small packages may be imported with a module.
 LAZY = {
     "accelerate",
@@ -95,6 +99,8 @@ LAZY = {
     "gsplat",
     "nerfacc",
     "nvdiffrast",
+    "tinycudann",
+    "triton",
     "PIL",
     "imageio",
     "imageio_ffmpeg",
@@ -261,7 +267,20 @@ def test_heavy_packages_are_imported_where_they_are_used() -> None:
     wrong = [
         f"{found.place} imports {found.target} with the module"
         for found in THIRD
-        if found.target.split(".")[0] in LAZY and not found.lazy
+        if found.target.split(".")[0] in LAZY
+        and not found.lazy
+        and not any(within(found.module, {room}) and within(found.target, {heavy}) for room, heavy in MADE_OF.items())
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_files_that_are_made_of_a_heavy_package_are_imported_where_they_are_used() -> None:
+    loading = {found.module for found in THIRD if not found.lazy and found.target.split(".")[0] in MADE_OF.values()}
+    assert loading and all(within(module, set(MADE_OF)) for module in loading)
+    wrong = [
+        f"{found.place} imports {found.target} with the module"
+        for found in ALL
+        if found.own and not found.lazy and within(found.target, loading)
     ]
     assert not wrong, "\n".join(wrong)
 

@@ -136,7 +136,7 @@ def configs(draw: st.DrawFn) -> Config:
             replay_share=config.score.replay_share / 2,
             micro_batch=config.score.micro_batch if config.parallel.strategy == "flat" else 0,
         ),
-        render=replace(config.render, backend="auto", splat_backend="auto"),
+        render=replace(config.render, backend="auto", splat_backend="auto", grid_backend="auto"),
         parallel=config.parallel if any_strategy else replace(config.parallel, strategy="flat"),
         log=replace(config.log, wandb="off"),
     )

@@ -125,6 +125,7 @@ BAD = [
     ("parallel: {strategy: fsdp2, numerics: exact}", 1, ["parallel.strategy is fsdp2", "exact; allowed: flat"]),
     ("objective: {kind: sds}\nparallel: {strategy: ddp}", 2, ["parallel.strategy is ddp", "kind is sds"]),
     ("parallel: {numerics: exact}\nrender: {backend: nerfacc}", 2, ["render.backend is nerfacc", "exact", "torch"]),
+    ("parallel: {numerics: exact}\nrender: {grid_backend: triton}", 2, ["grid_backend is triton", "exact", "torch"]),
     ("parallel: {numerics: exact}\nrender: {splat_backend: gsplat}", 2, ["splat_backend is gsplat", "exact", "torch"]),
     (
         "particles: {gaussians: {min_opacity: 0.2, init_opacity: 0.1}}",
