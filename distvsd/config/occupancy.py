@@ -17,7 +17,7 @@ class OccupancyConfig:
     read."""
     every: Positive = 16
     """Rounds between readings of the density in all cells."""
-    threshold: Annotated[float, Range(0, 1, below=True)] = 0.01
+    threshold: Annotated[float, Range(0, 1, below=True)] = 0.003
     """Largest share of the light that an empty cell stops over the length of its edge."""
     decay: Annotated[float, Range(0, 1, below=True)] = 0.5
     """Factor on what was read before, at each reading; the larger of both is kept. Near 1, what was full stays full."""

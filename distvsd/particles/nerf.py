@@ -143,6 +143,7 @@ class NerfParticle:
         centres, directions = rays(cameras, resolution, resolution)
         origins = centres[:, :, None, None].expand_as(directions)
         occupied = None if keys is None else self._occupied(parameters)
+        out: Composited | PackedComposited
         if keys is None or occupied is None:
             out = self._all_of(parameters, origins, directions, jitter_PVHW, keys)
         else:
