@@ -24,7 +24,7 @@ from distvsd.particles.occupancy import Occupancy
 from distvsd.particles.penalties import coverage, sparsity
 from distvsd.render import HashGrid, composite, sample_intervals
 from distvsd.render.meshes import Surface
-from distvsd.render.packed import PackedComposited, composite_packed, march
+from distvsd.render.packed import Packed, PackedComposited, composite_packed, march
 from distvsd.render.volume import Composited, VolumeBackend
 from distvsd.vsd.rng import Purpose, normal, uniform
 
@@ -184,14 +184,32 @@ class NerfParticle:
         steps = self.config.samples_per_ray
         origins_PR3, directions_PR3 = origins.flatten(1, 3), directions.flatten(1, 3)
         packed = march(occupied, origins_PR3, directions_PR3, self.config.bound, steps, jitter_PVHW.flatten(1))
-        rows = packed.by_particle()
         middles = ((packed.starts + packed.ends) / 2)[:, None]
         points = origins_PR3.flatten(0, 1)[packed.ray] + directions_PR3.flatten(0, 1)[packed.ray] * middles
         noise = self._noise(keys, origins_PR3.shape[1] * steps)
         if noise is not None:
-            noise = rows.spread(noise.flatten()[packed.places])
-        density, colour = (rows.take(of) for of in self.evaluate(parameters, rows.spread(points), noise))
+            noise = noise.flatten()[packed.places]
+        density, colour = self._evaluate_packed(parameters, packed, points, noise)
         return composite_packed(packed, density, colour, directions[..., 0].numel())
+
+    def _evaluate_packed(
+        self, parameters: Parameters, packed: Packed, points_K3: Tensor, noise_K: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Density `[K]` and colour `[K, 3]` at the samples."""
+        batches = packed.batches()
+        each = {name: value.unbind(0) for name, value in parameters.items()}  # one gradient for all batches
+        parts = []
+        for rows in batches:
+            own = parameters
+            if len(batches) > 1:
+                own = {name: torch.stack([value[row] for row in rows.particles]) for name, value in each.items()}
+            noise = None if noise_K is None else rows.spread(noise_K[rows.samples])
+            parts.append([rows.take(of) for of in self.evaluate(own, rows.spread(points_K3[rows.samples]), noise)])
+        order = torch.cat([rows.samples for rows in batches])
+        density, colour = (torch.cat(of) for of in zip(*parts, strict=True))
+        # A permutation, by a copy: the gradient of indexing would add.
+        density, colour = (torch.zeros_like(of).index_copy(0, order, of) for of in (density, colour))
+        return density, colour
 
     def _noise(self, keys: Keys, points: int) -> Tensor | None:
         """On the density, `[P, points]`; the points are all steps of all rays."""

@@ -38,10 +38,25 @@ class Packed:
         """`[K]` int64: where the samples are among all steps of all rays, `[P R S]`."""
         return self.ray * self.num_steps + self.step
 
-    def by_particle(self) -> Rows:
-        """Rows of one particle each, for what is batched over particles."""
+    def batches(self) -> list[Batch]:
+        """All samples in rows of one particle each, for what is batched over particles.
+
+        On the CPU, where a point costs more than a call and one thread works on a row, a batch has as many particles as
+        there are threads, of about as many samples each. Elsewhere it has all.
+        """
         counts = self.particle_ends.diff(prepend=self.particle_ends.new_zeros(1))
-        return Rows.of(torch.repeat_interleave(counts), counts)
+        on_cpu = counts.device.type == "cpu"
+        order = counts.argsort(stable=True).tolist() if on_cpu else list(range(len(counts)))
+        size = torch.get_num_threads() if on_cpu else max(len(order), 1)
+        return [self._batch(order[first : first + size], counts) for first in range(0, len(order), size)]
+
+    def _batch(self, particles: list[int], counts: Tensor) -> Batch:
+        own = counts[particles]
+        rows = Rows.of(torch.repeat_interleave(own), own)
+        # The samples of a particle are adjacent here and there.
+        shift = (self.particle_ends - counts)[particles] - (own.cumsum(0) - own)
+        samples = torch.arange(len(rows.place), device=own.device) + shift.repeat_interleave(own)
+        return Batch(rows.place, rows.number, rows.most, particles, samples)
 
     def by_ray(self) -> tuple[Rows, Tensor]:
         """Rows of one ray each, of those with samples, and which rays these are `[Q]`."""
@@ -78,6 +93,15 @@ class Rows:
         flat = rows.flatten(0, 1)
         taken: Tensor = flat if len(self.place) == len(flat) else _Take.apply(flat, self.place)
         return taken
+
+
+@dataclass(frozen=True)
+class Batch(Rows):
+    """Rows of some of the particles. particles: their numbers, one a row. samples: `[k]` int64, which of the packed
+    samples are in them, row by row."""
+
+    particles: list[int]
+    samples: Tensor
 
 
 class _Take(torch.autograd.Function):

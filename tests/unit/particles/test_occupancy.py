@@ -6,11 +6,14 @@ import math
 import pytest
 import torch
 
+from distvsd.cameras import rays
 from distvsd.config import HealthConfig, OccupancyConfig
 from distvsd.particles import Handed, Keys
 from distvsd.particles.occupancy import Occupancy
 from distvsd.render import HashGrid
+from distvsd.render.packed import march
 from distvsd.testing import check_particle
+from distvsd.vsd.rng import Purpose, uniform
 from tests.unit.particles.shards import AROUND, SMALL, nerf, shard
 
 GRID = OccupancyConfig(resolution=8, every=2, threshold=0.01)
@@ -120,18 +123,32 @@ def test_what_is_empty_changes_no_picture_no_penalty_and_no_gradient():
             torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-5)
 
 
-def test_the_field_is_read_at_fewer_points(monkeypatch):
-    """The work of a render: samples in occupied cells, padded to the particle with the most of them."""
-    counted = []
-    encode = HashGrid.encode
-    monkeypatch.setattr(HashGrid, "encode", lambda *of: counted.append(of[2].shape[1]) or encode(*of))
-    parameters, cameras = WITH.init(0, IDS), AROUND.sample(0, IDS, 0, 2, None)
-    WITH.render(parameters, cameras, 16, keys())
-    WITH.render(read(parameters=parameters), cameras, 16, keys())
-    WITH.view(read(parameters=parameters), cameras, 16, 0.5)
-    whole, reading, part, _, looked = counted
-    assert whole == looked == 2 * 16 * 16 * SMALL.samples_per_ray and reading == 8**3
-    assert 0 < part < 0.6 * whole
+def points_read(monkeypatch, action):
+    """Points of all particles at which the grid of features is read."""
+    counted, encode = [], HashGrid.encode
+    with monkeypatch.context() as patch:
+        patch.setattr(HashGrid, "encode", lambda *of: counted.append(of[2][..., 0].numel()) or encode(*of))
+        action()
+    return sum(counted)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_render_reads_the_field_in_occupied_cells_only(monkeypatch, threads):
+    """With one thread at no other point; with three the particles are padded to the longest."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    cameras, grid = AROUND.sample(0, IDS, 0, 2, None), read()
+    every = points_read(monkeypatch, lambda: WITH.render(WITH.init(0, IDS), cameras, 16, keys()))
+    some = points_read(monkeypatch, lambda: WITH.render(grid, cameras, 16, keys()))
+    looked = points_read(monkeypatch, lambda: WITH.view(grid, cameras, 16, 0.5))
+    assert every == looked == 3 * 2 * 16 * 16 * SMALL.samples_per_ray
+    assert points_read(monkeypatch, read) == 3 * 8**3
+    centres, directions = rays(cameras, 16, 16)
+    origins = centres[:, :, None, None].expand_as(directions).flatten(1, 3)
+    jitter = uniform(0, Purpose.RAY_JITTER, IDS, 0, (2, 16, 16)).flatten(1)
+    cells = WITH.occupancy.cells(grid["occupancy"])
+    packed = march(cells, origins, directions.flatten(1, 3), SMALL.bound, SMALL.samples_per_ray, jitter)
+    counts = packed.particle_ends.diff(prepend=torch.zeros(1, dtype=torch.int64))
+    assert some == (int(counts.sum()) if threads == 1 else 3 * int(counts.max())) < 0.7 * every
 
 
 def test_matter_that_appears_in_an_empty_cell_is_found_at_the_next_reading():

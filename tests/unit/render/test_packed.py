@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distvsd.render.packed import Packed, composite_packed, march
@@ -181,20 +181,26 @@ def test_nothing_at_all_is_a_clear_picture():
     assert packed.particle_ends.tolist() == [0, 0]
     out = composite_packed(packed, jitter.new_zeros(0), jitter.new_zeros(0, 3), 24)
     assert out.color.shape == (24, 3) and not out.color.any() and not out.opacity.any()
-    rows = packed.by_particle()
-    assert rows.spread(jitter.new_zeros(0, 3)).shape == (2, 0, 3)
+    assert [batch.spread(jitter.new_zeros(0, 3)).shape[1:] for batch in packed.batches()] == [(0, 3)] * 2
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=6))
-def test_rows_give_back_what_they_were_given(counts):
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(counts=st.lists(st.integers(0, 5), min_size=1, max_size=6))
+def test_batches_hold_every_sample_once_in_the_row_of_its_particle(monkeypatch, threads, counts):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     ends = torch.tensor(counts).cumsum(0)
     total = int(ends[-1])
-    nothing = torch.zeros(total, dtype=torch.int64)
-    rows = Packed(ends, nothing, nothing, nothing.double(), nothing.double(), 1).by_particle()
+    owner = torch.repeat_interleave(torch.tensor(counts))
+    packed = Packed(ends, owner, owner, owner.double(), owner.double(), 1)
     values = drawn((total, 2), 6)
-    spread = rows.spread(values)
-    assert spread.shape == (len(counts), max(counts), 2)
-    assert torch.equal(rows.take(spread), values)
-    padding = torch.arange(max(counts)) >= torch.tensor(counts)[:, None]
-    assert not spread[padding].any()
+    batches = packed.batches()
+    assert sorted(torch.cat([batch.samples for batch in batches]).tolist()) == list(range(total))
+    assert sorted(particle for batch in batches for particle in batch.particles) == list(range(len(counts)))
+    for batch in batches:
+        assert len(batch.particles) == batch.number <= threads
+        spread = batch.spread(values[batch.samples])
+        assert torch.equal(batch.take(spread), values[batch.samples])
+        for row, particle in zip(spread, batch.particles, strict=True):
+            assert torch.equal(row[: counts[particle]], values[owner == particle])
+            assert not row[counts[particle] :].any()
