@@ -5,6 +5,7 @@ from distvsd.config.canonical import diff, digest, to_dict, to_yaml
 from distvsd.config.gaussians import GaussiansConfig
 from distvsd.config.load import config_from, load_config
 from distvsd.config.objective import ObjectiveConfig
+from distvsd.config.occupancy import OccupancyConfig
 from distvsd.config.parallel import ParallelConfig
 from distvsd.config.particles import HealthConfig, ImageConfig, NerfConfig, ParticlesConfig
 from distvsd.config.prior import PriorConfig
@@ -27,6 +28,7 @@ __all__ = [
     "LogConfig",
     "NerfConfig",
     "ObjectiveConfig",
+    "OccupancyConfig",
     "ParallelConfig",
     "ParticlesConfig",
     "PriorConfig",

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from distvsd.config.gaussians import GaussiansConfig
 from distvsd.config.mesh import MeshConfig
+from distvsd.config.occupancy import OccupancyConfig
 from distvsd.config.ranges import Betas, Count, Increasing, Measured, Positive, Range, Share, Weight
 from distvsd.config.schedule import Schedule
 
@@ -78,6 +79,8 @@ class NerfConfig:
     """Share of the views drawn before a random solid colour."""
     random_background_kind: Literal["color", "grey"] = "color"
     """Random solid backgrounds are any colour, or grey levels."""
+    occupancy: OccupancyConfig = OccupancyConfig()
+    """Which parts of the cube training renders read; not read for a mesh, which is a surface."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ representation holds no tensors of particles, and knows nothing of guidance, of 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NoReturn, Protocol, runtime_checkable
 
@@ -69,13 +70,15 @@ class Handed:
         """The same for some of the particles; shares memory."""
         return Handed(self.particle, {name: value[rows] for name, value in self.parameters.items()})
 
-    def copied_for(self, particle: Particle, ids: Tensor) -> Parameters:
+    def copied_for(self, particle: Particle, ids: Tensor, anew: Collection[str] = ()) -> Parameters:
         """Copies of the parameters, float32 on the device of `ids` `[P]`, for a particle of the same kind and sizes.
 
-        Raises ConfigError for another kind, or where a parameter has another shape than `particle` gives it.
+        anew: parameters that are not taken over, on either side. Raises ConfigError for another
+        kind, or where a parameter has another shape than `particle` gives it.
         """
-        expected = {name: tuple(value.shape[1:]) for name, value in particle.init(0, ids[:0]).items()}
-        found = {name: tuple(value.shape[1:]) for name, value in self.parameters.items()}
+        blank = particle.init(0, ids[:0])
+        expected = {name: tuple(value.shape[1:]) for name, value in blank.items() if name not in anew}
+        found = {name: tuple(value.shape[1:]) for name, value in self.parameters.items() if name not in anew}
         if type(self.particle) is not type(particle) or self.particle.is_latent != particle.is_latent:
             self.refuse(particle, "these are two kinds of particle")
         if found != expected:
@@ -168,7 +171,8 @@ class Particle(Protocol):
     def learning_rates(self, step: int) -> dict[str, float]:
         """The learning rate of each trained parameter at this round; the names are the same at every round.
 
-        A parameter that `init` gives and that is not named here is frozen: no gradient, no optimiser state.
+        A parameter that `init` gives and that is not named here is frozen: no gradient, no optimiser state. Only
+        `Adaptive.adapt` changes it.
         """
         ...
 
@@ -221,8 +225,8 @@ class Splatted(Protocol):
 
 @dataclass(frozen=True)
 class Adapted:
-    """What `Adaptive.adapt` changes. parameters: new values `[P, ...]` of some of the trained ones. restarted: for some
-    of the trained parameters a bool mask that broadcasts to their shape; Adam's moments become 0 where it is true."""
+    """What `Adaptive.adapt` changes. parameters: new values `[P, ...]` of some of them, trained or frozen. restarted:
+    for some of the trained ones a bool mask that broadcasts to their shape, where Adam's moments become 0."""
 
     parameters: Parameters
     restarted: dict[str, Tensor]
@@ -233,7 +237,8 @@ class Adaptive(Protocol):
     """What a kind of particle offers beside `Particle` if its structure changes while it is trained.
 
     The parameters keep their names and shapes, so structure is in their values: which of a fixed number of gaussians
-    are in use, for example.
+    are in use, for example. Frozen parameters that change must follow from the trained ones, as a grid of where there
+    is matter: they are no part of a good state, and a particle that is put back has them as `init` makes them.
     """
 
     def adapt(self, parameters: Parameters, keys: Keys, factors: Tensor) -> Adapted | None:

@@ -220,12 +220,17 @@ class Ensemble:
 
     @torch.no_grad()
     def _put_back(self, particle_id: int) -> None:
-        """To its last good state, or to its initial one where it was never marked good."""
-        good = self._good.kept(particle_id)
-        if good is None:
-            good = {f"param/{name}": value for name, value in self.store.initial(particle_id).items()}
-        for name, live in without_frozen(self.store.state_of(particle_id)).items():
-            live.copy_(good.get(name, torch.zeros_like(live)))
+        """To its last good state, or to its initial one where it was never marked good. What is frozen but adapts
+        begins anew: it follows from what is trained."""
+        good, state = self._good.kept(particle_id), self.store.state_of(particle_id)
+        trained = without_frozen(state)
+        adapts = len(trained) < len(state) and isinstance(self.particle, Adaptive)
+        begun = {}
+        if good is None or adapts:
+            begun = {f"param/{name}": value for name, value in self.store.initial(particle_id).items()}
+        for name, live in (state if adapts else trained).items():
+            source = begun if good is None or name not in trained else good
+            live.copy_(source.get(name, torch.zeros_like(live)))
 
     def mark_good(self) -> None:
         """The present state of every particle that is well becomes the one that it goes back to.

@@ -65,7 +65,7 @@ class MeshParticle:
         if source is not None and isinstance(source.particle, MeshParticle):
             return source.copied_for(self, ids)
         field = self.field_particle
-        colors = field.init(seed, ids) if source is None else source.copied_for(field, ids)
+        colors = field.init(seed, ids, source)
         count = number_of_points(self.config.grid)
         # For no ids only the shapes matter, and the lattice takes long to make.
         values = self._first_values(ids, source) if len(ids) else torch.zeros(0, count, device=ids.device)

@@ -18,14 +18,18 @@ from torch import Tensor
 from distvsd.cameras import Cameras, Field, rays
 from distvsd.config import NerfConfig
 from distvsd.particles.backdrop import Backdrop, linear_init
-from distvsd.particles.base import Cost, Handed, Keys, Parameters, Rendered, parameter_counts
+from distvsd.particles.base import Adapted, Cost, Handed, Keys, Parameters, Rendered, parameter_counts
 from distvsd.particles.isosurface import isosurface
+from distvsd.particles.occupancy import Occupancy
 from distvsd.particles.penalties import coverage, sparsity
 from distvsd.render import HashGrid, composite, sample_intervals
 from distvsd.render.hashgrid import GridBackend
 from distvsd.render.meshes import Surface
+from distvsd.render.packed import Packed, PackedComposited, composite_packed, march
 from distvsd.render.volume import Composited, VolumeBackend
 from distvsd.vsd.rng import Purpose, normal, uniform
+
+_OCCUPANCY = "occupancy"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,18 +56,23 @@ class NerfParticle:
         return HashGrid(self.config, self.gather, self.grid_backend)
 
     @cached_property
+    def occupancy(self) -> Occupancy:
+        return Occupancy(self.config.occupancy, self.config.bound)
+
+    @cached_property
     def backdrop(self) -> Backdrop:
         return Backdrop(self.config)
 
     def init(self, seed: int, ids: Tensor, source: Handed | None = None) -> Parameters:
+        grid = {_OCCUPANCY: self.occupancy.init(ids)} if self.config.occupancy.resolution else {}
         if source is not None:
-            return source.copied_for(self, ids)
+            return source.copied_for(self, ids, anew=(_OCCUPANCY,)) | grid
         width = self.config.levels * self.config.features
         parameters = self.grid.init(seed, ids, self.config.init_scale)
         parameters["decoder_weight"] = linear_init(seed, ids, 4, width, lane=100)
         colour = (uniform(seed, Purpose.INIT, ids, 0, (3,), lane=103) * 2 - 1) * self.config.init_color
         parameters["decoder_bias"] = torch.cat((torch.zeros_like(colour[:, :1]), colour), dim=1)
-        return parameters | self.backdrop.init(seed, ids)
+        return parameters | self.backdrop.init(seed, ids) | grid
 
     def learning_rates(self, step: int) -> dict[str, float]:
         grid, network = self.learning_rate(step), self.network_learning_rate(step)
@@ -134,23 +143,94 @@ class NerfParticle:
         behind: Callable[[Tensor], Tensor],
         keys: Keys | None,
     ) -> Rendered:
-        """behind: unit directions `[P, V, H, W, 3]` to the colours of the background."""
-        particles, config = cameras.shape[0], self.config
-        origins, directions = rays(cameras, resolution, resolution)
-        origins = origins[:, :, None, None].expand_as(directions)
+        """behind: unit directions `[P, V, H, W, 3]` to the colours of the background. keys: None for looking, which
+        reads all of the cube."""
+        centres, directions = rays(cameras, resolution, resolution)
+        origins = centres[:, :, None, None].expand_as(directions)
+        occupied = None if keys is None else self._occupied(parameters)
+        out: Composited | PackedComposited
+        if keys is None or occupied is None:
+            out = self._all_of(parameters, origins, directions, jitter_PVHW, keys)
+        else:
+            out = self._matter_of(parameters, occupied, origins, directions, jitter_PVHW, keys)
+        opacity = out.opacity.reshape(*directions.shape[:-1], 1)
+        images = out.color.reshape(directions.shape) + (1 - opacity) * behind(directions)
+        penalty = self.penalty(out, cameras.shape[0])
+        return Rendered(images.permute(0, 1, 4, 2, 3), opacity.permute(0, 1, 4, 2, 3), penalty)
+
+    def _occupied(self, parameters: Parameters) -> Tensor | None:
+        """`[P, G, G, G]` bool; None where nothing is empty."""
+        if not self.config.occupancy.resolution:
+            return None
+        occupied = self.occupancy.cells(parameters[_OCCUPANCY])
+        return None if occupied.all() else occupied
+
+    def _all_of(
+        self, parameters: Parameters, origins: Tensor, directions: Tensor, jitter_PVHW: Tensor, keys: Keys | None
+    ) -> Composited:
+        config = self.config
         starts, ends = sample_intervals(origins, directions, config.bound, config.samples_per_ray, jitter_PVHW)
         points = origins[..., None, :] + directions[..., None, :] * ((starts + ends) / 2)[..., None]
-        shape = points.shape[:-1]
-        noise = None
-        if keys is not None and config.density_noise > 0:
-            count = (points[0].numel() // 3,)
-            noise = config.density_noise * normal(keys.seed, Purpose.DENSITY_NOISE, keys.ids, keys.step, count)
+        shape, particles = points.shape[:-1], len(points)
+        noise = None if keys is None else self._noise(keys, points[0].numel() // 3)
         density, colour = self.evaluate(parameters, points.reshape(particles, -1, 3), noise)
-        out = composite(starts, ends, density.reshape(shape), colour.reshape(*shape, 3), self.backend)
-        images = out.color + (1 - out.opacity) * behind(directions)
-        return Rendered(images.permute(0, 1, 4, 2, 3), out.opacity.permute(0, 1, 4, 2, 3), self.penalty(out, particles))
+        return composite(starts, ends, density.reshape(shape), colour.reshape(*shape, 3), self.backend)
 
-    def penalty(self, rendered: Composited, particles: int) -> Tensor:
+    def _matter_of(
+        self,
+        parameters: Parameters,
+        occupied: Tensor,
+        origins: Tensor,
+        directions: Tensor,
+        jitter_PVHW: Tensor,
+        keys: Keys,
+    ) -> PackedComposited:
+        """The same of the samples in occupied cells, and of flattened rays."""
+        steps = self.config.samples_per_ray
+        origins_PR3, directions_PR3 = origins.flatten(1, 3), directions.flatten(1, 3)
+        packed = march(occupied, origins_PR3, directions_PR3, self.config.bound, steps, jitter_PVHW.flatten(1))
+        middles = ((packed.starts + packed.ends) / 2)[:, None]
+        points = origins_PR3.flatten(0, 1)[packed.ray] + directions_PR3.flatten(0, 1)[packed.ray] * middles
+        noise = self._noise(keys, origins_PR3.shape[1] * steps)
+        if noise is not None:
+            noise = noise.flatten()[packed.places]
+        density, colour = self._evaluate_packed(parameters, packed, points, noise)
+        return composite_packed(packed, density, colour, directions[..., 0].numel())
+
+    def _evaluate_packed(
+        self, parameters: Parameters, packed: Packed, points_K3: Tensor, noise_K: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Density `[K]` and colour `[K, 3]` at the samples."""
+        batches = packed.batches()
+        each = {name: value.unbind(0) for name, value in parameters.items()}  # one gradient for all batches
+        parts = []
+        for rows in batches:
+            own = parameters
+            if len(batches) > 1:
+                own = {name: torch.stack([value[row] for row in rows.particles]) for name, value in each.items()}
+            noise = None if noise_K is None else rows.spread(noise_K[rows.samples])
+            parts.append([rows.take(of) for of in self.evaluate(own, rows.spread(points_K3[rows.samples]), noise)])
+        order = torch.cat([rows.samples for rows in batches])
+        density, colour = (torch.cat(of) for of in zip(*parts, strict=True))
+        # A permutation, by a copy: the gradient of indexing would add.
+        density, colour = (torch.zeros_like(of).index_copy(0, order, of) for of in (density, colour))
+        return density, colour
+
+    def _noise(self, keys: Keys, points: int) -> Tensor | None:
+        """On the density, `[P, points]`; the points are all steps of all rays."""
+        if self.config.density_noise == 0:
+            return None
+        drawn = normal(keys.seed, Purpose.DENSITY_NOISE, keys.ids, keys.step, (points,))
+        return self.config.density_noise * drawn
+
+    @torch.no_grad()
+    def adapt(self, parameters: Parameters, keys: Keys, factors: Tensor) -> Adapted | None:
+        """Reads the density into the occupancy grid, every `occupancy.every` rounds."""
+        if not self.occupancy.is_due(keys.step):
+            return None
+        return Adapted({_OCCUPANCY: self.occupancy.refreshed(parameters[_OCCUPANCY], self.field(parameters), keys)}, {})
+
+    def penalty(self, rendered: Composited | PackedComposited, particles: int) -> Tensor:
         """The weighted regularisers of each particle `[P]`, over its rays: entropy (rays clear or solid), sparsity of
         the opacity (no clutter), and coverage (the object covers part of a view, not all and not nothing)."""
         opacity, config = rendered.opacity.reshape(particles, -1), self.config

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distvsd.cameras import AdaptiveSampler, CameraSampler, OrbitSampler, SceneSampler
-from distvsd.config import CamerasConfig, Config
+from distvsd.config import CamerasConfig, Config, OccupancyConfig
 from distvsd.errors import BackendError
 from distvsd.particles import (
     Ensemble,
@@ -149,8 +149,11 @@ def make_particle(config: Config, prior: Latents | None, device: torch.device) -
 
 def _make_field(config: Config, device: torch.device) -> NerfParticle:
     particles, exact, on_cpu = config.particles, config.parallel.numerics == "exact", device.type == "cpu"
+    nerf = particles.nerf
+    if particles.kind != "nerf":
+        nerf = dataclasses.replace(nerf, occupancy=OccupancyConfig())  # colours of a surface: nothing is marched
     return NerfParticle(
-        config=particles.nerf,
+        config=nerf,
         learning_rate=particles.learning_rate.at,
         network_learning_rate=particles.network_learning_rate.at,
         backend=volume_backend(config.render.backend, config.parallel.numerics, device),

@@ -40,9 +40,10 @@ def _adapted(trial: Trial, parameters: Parameters, step: int, rows: slice = slic
 
 
 def _check_shapes(trial: Trial, parameters: Parameters, adapted: Adapted, step: int) -> None:
-    trained = set(trial.trained())
-    unknown = sorted((adapted.parameters.keys() | adapted.restarted.keys()) - trained)
-    require(not unknown, f"adapt (round {step}) names {', '.join(unknown)}, which are no trained parameters")
+    unknown = sorted(adapted.parameters.keys() - parameters.keys())
+    require(not unknown, f"adapt (round {step}) names {', '.join(unknown)}, which init does not make")
+    unknown = sorted(adapted.restarted.keys() - set(trial.trained()))
+    require(not unknown, f"adapt (round {step}) restarts {', '.join(unknown)}, which are no trained parameters")
     for name, value in adapted.parameters.items():
         require(
             value.shape == parameters[name].shape and value.dtype == torch.float32,

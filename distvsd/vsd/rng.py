@@ -42,6 +42,7 @@ class Purpose(enum.IntEnum):
     EVALUATE = 15
     SCORE_BATCH = 16
     GROWTH = 17
+    OCCUPANCY = 18
 
 
 def uniform(
