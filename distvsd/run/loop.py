@@ -14,14 +14,16 @@ from torch import Tensor
 
 from distvsd.faults import begin_round
 from distvsd.particles.ensemble import Ensemble, Update, Views
+from distvsd.score.scattered import Renders
 from distvsd.score.training import Fit, ScoreTraining
 from distvsd.vsd.samples import Samples
 
 
 class Pending(Protocol):
-    """An exchange under way; `wait` gives the samples of all ranks, sorted by particle."""
+    """An exchange under way; `wait` gives the samples of all ranks, sorted by particle: whole, or scattered over
+    ranks."""
 
-    def wait(self) -> Samples: ...
+    def wait(self) -> Renders: ...
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Loop:
     encode: Callable[[list[Views], int], Samples]
     objective: Callable[[Samples, int], Tensor]
     exchange: Callable[[Samples, int], Pending]
-    exclude: Callable[[Samples, list[int]], Samples]
+    exclude: Callable[[Renders, list[int]], Renders]
     training: ScoreTraining | None
     resolution: Callable[[int], int]
     watch: Callable[[Round], bool]
