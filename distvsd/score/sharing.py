@@ -193,10 +193,10 @@ def equal_shares(holders: Tensor, size: int) -> Tensor:
 
 def share_renders(mode: Mode, world: World, num_particles: int) -> Sharing:
     """The way of that name. With one rank all ways are the same and nothing travels."""
+    if world.size == 1:
+        return Everywhere(world)
     match mode:
         case "all_gather":
-            return Everywhere(world)
-        case _ if world.size == 1:
             return Everywhere(world)
         case "none":
             return WithOwners(world, num_particles)

@@ -25,7 +25,7 @@ from distvsd.score.sharing import Sharing
 from distvsd.score.stored import OPTIMIZER_FILE, REPLAY_FILE
 from distvsd.score.work import Batch, Work
 from distvsd.vsd.rng import Purpose, normal, uniform
-from distvsd.vsd.samples import slices
+from distvsd.vsd.samples import Samples, slices
 
 LAG_SAMPLES = 64  # of the union, on which the lag is measured; fixed, so that its cost does not grow
 NAMED_ROWS = 8  # in an error message
@@ -80,6 +80,7 @@ class ScoreTraining:
 
         Raises DivergedError, on all ranks, when `max_skipped` steps in a row had to be left out.
         """
+        union = self._kept(union)
         losses, skipped = [], 0
         for lane in range(self.config.steps_per_round):
             loss = self._step(*self._batch(union, step, lane), step, lane)
@@ -117,9 +118,14 @@ class ScoreTraining:
         if old is None:
             return None
         first = slice(0, kept_rows(len(union), 0.0, self.num_views))
-        current, before = self.sharing.whole(union[first]), self.sharing.whole(old[first])
+        current, before = (self.sharing.whole(renders[first]) for renders in (self._kept(union), old))
         with self.strategy.calling():
             return on_policy_lag(self.score, current, before, self.seed, step)
+
+    def _kept(self, union: Renders) -> Renders:
+        """A union that every rank has whole is cut to what `sharing` keeps of it here, so that all renders are of one
+        kind."""
+        return self.sharing.keep(union) if isinstance(union, Samples) else union
 
     def _step(self, union: Renders, keys: Tensor, step: int, lane: int) -> float | None:
         """One optimiser step and its mean loss, or None where all ranks leave it out together."""
