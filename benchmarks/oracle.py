@@ -27,7 +27,7 @@ from torch.nn import Parameter
 from benchmarks.mixture import Mixture, cosine_alphas_cumprod, measure, noise_floor, ring
 from distvsd.cameras import OrbitSampler
 from distvsd.config import CamerasConfig, ImageConfig, ParticlesConfig, ScoreConfig
-from distvsd.parallel.exchange import Exchange, slice_for
+from distvsd.parallel.exchange import Exchange
 from distvsd.parallel.reduce import reduce_gradients
 from distvsd.parallel.world import World
 from distvsd.particles import Ensemble, ImageParticle, Resident, Views
@@ -35,6 +35,7 @@ from distvsd.run.loop import Loop
 from distvsd.score.lora import LoraScore
 from distvsd.score.optimizer import AdapterOptimizer
 from distvsd.score.replay import Replay
+from distvsd.score.sharing import Everywhere
 from distvsd.score.strategies.flat import Flat
 from distvsd.score.training import ScoreTraining
 from distvsd.vsd.objectives import SDS, VSD, Distillation, Predictions, PriorPart
@@ -203,7 +204,7 @@ def distil(mixture: Mixture, settings: Settings, watch: Callable[[int, Tensor], 
                 functools.partial(reduce_gradients, world, length=length, numerics="fast"),
                 cast(AdapterOptimizer, network),
             ),
-            share_of=functools.partial(slice_for, world),
+            sharing=Everywhere(world),
             config=config,
             seed=seed,
             num_particles=count,

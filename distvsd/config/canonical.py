@@ -13,14 +13,16 @@ from distvsd.config.schedule import Schedule
 from distvsd.config.schema import Config
 from distvsd.config.stages import StageConfig
 
-# What changes no bit of the result: where a run lies, what is kept and reported, how long ranks are waited for.
+# What changes no bit of the result: where a run lies, what is kept and reported, how long ranks are waited for. How
+# work is divided and which renders travel changes rounding in fast numerics, as the number of ranks does, and no exact
+# bit.
 BOOKKEEPING = (
     "run.dir",
-    # How a rank divides its work changes rounding only, as the number of ranks does, and nothing in exact numerics.
     "particles.micro_batch",
     "particles.recompute",
     "score.micro_batch",
     "parallel.timeout_s",
+    "parallel.exchange",
     "checkpoint.",
     "log.",
 )

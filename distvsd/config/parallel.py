@@ -17,8 +17,10 @@ class ParallelConfig:
     Stages that train no score network take flat."""
     zero_stage: Annotated[int, Range(1, 3)] = 1
     """deepspeed only: what is split between ranks. 1: the optimiser; 2: the gradient too; 3: the frozen network too."""
-    exchange: Literal["all_gather"] = "all_gather"
-    """How renders reach the other ranks."""
+    exchange: Literal["auto", "none", "all_to_all", "all_gather"] = "auto"
+    """Which renders travel to train the score network; the adapter is the same. none: no render, a rank trains on its
+    own; all_to_all: those above an equal share, to ranks that have fewer; all_gather: every render to every rank. auto:
+    the first of them, in equal shares, that sends the least; `distvsd plan` says which."""
     numerics: Literal["fast", "exact"] = "fast"
     """exact: bit for bit the same particles on any number of ranks, slower."""
     timeout_s: Annotated[float, Range(0, 86400, above=True)] = 120.0

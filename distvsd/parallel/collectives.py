@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -74,6 +74,20 @@ def all_gather_rows(world: World, rows: Tensor) -> GatheredRows:
     with talking(world, "the gather of rows"):
         work = _all_gather(gathered.flatten(0, 1), rows, async_op=True)
     return GatheredRows(world, gathered, rows, work)
+
+
+def all_to_all_rows(world: World, rows: Tensor, give: Sequence[int], take: Sequence[int]) -> Tensor:
+    """`[sum(take), F]`: sends `rows` `[sum(give), F]`, give[r] of them to rank r in order, and returns the rows of all
+    ranks, take[r] of them from rank r; bits unchanged. give[r] on rank s must be take[s] on rank r.
+    """
+    if world.size == 1:
+        return rows
+    taken = rows.new_empty((sum(take), *rows.shape[1:]))
+    meet(world, rows.device, "the exchange of rows")
+    with talking(world, "the exchange of rows"):
+        work = dist.all_to_all_single(taken, rows.contiguous(), list(take), list(give), async_op=True)
+        _finish(work, rows.device)
+    return taken
 
 
 def all_reduce_sum_(world: World, tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The gather of samples: every rank gives the rows of its own particles and gets the rows of all, in one order.
+"""Samples on their way between ranks: gathered by all in one order, moved from rank to rank, or made whole.
 
 A batch is any dataclass of tensors with one row a sample, `ids` among them. Its fields travel side by side in one
 buffer of 32-bit words `[max_rows, F]`. They are reinterpreted and never converted, so every bit survives: the payload
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distvsd.faults import fault
 from distvsd.parallel.assign import share
-from distvsd.parallel.collectives import GatheredRows, all_gather_rows, all_reduce_sum_
+from distvsd.parallel.collectives import GatheredRows, all_gather_rows, all_reduce_sum_, all_to_all_rows
 from distvsd.parallel.world import World
 
 
@@ -62,7 +62,7 @@ class Exchange:
         lengths = {name: len(column) for name, column in _columns(samples).items()}
         if set(lengths.values()) != {expected}:
             raise ValueError(f"rank {self._world.rank} gives {lengths} rows; its assignment says {expected}")
-        words = torch.cat([_to_words(column) for column in _columns(samples).values()], dim=1)
+        words = _packed(samples)
         padded = torch.nn.functional.pad(words, (0, 0, 0, max(self._rows) - expected))
         return Pending(samples, all_gather_rows(self._world, padded), self._rows)
 
@@ -76,6 +76,12 @@ class Pending(Generic[B]):
         self._rows = rows
         self._union: B | None = None
 
+    @property
+    def sent(self) -> int:
+        """Bytes that this rank sends: its padded rows to every other rank, whether one by one or in a ring."""
+        words = sum(_num_words(column) for column in _columns(self._template).values())
+        return 4 * words * max(self._rows) * (len(self._rows) - 1)
+
     def wait(self) -> B:
         """The samples of all ranks, sorted by particle id; the rows of one particle keep their order.
 
@@ -83,15 +89,34 @@ class Pending(Generic[B]):
         """
         if self._union is None:
             words = torch.cat([part[:count] for part, count in zip(self._gathered.wait(), self._rows, strict=True)])
-            columns = _columns(self._template)
-            parts = torch.split(words, [_num_words(column) for column in columns.values()], dim=1)
-            union = {
-                name: _fresh(part).view(column.dtype).reshape(-1, *column.shape[1:])
-                for (name, column), part in zip(columns.items(), parts, strict=True)
-            }
-            order = union["ids"].argsort(stable=True)
-            self._union = replace(self._template, **{name: column[order] for name, column in union.items()})
+            union = _unpacked(words, self._template)
+            order = union.ids.argsort(stable=True)
+            self._union = replace(union, **{name: column[order] for name, column in _columns(union).items()})
         return self._union
+
+
+def move(world: World, batch: B, give: Sequence[int], take: Sequence[int]) -> B:
+    """Sends the rows of `batch`, give[r] of them to rank r in order; returns those of all ranks, take[r] from rank r.
+    One collective, called by every rank; the bits are unchanged. give[r] on rank s must be take[s] on rank r."""
+    return _unpacked(all_to_all_rows(world, _packed(batch), give, take), batch)
+
+
+def complete(world: World, batch: B, rows: Tensor, total: int) -> tuple[B, int]:
+    """A batch of `total` rows on every rank, of which each rank has some: `batch`, whose places are `rows`; and the
+    bytes that this rank sends. One collective, called by every rank.
+
+    Every row must come from exactly one rank. It is a sum of integers in which the other ranks have zeros, so every bit
+    survives, and a ring sends it in constant time for any number of ranks.
+    """
+    words = _packed(batch)
+    whole = words.new_zeros(total, words.shape[1])
+    whole[rows] = words
+    return _unpacked(all_reduce_sum_(world, whole), batch), summed_bytes(world, whole)
+
+
+def summed_bytes(world: World, tensor: Tensor) -> int:
+    """Bytes that a rank sends in the sum of such tensors over ranks: in a ring every part goes round twice."""
+    return 2 * (world.size - 1) * tensor.nbytes // world.size
 
 
 def exclude(world: World, union: B, absent: list[int]) -> B:
@@ -109,6 +134,22 @@ def slice_for(world: World, total: int) -> slice:
 
 def _columns(samples: Batch) -> dict[str, Tensor]:
     return {field.name: getattr(samples, field.name) for field in fields(samples)}
+
+
+def _packed(batch: Batch) -> Tensor:
+    """All columns side by side, int32 words `[N, words]`."""
+    return torch.cat([_to_words(column) for column in _columns(batch).values()], dim=1)
+
+
+def _unpacked(words: Tensor, template: B) -> B:
+    """Inverse of `_packed`; template: a batch of any number of rows with the same columns."""
+    columns = _columns(template)
+    parts = torch.split(words, [_num_words(column) for column in columns.values()], dim=1)
+    taken = {
+        name: _fresh(part).view(column.dtype).reshape(-1, *column.shape[1:])
+        for (name, column), part in zip(columns.items(), parts, strict=True)
+    }
+    return replace(template, **taken)
 
 
 def _to_words(column: Tensor) -> Tensor:

@@ -40,8 +40,8 @@ def least_memory(config: Config, particle: Particle, latents: int, particles: in
     score network come on top.
 
     particle: of the run's kind. latents: how many numbers one sample's latents have at the smallest resolution. The
-    renders of one call are held as pictures, and all renders of a round as latents: those of all ranks where a score
-    network trains on them.
+    renders of one call are held as pictures, and all renders of a round as latents: those of all ranks where every rank
+    gets all to train the score network.
     """
     views = config.particles.views
     size = min(config.render.corners(config.schedule.rounds))
@@ -49,7 +49,8 @@ def least_memory(config: Config, particle: Particle, latents: int, particles: in
     if group == "auto" or config.parallel.numerics == "exact":
         group = 1
     pixels = 0 if particle.is_latent else 3 * size**2
-    renders = (config.particles.count if config.objective.needs_score else particles) * views
+    gets_all = config.objective.needs_score and config.parallel.exchange == "all_gather"
+    renders = (config.particles.count if gets_all else particles) * views
     return {
         "particles": particle_bytes(particle, config) * particles,
         "pictures of a call": FLOAT_BYTES * min(group or particles, particles) * views * pixels,

@@ -16,6 +16,7 @@ from distvsd.parallel.assign import share
 from distvsd.particles.base import Particle
 from distvsd.particles.good import most_copies
 from distvsd.plan.cluster import Assumptions, disk_times, failures, strategies
+from distvsd.plan.exchange import exchanges
 from distvsd.plan.floor import Ceilings, Share, Work, compared, floor, works
 from distvsd.plan.needs import FLOAT_BYTES, particle_bytes
 from distvsd.plan.prior import PriorSizes
@@ -54,7 +55,7 @@ def make_plan(
     if prior.resolution is not None:
         refuse_small_latents(config, prior.resolution)
     phases = [
-        _phase(config, prior, round, largest_shard, world)
+        _phase(config, prior, round, world)
         for round, _ in config.render.resolution.points
         if round < config.schedule.rounds
     ]
@@ -78,6 +79,7 @@ def make_plan(
         "strategies": table,
         "unet": samples,
         "phases": phases,
+        "exchanges": exchanges(config, world, _largest_sample(phases)),
         "wire": _wire(phases, chosen, world),
         "checkpoint": checkpoint | times,
         "failures": failures(config, nodes, times, assumed),
@@ -189,27 +191,23 @@ def _rank_memory(
 def _unet_samples(config: Config, needs: Collection[Part], largest_shard: int, world: int) -> dict[str, int]:
     """Samples through the UNet a round on the busiest rank: the prior, the score network, and its training.
 
-    The score trains on all ranks' samples and on replayed ones, in equal slices whichever rank rendered them.
+    The score trains on all ranks' samples and on replayed ones, as `parallel.exchange` distributes them.
     """
     views = config.particles.views
     local, (prior, score) = largest_shard * views, _passes(config, needs)
-    learnt = config.score.rows_a_step(config.particles.count, views) // views * config.objective.needs_score
-    return {
-        "prior": local * prior,
-        "score": local * score,
-        "score_training": -(-learnt // world) * views * config.score.steps_per_round,
-    }
+    trained = [row["trained"] for row in exchanges(config, world, None) if row["chosen"]]
+    return {"prior": local * prior, "score": local * score, "score_training": sum(trained)}
 
 
-def _phase(config: Config, prior: PriorSizes, round: int, largest_shard: int, world: int) -> dict[str, Any]:
-    """From this round on: the size of renders and of what the UNet sees, and the bytes of a rank; shards are padded to
-    the largest."""
+def _phase(config: Config, prior: PriorSizes, round: int, world: int) -> dict[str, Any]:
+    """From this round on: the size of renders and of what the UNet sees, and the bytes of a rank, on average over
+    ranks."""
     resolution = config.render.resolution_at(round)
     edge = None if prior.resolution is None else config.encoded_edge(resolution, prior.resolution)
     latent = None if edge is None else prior.latent_shape(edge)
     sample = None if latent is None else (math.prod(latent) + SAMPLE_WORDS) * FLOAT_BYTES
-    block = None if sample is None else sample * largest_shard * config.particles.views
-    moved = 0 if world == 1 or not config.objective.needs_score else None if block is None else block * (world - 1)
+    sent = next((row["round"] for row in exchanges(config, world, sample) if row["chosen"]), 0)
+    moved = None if sent is None else -(-sent // world)
     return {
         "round": round,
         "resolution": resolution,
@@ -221,9 +219,15 @@ def _phase(config: Config, prior: PriorSizes, round: int, largest_shard: int, wo
     }
 
 
+def _largest_sample(phases: list[dict[str, Any]]) -> int | None:
+    """Bytes of the largest sample of the run; None where it is not known."""
+    sizes = [phase["sample"] for phase in phases]
+    return None if None in sizes else max(sizes)
+
+
 def _wire(phases: list[dict[str, Any]], chosen: Mapping[str, Any], world: int) -> dict[str, Any]:
     """Bytes of the largest round, renders and gradients together: what a rank sends, which equals what it receives, and
-    what all ranks send. Both collectives are rings, so a machine's link carries as much as one of its ranks."""
+    what all ranks send. What goes round in rings loads a machine's link as much as one of its ranks."""
     sent = [phase["sent_a_round"] for phase in phases] + [chosen["sent_a_round"]]
     rank = None if None in sent else max(sent[:-1]) + sent[-1]
     return {"rank": rank, "all": None if rank is None else world * rank}

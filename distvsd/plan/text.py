@@ -59,6 +59,7 @@ def _lines(plan: Mapping[str, Any]) -> Iterator[str]:
         f"score training (with backward) {unet['score_training']}"
     )
     yield from _floor(plan.get("floor"))
+    yield from _exchanges(plan["exchanges"])
     yield from _phases(plan["phases"])
     yield (
         f"wire         a round at most, renders and gradients: each rank {amount(plan['wire']['rank'])} out and in, "
@@ -137,8 +138,18 @@ def _strategies(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield f"  {row['strategy']:<12}{mark}{sizes}"
 
 
+def _exchanges(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What each exchange trains on the busiest rank, and what all ranks send; the run's is marked."""
+    if rows:
+        yield "exchanges    busiest rank trains on, all ranks send a round; more in a logged round; more in a save"
+    for row in rows:
+        mark = "*" if row["chosen"] else " "
+        sizes = "  ".join(f"{amount(row[key]):>9}" for key in ("round", "log", "save"))
+        yield f"  {row['mode']:<12}{mark}{row['trained']:>9} samples  {sizes}"
+
+
 def _phases(phases: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    yield "exchange     a round and rank"
+    yield "exchange     a round and rank, on average over ranks"
     for phase in phases[:MAX_LINES]:
         shape = "?" if phase["latent_shape"] is None else " x ".join(map(str, phase["latent_shape"]))
         yield (

@@ -19,11 +19,11 @@ from distvsd.networks.folder import open_folder
 from distvsd.networks.identity import Identity
 from distvsd.parallel.assign import owners, share
 from distvsd.parallel.collectives import gather_objects
-from distvsd.parallel.exchange import Exchange, exclude, slice_for
 from distvsd.parallel.numerics import fix_order_of_sums
 from distvsd.parallel.reduce import reduce_gradients
 from distvsd.parallel.world import World
 from distvsd.particles import Ensemble, Handed
+from distvsd.plan.exchange import chosen_mode
 from distvsd.plan.needs import refuse_too_large
 from distvsd.prior.guidance import ClassifierFree
 from distvsd.prior.load import load_prior
@@ -38,6 +38,8 @@ from distvsd.runtime.memory import host_memory
 from distvsd.score.lora import LoraScore
 from distvsd.score.other_base import load_other_base
 from distvsd.score.replay import Replay
+from distvsd.score.scattered import Renders
+from distvsd.score.sharing import Sharing, share_renders
 from distvsd.score.spread import SpreadDistillation
 from distvsd.score.strategies.choose import choose, refuse_missing, spreads_network
 from distvsd.score.strategies.flat import Flat
@@ -51,8 +53,8 @@ from distvsd.vsd.samples import Samples
 class Run:
     """The parts of one rank of a run, wired together; `loop.run` is the algorithm.
 
-    training: trains the score network; None where the objective needs none. sizes: how much a call takes. custom: the
-    parts that the caller made.
+    training: trains the score network; None where the objective needs none. sharing: of the renders that it trains on.
+    sizes: how much a call takes. custom: the parts that the caller made.
     """
 
     config: Config
@@ -60,6 +62,7 @@ class Run:
     prior: Pipeline
     ensemble: Ensemble
     training: ScoreTraining | None
+    sharing: Sharing
     sizes: Sizes
     loop: Loop
     custom: Custom
@@ -102,7 +105,8 @@ def build_run(
     # Teacher and student are one network; where ranks split it, a second module tree would hold the whole of it again.
     is_split = learns and not config.score.base and spreads_network(config.parallel, world)
     prior = _load_prior(config, world, custom, is_split)
-    training = _score_training(config, world, prior, custom) if learns else None
+    sharing = share_renders(chosen_mode(config, world.size), world, config.particles.count)
+    training = _score_training(config, world, prior, custom, sharing) if learns else None
     if training is not None and is_split:
         prior = replace(prior, denoiser=training.score.without_adapter())
     assigned = owners(config.particles.count, world.size)
@@ -113,8 +117,8 @@ def build_run(
         ensemble=ensemble,
         encode=Encoder(config, prior, ensemble),
         objective=_distillation(config, world, objective, prior, training),
-        exchange=_exchange(world, ensemble, assigned),
-        exclude=functools.partial(exclude, world),
+        exchange=_exchange(sharing, ensemble, assigned),
+        exclude=sharing.exclude,
         training=training,
         resolution=config.render.resolution_at,
         watch=watch,
@@ -127,6 +131,7 @@ def build_run(
         prior=prior,
         ensemble=ensemble,
         training=training,
+        sharing=sharing,
         sizes=sizes,
         loop=loop,
         custom=custom,
@@ -155,12 +160,14 @@ def _has_views(config: Config, custom: Custom) -> bool:
     return custom.particle.has_views if custom.particle is not None else config.has_views
 
 
-def _exchange(world: World, ensemble: Ensemble, assigned: Sequence[Sequence[int]]) -> Callable[[Samples, int], Samples]:
-    """Gathers the samples of all ranks' active particles."""
+def _exchange(
+    sharing: Sharing, ensemble: Ensemble, assigned: Sequence[Sequence[int]]
+) -> Callable[[Samples, int], Renders]:
+    """The exchange of the samples of all ranks' active particles."""
 
-    def gather(samples: Samples, step: int) -> Samples:
+    def gather(samples: Samples, step: int) -> Renders:
         rows = [len(ensemble.store.active(ids, step)) * ensemble.num_views for ids in assigned]
-        return Exchange(world, rows).start(samples).wait()
+        return sharing.start(samples, rows).wait()
 
     return gather
 
@@ -227,7 +234,7 @@ def _samples_a_call(config: Config) -> int:
     return 0 if config.score.micro_batch == "auto" else config.score.micro_batch
 
 
-def _score_training(config: Config, world: World, prior: Pipeline, custom: Custom) -> ScoreTraining:
+def _score_training(config: Config, world: World, prior: Pipeline, custom: Custom, sharing: Sharing) -> ScoreTraining:
     """The score network, how ranks train it, and its replay."""
     views = config.particles.views
     score = LoraScore(
@@ -245,7 +252,7 @@ def _score_training(config: Config, world: World, prior: Pipeline, custom: Custo
     return ScoreTraining(
         score=score,
         strategy=choose(config.parallel, world, score, flat),
-        share_of=functools.partial(slice_for, world),
+        sharing=sharing,
         config=config.score,
         seed=config.run.seed,
         num_particles=config.particles.count,

@@ -49,6 +49,7 @@ class Journal:
         self._events: list[tuple[int, int, str]] = []
         self._seconds: dict[str, float] = {}
         self._stall = 0.0
+        self._sent = 0
         self._logged_round, self._logged_at = first, time.monotonic()
 
     def watch(self, done: Round) -> None:
@@ -73,20 +74,21 @@ class Journal:
         """Writes what happened to particles since the last call into health.jsonl; communicates."""
         self._write_events(gather_objects(self._world, self._take_events()))
 
-    def log(self, done: Round, quarantined: int, save_failures: int) -> int:
+    def log(self, done: Round, quarantined: int, save_failures: int, sent: int) -> int:
         """One line of metrics; returns how many particles of all ranks are quarantined. Communicates.
 
-        quarantined: of this rank. save_failures: saves that failed one after another.
+        quarantined: of this rank. save_failures: saves that failed one after another. sent: bytes that this rank has
+        sent to share renders since the process began.
         """
         local = sum(self._seconds.get(phase, 0.0) for phase in LOCAL_PHASES)
-        report = [self._take_events(), local, socket.gethostname(), quarantined]
+        report = [self._take_events(), local, socket.gethostname(), quarantined, sent - self._sent]
         reports = gather_objects(self._world, report)
         events = self._write_events([events for events, *_ in reports])
-        absent = sum(int(count) for *_, count in reports)
+        absent = sum(int(report[3]) for report in reports)
         now_bad = [(particle, kind) for step, particle, kind in events if step == done.step]
         unwell = {particle for particle, kind in now_bad if kind in ("unhealthy", "crowded_out")}
         unwell -= {particle for particle, kind in now_bad if kind == "quarantined"}  # `absent` counts them
-        warning = self._stragglers.observe([seconds for _, seconds, *_ in reports], [host for *_, host, _ in reports])
+        warning = self._stragglers.observe([seconds for _, seconds, *_ in reports], [report[2] for report in reports])
         if warning:
             self.progress.note(f"warning: {warning}")
         completed, now = done.step + 1, time.monotonic()
@@ -106,6 +108,7 @@ class Journal:
             "resolution": self._config.render.resolution_at(done.step),
             "t_max": self._config.objective.t_max.at(done.step),
             "phase_s": {phase: seconds / rounds for phase, seconds in self._seconds.items()},
+            "exchanged_bytes": sum(int(report[4]) for report in reports) / rounds,
             "save_stall_s": self._stall,
             "save_failures": save_failures,
             "imbalance": self._stragglers.ratio,
@@ -115,7 +118,8 @@ class Journal:
         if self._tracker is not None:
             self._tracker.log(record, completed)
         self.progress.update(completed, rate, float("nan") if loss is None else loss, healthy)
-        self._seconds, self._stall, self._logged_round, self._logged_at = {}, 0.0, completed, now
+        self._seconds, self._stall, self._sent = {}, 0.0, sent
+        self._logged_round, self._logged_at = completed, now
         return absent
 
     def lengths(self) -> dict[str, int]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distvsd.faults import begin_round
 from distvsd.particles.ensemble import Ensemble, Update, Views
+from distvsd.score.scattered import Renders
 from distvsd.score.training import Fit, ScoreTraining
 from distvsd.vsd.samples import Samples
 
@@ -43,8 +44,8 @@ class Loop:
     ensemble: Ensemble
     encode: Callable[[list[Views], int], Samples]
     objective: Callable[[Samples, int], Tensor]
-    exchange: Callable[[Samples, int], Samples]
-    exclude: Callable[[Samples, list[int]], Samples]
+    exchange: Callable[[Samples, int], Renders]
+    exclude: Callable[[Renders, list[int]], Renders]
     training: ScoreTraining | None
     resolution: Callable[[int], int]
     watch: Callable[[Round], bool]

@@ -21,6 +21,7 @@ from distvsd.faults import fault
 from distvsd.parallel.alike import Fact, refuse_unlike
 from distvsd.parallel.collectives import agreed, max_flags, set_timeout
 from distvsd.parallel.world import OPENING_TIMEOUT_S, World
+from distvsd.plan.exchange import chosen_mode
 from distvsd.run.build import Run, build_run
 from distvsd.run.custom import Custom
 from distvsd.run.journal import Journal
@@ -84,6 +85,8 @@ class Trainer:
             what: Fact(identity, f"{identity[:15]} ({path} seen from {Path.cwd()})")
             for what, (path, identity) in identities.items()
         } | {
+            # Ranks that choose differently would wait for each other; each of them works it out alone.
+            "exchange of renders": Fact(*[chosen_mode(self.config, self.world.size)] * 2),
             "version of distvsd": Fact(__version__, __version__),
             "version of torch": Fact(str(torch.__version__), str(torch.__version__)),
         }
@@ -173,7 +176,8 @@ class Trainer:
 
     def _log(self, done: Round) -> None:
         """One line of metrics; communicates. Raises DivergedError on all ranks when no particle is left."""
-        absent = self.journal.log(done, len(self.parts.ensemble.quarantined), self.saver.failures)
+        parts = self.parts
+        absent = self.journal.log(done, len(parts.ensemble.quarantined), self.saver.failures, parts.sharing.sent)
         if absent == self.config.particles.count:
             raise DivergedError(
                 f"all {absent} particles are quarantined after round {done.step + 1}; {self.paths.health} says why. "

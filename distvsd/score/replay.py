@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from itertools import pairwise
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from distvsd.errors import CheckpointError
 from distvsd.score.base import Score
 from distvsd.score.camera import CAMERA_FEATURES
+from distvsd.score.scattered import Renders, joined
 from distvsd.vsd import rng
 from distvsd.vsd.rng import Purpose
 from distvsd.vsd.samples import Samples
@@ -23,17 +24,27 @@ _ADVICE = "the checkpoint is torn or was altered: delete it to go on from an old
 
 @dataclass(frozen=True)
 class Stored:
-    """The valid samples of one round."""
+    """The valid renders of one round."""
 
     round: int
-    samples: Samples
+    samples: Renders
+
+
+def _as_it_is(renders: Renders) -> Samples:
+    assert isinstance(renders, Samples), "renders that are with their owners need `whole`"
+    return renders
+
+
+def _all(samples: Samples) -> Renders:
+    return samples
 
 
 class Replay:
     """A ring of the last `rounds` gathered batches; masked samples are not kept, so all that is stored is finite.
 
-    Every rank pushes the same gathered samples, so every rank holds the same ring. num_views: adjacent rows of a
-    particle, which are kept, dropped and drawn together. len() counts samples.
+    Every rank pushes the same renders, so every rank knows the same ring, of which it holds what it has of them (see
+    `score.sharing`). num_views: adjacent rows of a particle, which are kept, dropped and drawn together. len() counts
+    samples.
     """
 
     def __init__(self, rounds: int, num_views: int = 1, device: torch.device | str = "cpu") -> None:
@@ -49,20 +60,19 @@ class Replay:
         """The rounds that are stored, oldest first."""
         return [stored.round for stored in self._ring]
 
-    def push(self, samples: Samples, round: int) -> None:
+    def push(self, samples: Renders, round: int) -> None:
         """Stores a gathered batch, detached; a batch without a valid sample is not stored.
 
         Rounds stored as `round` or later are replaced: the run was rolled back. Batches of another latent shape are
         dropped: after a change of resolution they cannot share a batch.
         """
         valid = samples.detached()[samples.weight > 0].to(self._device)
-        shape = valid.latents.shape[1:]
-        kept = [old for old in self._ring if old.round < round and old.samples.latents.shape[1:] == shape]
+        kept = [old for old in self._ring if old.round < round and old.samples.shape == valid.shape]
         if len(valid):
             kept.append(Stored(round, valid))
         self._ring = kept[max(len(kept) - self._rounds, 0) :]
 
-    def draw(self, count: int, seed: int, round: int, lane: int = 0) -> Samples:
+    def draw(self, count: int, seed: int, round: int, lane: int = 0) -> Renders:
         """The rows of `count` stored particles, uniform with replacement; a pure function of the content and (seed,
         round, lane).
 
@@ -70,35 +80,36 @@ class Replay:
         """
         if not len(self):
             raise ValueError("replay buffer is empty: push a batch with a valid sample before drawing from it")
-        pool = Samples.cat([stored.samples for stored in self._ring])
+        pool = joined([stored.samples for stored in self._ring])
         uniform = rng.uniform(seed, Purpose.REPLAY, [0], round, (count,), lane)[0]
         # float64: the product of a 24-bit uniform and the count is then exact, so the index is below the count.
         particles = (uniform.double() * (len(pool) // self._num_views)).long()
         rows = particles[:, None] * self._num_views + torch.arange(self._num_views)
-        return pool[rows.flatten().to(pool.latents.device)]
+        return pool[rows.flatten().to(pool.ids.device)]
 
-    def oldest(self) -> Samples | None:
+    def oldest(self) -> Renders | None:
         """The batch that has been stored longest, `rounds[0]`; None when nothing is stored."""
         return self._ring[0].samples if self._ring else None
 
-    def state(self) -> dict[str, Tensor]:
-        """Copies on the CPU: the rows of all rounds, oldest first, and the number of rows of each round."""
+    def state(self, whole: Callable[[Renders], Samples] = _as_it_is) -> dict[str, Tensor]:
+        """Copies on the CPU: the rows of all rounds, oldest first, and the number of rows of each round. whole: makes
+        the renders of a round whole; called once a round, the same on every rank."""
         tensors = {
             "rounds": torch.tensor(self.rounds, dtype=torch.int64),
             "counts": torch.tensor([len(stored.samples) for stored in self._ring], dtype=torch.int64),
         }
         if self._ring:
-            pool = Samples.cat([stored.samples for stored in self._ring])
-            tensors |= {field.name: getattr(pool, field.name).to("cpu", copy=True) for field in fields(pool)}
+            pool = Samples.cat([whole(stored.samples).to("cpu") for stored in self._ring])
+            tensors |= {field.name: getattr(pool, field.name) for field in fields(pool)}
         return tensors
 
     def check(self, tensors: Mapping[str, Tensor]) -> None:
         """Raises CheckpointError for what `load_state` cannot read."""
         Limits().refuse_unfit(tensors)
 
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Inverse of `state`; keeps the newest rounds of a longer ring. Raises CheckpointError, and changes nothing,
-        for what `Limits` refuses.
+    def load_state(self, tensors: Mapping[str, Tensor], keep: Callable[[Samples], Renders] = _all) -> None:
+        """Inverse of `state`; keeps the newest rounds of a longer ring, and of each what `keep` returns. Raises
+        CheckpointError, and changes nothing, for what `Limits` refuses.
 
         Rounds that do not consist of whole particles are dropped: they come from another `particles.views`.
         """
@@ -108,7 +119,7 @@ class Replay:
         if counts:
             split = {field.name: torch.split(tensors[field.name], counts) for field in fields(Samples)}
             batches = [Samples(*rows).to(self._device) for rows in zip(*split.values(), strict=True)]
-            ring = [Stored(int(at), batch) for at, batch in zip(tensors["rounds"].tolist(), batches, strict=True)]
+            ring = [Stored(int(at), keep(rows)) for at, rows in zip(tensors["rounds"].tolist(), batches, strict=True)]
             whole = [stored for stored in ring if self._is_whole(stored.samples.ids)]
             self._ring = whole[max(len(whole) - self._rounds, 0) :]
 

@@ -1,7 +1,8 @@
-"""One round of the score network: K steps on the renders of all ranks, each rank on its share.
+"""One round of the score network: K steps on the renders of all ranks, each rank on its part.
 
 Times and noise of a render are keyed by (particle, view, round), so they depend neither on how many ranks there are nor
-on where in a batch the render is. The communication is left to a strategy, which is passed in.
+on where in a batch the render is. The communication is left to a strategy and to a way of sharing renders, which are
+passed in.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from distvsd.errors import DivergedError
 from distvsd.score.base import StepResult, Strategy
 from distvsd.score.lora import LoraScore
 from distvsd.score.replay import Replay, on_policy_lag
+from distvsd.score.scattered import Renders, joined
+from distvsd.score.sharing import Sharing
 from distvsd.score.stored import OPTIMIZER_FILE, REPLAY_FILE
 from distvsd.score.work import Batch, Work
 from distvsd.vsd.rng import Purpose, normal, uniform
@@ -48,10 +51,10 @@ def _alone(value: Any) -> list[Any]:
 
 @dataclass(kw_only=True)
 class ScoreTraining:
-    """Trains the shared score network; every rank calls `round` with the same union.
+    """Trains the shared score network; every rank calls `round` with the same union, whole or scattered.
 
-    strategy: how the ranks' parts become one step. share_of(n): this rank's share of n particles. num_particles,
-    num_views: of the run; the rows of a particle are adjacent in every batch. micro_batch: rows per backward pass, 0
+    strategy: how the ranks' parts become one step. sharing: which part is this rank's. num_particles, num_views: of the
+    run; the rows of a particle are adjacent in every batch. micro_batch: rows per backward pass, 0
     for all. With one particle per pass its gradient is independent of its neighbours, which `numerics: exact` needs
     beside an exact reduction. gather(value): every rank's JSON-able value, by rank; collective, called only before
     DivergedError, to name the cause.
@@ -61,7 +64,7 @@ class ScoreTraining:
 
     score: LoraScore
     strategy: Strategy
-    share_of: Callable[[int], slice]
+    sharing: Sharing
     config: ScoreConfig
     seed: int
     num_particles: int
@@ -71,11 +74,13 @@ class ScoreTraining:
     gather: Callable[[Any], list[Any]] = _alone
     left_out: int = field(default=0, init=False)
 
-    def round(self, union: Samples, step: int) -> Fit:
-        """K optimiser steps, t uniform over the whole range, then the union joins the replay. Communicates K times.
+    def round(self, union: Renders, step: int) -> Fit:
+        """K optimiser steps, t uniform over the whole range, then the union joins the replay. Communicates in every
+        step.
 
         Raises DivergedError, on all ranks, when `max_skipped` steps in a row had to be left out.
         """
+        union = self._kept(union)
         losses, skipped = [], 0
         for lane in range(self.config.steps_per_round):
             loss = self._step(*self._batch(union, step, lane), step, lane)
@@ -89,33 +94,40 @@ class ScoreTraining:
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Everything a bit-for-bit resume needs: tensors by name by file name; copies, on the CPU.
 
-        Collective where the strategy keeps parts of the optimiser on every rank.
+        Collective where the strategy keeps parts of the optimiser, or the sharing of renders parts of the replay, on
+        every rank.
         """
         files = self.score.state(self.strategy.optimizer)
         files[OPTIMIZER_FILE]["left_out"] = torch.tensor(self.left_out, dtype=torch.int64)
-        return files | {REPLAY_FILE: self.replay.state()}
+        return files | {REPLAY_FILE: self.replay.state(self.sharing.whole)}
 
     def load_state(self, files: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Inverse of `state`; raises CheckpointError where a file or tensor is missing or has another shape."""
         self.replay.check(files.get(REPLAY_FILE, {}))
         self.score.load_state(files, self.strategy.optimizer)
-        self.replay.load_state(files[REPLAY_FILE])
+        self.replay.load_state(files[REPLAY_FILE], self.sharing.keep)
         self.left_out = int(files[OPTIMIZER_FILE].get("left_out", 0))
 
-    def lag(self, union: Samples, step: int) -> float | None:
+    def lag(self, union: Renders, step: int) -> float | None:
         """Score loss on these renders minus that on the oldest kept ones; None while nothing older is kept.
 
         Every rank computes the same number from the same first samples of the union; call it before `round`.
-        Communicates only where a strategy has spread the network over ranks.
+        Communicates where renders are scattered, or where a strategy has spread the network over ranks.
         """
         old = self.replay.oldest()
         if old is None:
             return None
         first = slice(0, kept_rows(len(union), 0.0, self.num_views))
+        current, before = (self.sharing.whole(renders[first]) for renders in (self._kept(union), old))
         with self.strategy.calling():
-            return on_policy_lag(self.score, union[first], old[first], self.seed, step)
+            return on_policy_lag(self.score, current, before, self.seed, step)
 
-    def _step(self, union: Samples, keys: Tensor, step: int, lane: int) -> float | None:
+    def _kept(self, union: Renders) -> Renders:
+        """A union that every rank has whole is cut to what `sharing` keeps of it here, so that all renders are of one
+        kind."""
+        return self.sharing.keep(union) if isinstance(union, Samples) else union
+
+    def _step(self, union: Renders, keys: Tensor, step: int, lane: int) -> float | None:
         """One optimiser step and its mean loss, or None where all ranks leave it out together."""
         valid = float(union.weight.sum())
         if valid == 0:
@@ -130,19 +142,18 @@ class ScoreTraining:
         self.left_out = 0
         return result.loss / valid
 
-    def _draw(self, union: Samples, keys: Tensor, step: int, lane: int) -> Batch:
-        """This rank's share of the step's rows, with the draws of their keys `[N]`."""
-        share = self.share_of(len(union) // self.num_views)
-        mine = slice(share.start * self.num_views, share.stop * self.num_views)
+    def _draw(self, union: Renders, keys: Tensor, step: int, lane: int) -> Batch:
+        """This rank's part of the step's rows, with the draws of their keys `[N]`."""
+        mine, samples = self.sharing.part(union, self.num_views)
         own = keys[mine]
         return Batch(
-            union[mine],
+            samples,
             self.score.process.times(uniform(self.seed, Purpose.SCORE_TIMESTEP, own, step, (), lane), 0.0, 1.0),
-            normal(self.seed, Purpose.SCORE_NOISE, own, step, tuple(union.latents.shape[1:]), lane),
+            normal(self.seed, Purpose.SCORE_NOISE, own, step, union.shape, lane),
             uniform(self.seed, Purpose.SCORE_CAMERA_DROP, own, step, (), lane) >= self.config.camera_drop,
         )
 
-    def _batch(self, union: Samples, step: int, lane: int) -> tuple[Samples, Tensor]:
+    def _batch(self, union: Renders, step: int, lane: int) -> tuple[Renders, Tensor]:
         """What step `lane` of the round trains on, its share of the union and of the replay; and the keys of its draws.
 
         A fresh row has the key particle * V + view; replayed rows have the keys after all of those.
@@ -152,13 +163,13 @@ class ScoreTraining:
         extra = self.config.replayed(len(fresh) // self.num_views)
         old = self.replay.oldest()
         # After a change of resolution the kept renders do not fit; they are dropped when this union is pushed.
-        if extra == 0 or old is None or old.latents.shape[1:] != union.latents.shape[1:]:
+        if extra == 0 or old is None or old.shape != union.shape:
             return fresh, keys
         replayed = self.replay.draw(extra, self.seed, step, lane)
         after = self.num_particles * self.num_views + torch.arange(len(replayed), device=keys.device)
-        return Samples.cat([fresh, replayed]), torch.cat((keys, after))
+        return joined([fresh, replayed]), torch.cat((keys, after))
 
-    def _dealt(self, union: Samples, step: int, lane: int) -> Samples:
+    def _dealt(self, union: Renders, step: int, lane: int) -> Renders:
         """Whole particles with about `batch_size` sound renders. Each step goes on in the round's random order where
         the previous step ended, and wraps around."""
         views = self.num_views
@@ -174,7 +185,7 @@ class ScoreTraining:
         dealt = order[(lane * wanted + torch.arange(wanted, device=order.device)) % count]
         return sound[(dealt[:, None] * views + torch.arange(views, device=order.device)).flatten()]
 
-    def _worth_keeping(self, union: Samples) -> Samples:
+    def _worth_keeping(self, union: Renders) -> Renders:
         """The valid renders that the replay keeps: few without a replayed share, where only the lag reads them."""
         return union[union.weight > 0][: kept_rows(len(union), self.config.replay_share, self.num_views)]
 

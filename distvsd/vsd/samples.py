@@ -27,6 +27,11 @@ class Samples:
     def __len__(self) -> int:
         return self.latents.shape[0]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`(C, h, w)` of one sample's latents, known without a row."""
+        return tuple(self.latents.shape[1:])
+
     def __getitem__(self, index: Tensor | slice) -> Samples:
         return Samples(*(getattr(self, field.name)[index] for field in fields(self)))
 

@@ -226,23 +226,33 @@ def test_the_bytes_of_a_sample_are_those_of_a_row_of_samples(prior: str) -> None
 
 
 def test_a_rank_sends_its_padded_rows_to_every_other_rank(prior: str) -> None:
-    plan = plan_run(config(prior, particles={"count": 7, "views": 2}), nodes=1, gpus_per_node=3)
+    run = config(prior, particles={"count": 7, "views": 2}, parallel={"exchange": "all_gather"})
+    plan = plan_run(run, nodes=1, gpus_per_node=3)
     block = 3 * 2 * (48 * 16 * 16 + 21) * 4
-    assert plan["phases"][0]["sent_a_round"] == plan["phases"][0]["received_a_round"] == 2 * block
+    agreed = 2 * 2 * 14 * 4 // 3  # a ring sum of one float a render: which particles did not move
+    assert plan["phases"][0]["sent_a_round"] == plan["phases"][0]["received_a_round"] == 2 * block + agreed
+
+
+def test_without_an_exchange_ranks_only_tell_each_other_ids_and_weights(prior: str) -> None:
+    run = config(prior, particles={"count": 7, "views": 2}, parallel={"exchange": "none"})
+    phase = plan_run(run, nodes=1, gpus_per_node=3)["phases"][0]
+    # An id of 64 bits and a weight of 32 for each of the padded renders, to both others; and the sum as above.
+    assert phase["sent_a_round"] == 2 * (3 * 2 * 12) + 2 * 2 * 14 * 4 // 3
 
 
 def test_the_wire_carries_renders_at_their_largest_and_gradients(prior: str) -> None:
     render = {"resolution": Schedule(((0, 64.0), (100, 128.0))), "encode_resolution": "render"}
-    plan = plan_run(config(prior, render=render, particles={"count": 4}), nodes=2, gpus_per_node=2)
-    each = 3 * (48 * 32 * 32 + 21) * 4 + 2 * 3 * plan["score"]["gradient"] // 4
+    run = config(prior, render=render, particles={"count": 4}, parallel={"exchange": "all_gather"})
+    plan = plan_run(run, nodes=2, gpus_per_node=2)
+    each = 3 * (48 * 32 * 32 + 21) * 4 + 2 * 3 * 4 * 4 // 4 + 2 * 3 * plan["score"]["gradient"] // 4
     assert plan["wire"] == {"rank": each, "all": 4 * each}
 
 
 def test_each_resolution_of_the_schedule_has_its_own_bytes(prior: str) -> None:
     render = {"resolution": Schedule(((0, 64.0), (100, 128.0))), "encode_resolution": "render"}
-    phases = plan_run(config(prior, render=render), nodes=2)["phases"]
+    phases = plan_run(config(prior, render=render, parallel={"exchange": "all_gather"}), nodes=2)["phases"]
     assert [(phase["round"], phase["latent_shape"]) for phase in phases] == [(0, [48, 16, 16]), (100, [48, 32, 32])]
-    assert phases[1]["sent_a_round"] == 4 * (48 * 32 * 32 + 21) * 4
+    assert phases[1]["sent_a_round"] == 4 * (48 * 32 * 32 + 21) * 4 + 8 * 4
 
 
 def test_the_unet_sees_its_own_size_whatever_the_render(prior: str) -> None:

@@ -41,7 +41,7 @@ SMALL = {
 }
 METRICS = {
     "round", "time_s", "updates_per_s", "score_loss", "score_steps_skipped", "lag", "healthy", "resolution", "t_max",
-    "phase_s", "quarantined", "save_stall_s", "save_failures", "imbalance",
+    "phase_s", "quarantined", "exchanged_bytes", "save_stall_s", "save_failures", "imbalance",
 }  # fmt: skip
 # The embedded prior's identity in checkpoints from before the rule had versions.
 EMBEDDED_BEFORE = "464c8935029e2f9b48823b6b854c39ce08a44f87a68311456cb4002cff481c82"

@@ -13,8 +13,10 @@ from torch import Tensor
 from distvsd.config import ScoreConfig
 from distvsd.networks.base import Condition, LatentSpace
 from distvsd.networks.unet import UNet
+from distvsd.parallel.world import World
 from distvsd.score.lora import LoraScore
 from distvsd.score.replay import Replay
+from distvsd.score.sharing import Everywhere
 from distvsd.score.strategies.flat import Flat
 from distvsd.score.training import ScoreTraining
 from distvsd.vsd import rng
@@ -23,6 +25,7 @@ from distvsd.vsd.rng import Purpose
 from distvsd.vsd.samples import Samples
 
 NUM_TIMESTEPS = 100
+ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def training(
     return ScoreTraining(
         score=score,
         strategy=Flat(reduce, score.local),
-        share_of=share,
+        sharing=Everywhere(ALONE, share),
         config=ScoreConfig(**settings),
         seed=3,
         num_particles=100,
