@@ -136,8 +136,8 @@ of Stable Diffusion 2.1, at the resolution of its last round, one view a particl
 |---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|
 {lines}
 
-GiB a rank: without activations. Busy: the rank with the most particles. Waits: what waiting for the slowest rank makes \
-of a round. Talks: collectives. Useful: busy time of the rounds that count, of all time.
+GiB a rank: without activations. Busy: the rank with the most particles. Waits: what waiting for the slowest rank \
+makes of a round. Talks: collectives. Useful: busy time of the rounds that count, of all time.
 
 ## Assumptions
 - A rank makes {args.gflops:,.0f} GFLOP/s in large matrix products and copies {args.gbps:,.0f} GB/s; a round takes \

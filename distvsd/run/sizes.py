@@ -24,6 +24,7 @@ from distvsd.score.training import ScoreTraining
 
 BETTER = 0.97  # of the seconds of the best size so far: what a larger or smaller one must reach
 ROUNDS = 3  # of a size; the fastest but the first counts, which is slower because memory is taken anew
+MANY = 4  # calls of a round that are as good as several rounds
 FULL = 0.8  # of a device's memory, which twice the memory of a size must not exceed for twice the size to be tried
 PHASES = ("render", "encode", "objective", "update")  # those that go group by group
 
@@ -101,9 +102,9 @@ class Sizes:
             return None
         grouped = sum(done.seconds.get(phase, 0.0) for phase in PHASES)
         self._times.append((grouped, done.seconds.get("score", 0.0)))
-        if len(self._times) < ROUNDS:
+        if len(self._times) < self._rounds:
             return None
-        fastest = [min(times) for times in zip(*self._times[1:], strict=True)]
+        fastest = [min(times) for times in zip(*(self._times[1:] or self._times), strict=True)]
         self._times = []
         if self._ensemble.halved:
             fastest[0] = math.inf
@@ -117,6 +118,14 @@ class Sizes:
                 search.note(seconds, not is_full)
         self._apply()
         return None if self.measuring else self._in_words()
+
+    @property
+    def _rounds(self) -> int:
+        """How many rounds of a size are measured: one where it has many calls, but for the first size, whose first
+        round also warms up the process. The same on every rank."""
+        active = [search for search in (self.particles, self.samples) if search is not None and not search.done]
+        is_enough = all(search.seconds and search.most >= MANY * search.size for search in active)
+        return 1 if is_enough else ROUNDS
 
     def state(self) -> dict[str, int]:
         """What was chosen by measurement, for the manifest; empty before that."""
