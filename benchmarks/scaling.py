@@ -142,13 +142,13 @@ makes of a round. Talks: collectives. Useful: busy time of the rounds that count
 ## Assumptions
 - A rank makes {args.gflops:,.0f} GFLOP/s in large matrix products and copies {args.gbps:,.0f} GB/s; a round takes \
 {args.above:g} times its floor at these rates (`benchmarks/floor.py` measures the factor on a machine).
-- A rank's round varies by {cluster.jitter:.0%} (log-normal), and {cluster.slow_share:.1%} of ranks are {cluster.slow:g} times slower than \
-the others all the time. A round waits for the slowest: two sums over ranks are in it.
+- A rank's round varies by {cluster.jitter:.0%} (log-normal), and {cluster.slow_share:.1%} of ranks are always \
+{cluster.slow:g} times slower. A round waits for the slowest: two sums over ranks are in it.
 - A rank sends and receives {cluster.network_gbps:g} GB/s, with {cluster.latency_s * 1e6:g} us for each step of a ring.
-- The shared disk takes {assumed.disk_mb_s:,.0f} MB/s from all ranks together. A checkpoint is written, read back and then \
-published, in the background, every {args.save_minutes:g} minutes or as fast as the disk allows.
-- A node of {GPUS} ranks fails every {assumed.node_mtbf_days:g} days. The job goes on {assumed.restart_s:g} s after a failure plus \
-the time to load, from the newest published checkpoint. 20 simulated runs each.
+- The shared disk takes {assumed.disk_mb_s:,.0f} MB/s from all ranks together. A checkpoint is written, read back and \
+then published, in the background, every {args.save_minutes:g} minutes or as fast as the disk allows.
+- A node of {GPUS} ranks fails every {assumed.node_mtbf_days:g} days. The job goes on {assumed.restart_s:g} s after a \
+failure plus the time to load, from the newest published checkpoint. 20 simulated runs each.
 
 ## What it says
 - Collectives do not limit such a run: a rank sends its part of one adapter gradient a round, whatever the number of
