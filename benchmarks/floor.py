@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import machine
-from benchmarks.phases import Clock, Flops, measured
+from benchmarks.phases import Clock, Flops, measured, settle
 from distvsd.config import Config, digest, load_config
 from distvsd.parallel.world import World, open_world
 from distvsd.plan.ceilings import measure_ceilings
@@ -35,6 +35,7 @@ QUICKSTART = "configs/quickstart.yaml"
 def examine(config: Config, world: World, turns: int, rounds: int, warmup: int) -> dict[str, Any]:
     """The floor and the measurement of every part, as medians over the turns."""
     run = build_run(config, world, lambda done: False)
+    settle(run)
     loop = dataclasses.replace(run.loop, lag_due=lambda step: False)
     loop.run(0, warmup)
     step, found = warmup, []

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import resource
@@ -35,7 +36,7 @@ from distvsd.parallel.collectives import barrier, gather_objects
 from distvsd.parallel.world import World, open_world
 from distvsd.particles import Ensemble
 from distvsd.particles.ensemble import Views
-from distvsd.run.build import build_run
+from distvsd.run.build import Run, build_run
 from distvsd.run.loop import Loop
 from distvsd.score.spread import SpreadDistillation
 from distvsd.score.strategies.flat import Flat
@@ -183,6 +184,14 @@ def measured(loop: Loop, meter: Meter) -> Loop:
     )
 
 
+def settle(run: Run) -> None:
+    """Rounds until the sizes of calls are chosen, as in the first rounds of a training; every rank calls it."""
+    for step in itertools.count():
+        if not run.sizes.measuring:
+            return
+        run.sizes.after(run.loop.round(step))
+
+
 def synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -236,6 +245,7 @@ def work(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides).stage_configs[args.stage - 1]
     with open_world(config.parallel.timeout_s) as world:
         run = build_run(config, world, lambda done: False)
+        settle(run)
         found = gather_objects(world, _measure(world, run.loop, args.warmup, args.rounds))
         if world.rank == 0:
             total = {

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import machine
+from benchmarks.phases import settle
 from distvsd.config import Config, digest, load_config
 from distvsd.parallel.world import World, open_world
 from distvsd.run.build import Run, build_run
@@ -78,6 +79,7 @@ def compare(config: Config, world: World, pairs: int, warmup: int) -> dict[str, 
     """Times `pairs` rounds and as many times the same number of serial updates, in turn."""
     make = functools.partial(build_run, config, world, lambda done: False)
     together, serial = make(), Serial(make(), config.run.seed)
+    settle(together)
     loop, count = replace(together.loop, lag_due=lambda step: False), config.particles.count
     loop.run(0, warmup)
     serial.updates(2 * warmup)
