@@ -24,8 +24,8 @@ class RenderConfig:
     """Of volume rendering; auto takes the fastest installed one that supports parallel.numerics."""
     grid_backend: Literal["auto", "torch", "triton", "tinycudann"] = "auto"
     """Of hash grids; auto takes triton on CUDA where it is installed and parallel.numerics is fast."""
-    raster_backend: Literal["auto", "torch", "nvdiffrast"] = "auto"
-    """Of meshes; auto takes nvdiffrast on CUDA where it is installed and parallel.numerics is fast."""
+    raster_backend: Literal["auto", "torch", "nvdiffrast", "drtk"] = "auto"
+    """Of meshes; auto takes nvdiffrast, or else drtk, on CUDA where it is installed and parallel.numerics is fast."""
     splat_backend: Literal["auto", "torch", "gsplat"] = "auto"
     """Of gaussians; auto takes gsplat on CUDA where it is installed and parallel.numerics is fast."""
 

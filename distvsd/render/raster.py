@@ -21,9 +21,13 @@ from distvsd.cameras import Cameras
 from distvsd.errors import BackendError
 from distvsd.render.meshes import Meshes
 
-RasterBackend = Literal["torch", "nvdiffrast"]
+RasterBackend = Literal["torch", "nvdiffrast", "drtk"]
 
 NEAR = 1e-3  # world units; what is nearer to a camera's plane is not drawn
+_SOURCES: dict[RasterBackend, str] = {
+    "nvdiffrast": "github.com/NVlabs/nvdiffrast",
+    "drtk": "github.com/facebookresearch/DRTK",
+}
 MOST_CANDIDATES = 2**24  # pairs of triangle and pixel that are looked at in one go; 100 bytes each
 
 
@@ -43,23 +47,34 @@ class Fragments:
 
 
 def raster_backend(
-    asked: Literal["auto", "torch", "nvdiffrast"], numerics: Literal["fast", "exact"], device: torch.device
+    asked: Literal["auto", "torch", "nvdiffrast", "drtk"], numerics: Literal["fast", "exact"], device: torch.device
 ) -> RasterBackend:
-    """The backend that was asked for; auto is nvdiffrast on CUDA where it is installed and the bits need not be those
-    of other machines.
+    """The backend that was asked for; auto is nvdiffrast or else drtk on CUDA, where they are installed and the bits
+    need not be those of other machines.
 
-    Raises BackendError where nvdiffrast was asked for and cannot be used.
+    Raises BackendError where what was asked for cannot be used.
     """
-    usable = device.type == "cuda" and find_spec("nvdiffrast") is not None
-    if asked == "nvdiffrast" and not usable:
-        why = "is not installed" if device.type == "cuda" else f"needs CUDA, and this rank is on {device}"
-        raise BackendError(
-            f"render.raster_backend is nvdiffrast, which {why}; install it from its source "
-            "(github.com/NVlabs/nvdiffrast), or set render.raster_backend=torch"
-        )
+    if asked in _SOURCES:
+        why = _what_is_missing(asked, device)
+        if why is not None:
+            raise BackendError(
+                f"render.raster_backend is {asked}, which {why}; install it from its source ({_SOURCES[asked]}), or "
+                "set render.raster_backend=torch"
+            )
     if asked != "auto":
         return asked
-    return "nvdiffrast" if usable and numerics == "fast" else "torch"
+    usable: list[RasterBackend] = [name for name in _SOURCES if _what_is_missing(name, device) is None]
+    return usable[0] if usable and numerics == "fast" else "torch"
+
+
+def _what_is_missing(backend: RasterBackend, device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"needs CUDA, and this rank is on {device}"
+    if find_spec(backend) is None:
+        return "is not installed"
+    if backend == "drtk" and find_spec("drtk.rasterize") is None:
+        return "is not installed: the package of that name on the index is another one"
+    return None
 
 
 @torch.no_grad()
@@ -70,6 +85,8 @@ def rasterize(meshes: Meshes, cameras: Cameras, resolution: int, backend: Raster
     """
     if backend == "nvdiffrast":
         return _nvdiffrast(meshes, cameras, resolution)
+    if backend == "drtk":
+        return _drtk(meshes, cameras, resolution)
     pixels = cameras.shape.numel() * resolution**2
     depth = meshes.vertices.new_full((pixels,), torch.inf)
     none = len(meshes.faces)
@@ -231,6 +248,29 @@ def _nvdiffrast(meshes: Meshes, cameras: Cameras, resolution: int) -> Fragments:
     number = drawn[..., 3].flip(1).long() - 1
     face = torch.where(number >= 0, number % max(len(meshes.faces), 1), number)
     return Fragments(face.reshape(particles, views, resolution, resolution))
+
+
+def _drtk(meshes: Meshes, cameras: Cameras, resolution: int) -> Fragments:
+    """One call a particle, because the images of a call share their faces. Faces that reach behind a camera may be
+    missing. Not run on the machines of its authors."""
+    import drtk
+
+    particles, views = cameras.shape
+    seen = in_camera(meshes.vertices, meshes.vertex_owners, cameras)
+    half = torch.tan(cameras.fovy / 2)[meshes.vertex_owners]
+    # There the centre of the first pixel is (0, 0), and z is positive in front of the camera.
+    spots = torch.cat((to_pixels(seen, half, resolution) - 0.5, -seen[..., 2:]), dim=-1).transpose(0, 1).float()
+    kept = seen.isfinite().flatten(1).all(1)[meshes.faces].all(1).nonzero().squeeze(1)
+    found = torch.full((particles, views, resolution, resolution), -1, dtype=torch.int64, device=seen.device)
+    vertex_starts, owners = (0, *meshes.vertex_ends), meshes.face_owners[kept]
+    for particle in range(particles):
+        rows = kept[owners == particle]
+        if len(rows):
+            first, last = vertex_starts[particle], vertex_starts[particle + 1]
+            faces = (meshes.faces[rows] - first).int().contiguous()
+            index = drtk.rasterize(spots[:, first:last].contiguous(), faces, resolution, resolution).long()
+            found[particle] = torch.where(index >= 0, rows[index.clamp_min(0)], index)
+    return Fragments(found)
 
 
 @functools.lru_cache(maxsize=8)

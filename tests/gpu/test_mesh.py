@@ -37,12 +37,13 @@ def test_renders_and_gradients_are_those_of_the_cpu(device: torch.device) -> Non
         assert (gradients[name] - value).norm() < 5e-2 * value.norm(), name
 
 
-def test_nvdiffrast_sees_the_faces_that_the_reference_sees(device: torch.device) -> None:
-    pytest.importorskip("nvdiffrast")
+@pytest.mark.parametrize("backend", ["nvdiffrast", "drtk"])
+def test_a_library_sees_the_faces_that_the_reference_sees(device: torch.device, backend: RasterBackend) -> None:
+    pytest.importorskip(backend)
     ids = torch.tensor([4, 0, 9], device=device)
     particle, cameras = mesh(), SAMPLER.sample(5, ids, 3, 2, None)
     meshes = particle.meshes(particle.init(5, ids))
-    found, expected = (rasterize(meshes, cameras, 64, backend).face for backend in ("nvdiffrast", "torch"))
+    found, expected = (rasterize(meshes, cameras, 64, backend).face for backend in (backend, "torch"))
     assert float((found != expected).float().mean()) < 2e-3
 
 

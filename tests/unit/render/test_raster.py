@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -138,5 +140,38 @@ def test_a_face_without_an_area_is_not_seen() -> None:
 
 def test_a_backend_that_is_asked_for_and_cannot_run_is_an_error() -> None:
     assert raster_backend("auto", "fast", CPU) == "torch"
-    with pytest.raises(BackendError, match="nvdiffrast"):
-        raster_backend("nvdiffrast", "fast", CPU)
+    for backend in ("nvdiffrast", "drtk"):
+        with pytest.raises(BackendError, match=f"{backend}, which needs CUDA.*on cpu; install it.*backend=torch"):
+            raster_backend(backend, "fast", CPU)
+
+
+def as_drtk_documents(v: Tensor, vi: Tensor, height: int, width: int) -> Tensor:
+    """`drtk.rasterize` by its documentation, a triangle at a time: v `[N, V, 3]` holds pixels, whose first centre is
+    (0, 0), and camera depth; vi `[F, 3]` int32 is shared by the N images. Depth is interpolated with perspective."""
+    assert v.dtype == torch.float32 and vi.dtype == torch.int32 and v.is_contiguous() and vi.is_contiguous()
+    y, x = torch.meshgrid(torch.arange(height).double(), torch.arange(width).double(), indexing="ij")
+    found = torch.full((len(v), height, width), -1, dtype=torch.int32)
+    for image, points in enumerate(v.double()):
+        nearest = torch.full((height, width), torch.inf, dtype=torch.float64)
+        for row, (a, b, c) in enumerate(points[vi.long()]):
+            if min(a[2], b[2], c[2]) <= 0:
+                continue
+            whole = (b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0])
+            of_b = ((x - a[0]) * (c[1] - a[1]) - (y - a[1]) * (c[0] - a[0])) / whole
+            of_c = ((b[0] - a[0]) * (y - a[1]) - (b[1] - a[1]) * (x - a[0])) / whole
+            depth = 1 / ((1 - of_b - of_c) / a[2] + of_b / b[2] + of_c / c[2])
+            hit = (of_b >= 0) & (of_c >= 0) & (of_b + of_c <= 1) & (depth < nearest)
+            nearest[hit], found[image][hit] = depth[hit], row
+    return found
+
+
+def test_drtk_is_given_what_its_documentation_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library itself needs CUDA; tests/gpu compares it where it is installed."""
+    monkeypatch.setitem(sys.modules, "drtk", types.SimpleNamespace(rasterize=as_drtk_documents))
+    meshes, cameras = soup((6, 0, 9)), orbit(3, 2)
+    lost = meshes.vertices.clone()
+    lost[4] = torch.nan  # of the second face
+    meshes = Meshes(lost, meshes.faces, meshes.vertex_ends, meshes.face_ends)
+    found, expected = (rasterize(meshes, cameras, 24, backend).face for backend in ("drtk", "torch"))
+    assert (found != expected).double().mean() < 2e-3 and expected.unique().numel() > 8
+    assert not (found == 1).any() and (found[1] == -1).all()
