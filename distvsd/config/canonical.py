@@ -18,6 +18,8 @@ BOOKKEEPING = (
     "run.dir",
     # How a rank divides its work changes rounding only, as the number of ranks does, and nothing in exact numerics.
     "particles.micro_batch",
+    "particles.host",
+    "particles.page_dir",
     "particles.recompute",
     "score.micro_batch",
     "parallel.timeout_s",

@@ -26,7 +26,7 @@ class ScheduleConfig:
     """How long the run is."""
 
     rounds: Positive = 1000
-    """Rounds; in each one every particle moves once."""
+    """Rounds; in each one every particle moves once, or with particles.resident those whose turn it is."""
 
 
 @dataclass(frozen=True)

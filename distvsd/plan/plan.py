@@ -16,7 +16,7 @@ from distvsd.parallel.assign import share
 from distvsd.particles.base import Particle
 from distvsd.particles.good import most_copies
 from distvsd.plan.cluster import Assumptions, disk_times, failures, strategies
-from distvsd.plan.needs import FLOAT_BYTES, particle_bytes
+from distvsd.plan.needs import FLOAT_BYTES, particle_bytes, places_of
 from distvsd.plan.prior import PriorSizes
 from distvsd.score.camera import CAMERA_FEATURES
 from distvsd.score.training import kept_rows
@@ -46,10 +46,11 @@ def make_plan(
     assumed = assumed or Assumptions()
     world = nodes * gpus_per_node
     largest_shard = len(share(config.particles.count, world, 0))
+    busiest = -(-largest_shard // config.particles.turns)  # of a rank in one round
     if prior.resolution is not None:
         refuse_small_latents(config, prior.resolution)
     phases = [
-        _phase(config, prior, round, largest_shard, world)
+        _phase(config, prior, round, busiest, world)
         for round, _ in config.render.resolution.points
         if round < config.schedule.rounds
     ]
@@ -65,12 +66,13 @@ def make_plan(
         "world": {"nodes": nodes, "gpus_per_node": gpus_per_node, "ranks": world},
         "owners": _owners(config.particles.count, world),
         "idle_ranks": max(world - config.particles.count, 0),
+        "paging": _paging(config, particle, largest_shard),
         "prior": asdict(prior),
         "particle": size,
-        "rank_memory": _rank_memory(size, chosen, prior, largest_shard),
+        "rank_memory": _rank_memory(size, chosen, prior, busiest),
         "score": score,
         "strategies": table,
-        "unet": _unet_samples(config, needs, largest_shard, world),
+        "unet": _unet_samples(config, needs, busiest, world),
         "phases": phases,
         "wire": _wire(phases, chosen, world),
         "checkpoint": checkpoint | times,
@@ -90,6 +92,31 @@ def _owners(particles: int, world: int) -> list[dict[str, Any]]:
         {"ranks": [longer, world - 1], "first": longer * (small + 1), "each": small},
     ]
     return rows if longer else rows[1:]
+
+
+def _paging(config: Config, particle: Particle | None, largest_shard: int) -> dict[str, Any] | None:
+    """Of particles that take turns: how many updates each gets, and where those of the largest rank are with their
+    bytes, None where the particle's size is not known. None where all are on the devices."""
+    own = config.particles
+    if own.turns == 1:
+        return None
+    plan: dict[str, Any] = {
+        "turns": own.turns,
+        "active": own.active,
+        "updates": config.schedule.rounds / own.turns,
+        "device": -(-largest_shard // own.turns),
+        **dict.fromkeys(("host", "disk", "device_bytes", "host_bytes", "disk_bytes")),
+    }
+    if particle is None:
+        return plan
+    places = places_of(config, particle, largest_shard)
+    return plan | {
+        "host": places.host,
+        "disk": places.disk,
+        "device_bytes": places.device * particle_bytes(particle, config),
+        "host_bytes": places.host * places.page,
+        "disk_bytes": places.disk * places.page,
+    }
 
 
 def _particle(particle: Particle | None, config: Config) -> dict[str, Any]:
@@ -149,7 +176,7 @@ def _unet_samples(config: Config, needs: Collection[Part], largest_shard: int, w
     """
     views = config.particles.views
     local, (prior, score) = largest_shard * views, _passes(config, needs)
-    learnt = config.score.rows_a_step(config.particles.count, views) // views * config.objective.needs_score
+    learnt = config.score.rows_a_step(config.particles.active, views) // views * config.objective.needs_score
     return {
         "prior": local * prior,
         "score": local * score,
@@ -200,7 +227,8 @@ def _checkpoint(
         trained = particle["values"] - frozen + particle["moments"]
         particles = (copies * trained + frozen) * config.particles.count
     network = None if score["parameters"] is None else 3 * score["parameters"] * FLOAT_BYTES
-    rows = kept_rows(config.particles.count * config.particles.views, config.score.replay_share, config.particles.views)
+    views = config.particles.views
+    rows = kept_rows(config.particles.active * views, config.score.replay_share, views)
     replay: int | None = None
     if not config.objective.needs_score:
         replay = 0

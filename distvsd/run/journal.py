@@ -29,6 +29,8 @@ EVENTS = {
     "crowded_out": "no memory for its render or its gradients",
     "restored": "went back to its last good state",
     "quarantined": "quarantined",
+    "found_again": "its page on the disk was lost; the same state was read again",
+    "set_back": "its page on the disk was lost; went back to its last saved state",
 }
 
 
@@ -46,6 +48,7 @@ class Journal:
         self._health = JsonLines(paths.health, health_bytes) if is_first else None
         self._tracker = self._open_tracker(paths) if is_first else None
         self._stragglers = Stragglers([len(ids) for ids in owners(config.particles.count, world.size)])
+        self._updates_a_round = config.particles.count / config.particles.turns  # on average
         self._events: list[tuple[int, int, str]] = []
         self._seconds: dict[str, float] = {}
         self._stall = 0.0
@@ -59,6 +62,8 @@ class Journal:
             "crowded_out": update.out_of_memory,
             "restored": update.restored,
             "quarantined": update.quarantined,
+            "found_again": update.found_again,
+            "set_back": update.set_back,
         }
         for kind, ids in named.items():
             self._events += [(done.step, particle_id, kind) for particle_id in ids]
@@ -91,7 +96,7 @@ class Journal:
             self.progress.note(f"warning: {warning}")
         completed, now = done.step + 1, time.monotonic()
         rounds = max(completed - self._logged_round, 1)
-        rate = rounds * self._config.particles.count / max(now - self._logged_at, 1e-9)
+        rate = rounds * self._updates_a_round / max(now - self._logged_at, 1e-9)
         loss = done.fit.loss if done.fit else None
         healthy = self._config.particles.count - absent - len(unwell)
         record: dict[str, Any] = {
