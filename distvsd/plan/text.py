@@ -100,8 +100,8 @@ def _owners(owners: Sequence[Mapping[str, Any]], idle: int, per_node: int) -> It
 
 def _paging(paging: Mapping[str, Any]) -> Iterator[str]:
     yield (
-        f"turns        a particle takes part in one of {paging['turns']} rounds, {paging['updates']:.4g} updates in all; "
-        f"at most {paging['active']} particles a round"
+        f"turns        a particle takes part in one of {paging['turns']} rounds, {paging['updates']:.4g} updates "
+        f"in all; at most {paging['active']} particles a round"
     )
     yield "  largest rank " + ", ".join(
         f"{place}: {'?' if paging[place] is None else paging[place]} particles {amount(paging[f'{place}_bytes'])}"

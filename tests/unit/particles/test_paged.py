@@ -20,7 +20,7 @@ from distvsd.particles.store import at_home_in_memory
 from distvsd.particles.store.image import Layout
 from distvsd.runtime.pages import PageFiles
 from tests.unit.particles.shards import FIXED, image, nerf, one_round, poisoned
-from tests.unit.particles.test_frozen import VOXELS
+from tests.unit.particles.test_frozen import VOXELS, source
 
 IDS = (0, 1, 2, 3, 4, 5, 6)
 TURNS = 3
@@ -50,12 +50,17 @@ def paging(home: str, folder: Path, ids: Sequence[int] = IDS, **more: Any) -> Pa
 
 def paged(particle: Particle, where: Paging, ids: Sequence[int] = IDS, size: Any = 1, **health: Any) -> Ensemble:
     config = ParticlesConfig(micro_batch=size, health=HealthConfig(**health))
-    return Ensemble(Paged(particle, ids, config, seed=7, paging=where), FIXED, config)
+    return Ensemble(Paged(particle, ids, config, seed=7, paging=where, source=begun(particle, ids)), FIXED, config)
 
 
 def resident(particle: Particle, ids: Sequence[int] = IDS, **health: Any) -> Ensemble:
     config = ParticlesConfig(micro_batch=1, health=HealthConfig(**health))
-    return Ensemble(InTurns(particle, ids, config, seed=7), FIXED, config)
+    return Ensemble(InTurns(particle, ids, config, seed=7, source=begun(particle, ids)), FIXED, config)
+
+
+def begun(particle: Particle, ids: Sequence[int]) -> Handed | None:
+    """What particles with frozen parameters begin from."""
+    return source(ids) if particle is VOXELS else None
 
 
 def move(particles: Ensemble, steps: Sequence[int], poison: Sequence[int] = ()) -> list[Any]:
