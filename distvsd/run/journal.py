@@ -43,7 +43,10 @@ class Journal:
         """first: the round the run begins or continues with. *_bytes: length of each file up to that round."""
         self._config, self._world = config, world
         is_first = world.rank == 0
-        self.progress = Progress(config.schedule.rounds, config.particles.count, config.log.every, is_first)
+        particles = config.particles
+        self.progress = Progress(
+            config.schedule.rounds, particles.count, config.log.every, is_first, turns=particles.turns
+        )
         self._metrics = JsonLines(paths.metrics, metrics_bytes) if is_first else None
         self._health = JsonLines(paths.health, health_bytes) if is_first else None
         self._tracker = self._open_tracker(paths) if is_first else None
