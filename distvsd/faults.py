@@ -47,6 +47,8 @@ POINTS: Final = {
     "save.prune": "before an old checkpoint is moved out of the way, on rank 0",
     "save.discard": "an unused folder is about to be deleted",
     "load.read": "before a file of a checkpoint is read",
+    "page.write": "before the page of a particle is written to its file, in a thread beside the rounds",
+    "page.read": "before the page of a particle is read from its file, in a thread beside the rounds",
     "telemetry": "before a line of metrics.jsonl or health.jsonl is written, on rank 0",
 }
 _SIGNALS: Final = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM, "usr1": signal.SIGUSR1}

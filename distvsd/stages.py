@@ -159,6 +159,18 @@ def newest_stage(run: Path) -> Path:
     return next((folder for folder in reversed(folders) if steps(RunPaths(folder).checkpoints)), folders[0])
 
 
+@dataclass(frozen=True)
+class HandOver:
+    """Particles `ids` of a checkpoint of the stage before, read when they are asked for; see `hand_over`."""
+
+    checkpoint: Checkpoint
+    particle: Particle
+    ids: Sequence[int]
+
+    def rows(self, rows: slice) -> Handed:
+        return hand_over(self.checkpoint, self.particle, self.ids[rows])
+
+
 def hand_over(checkpoint: Checkpoint, particle: Particle, ids: Sequence[int]) -> Handed:
     """The particles `ids` as the last checkpoint of a stage holds them, on the CPU; rows in the order of `ids`.
 

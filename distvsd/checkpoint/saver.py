@@ -15,7 +15,7 @@ from distvsd.checkpoint import reader, store
 from distvsd.checkpoint.compose import compose, frozen_metadata, plain
 from distvsd.checkpoint.format import NewerFormatError, folder_name, is_file_name, particle_of
 from distvsd.checkpoint.ranks import StorageError, owners_of, refuse_drift, together
-from distvsd.checkpoint.snapshot import HostCopies
+from distvsd.checkpoint.snapshot import HostCopies, OnDemand
 from distvsd.checkpoint.writer import Writer, write_share
 from distvsd.errors import CheckpointError
 from distvsd.parallel.world import World
@@ -32,10 +32,11 @@ Files = Mapping[str, Mapping[str, Tensor]] | Iterable[tuple[str, Mapping[str, Te
 
 @dataclass(frozen=True)
 class _Part:
-    """This rank's part of a checkpoint, copied, so later changes by the caller do not reach it."""
+    """This rank's part of a checkpoint. What is written later was copied, so later changes by the caller do not reach
+    it."""
 
     step: int
-    files: dict[str, dict[str, Tensor]]
+    files: Mapping[str, Mapping[str, Tensor]]
     texts: dict[str, str]
     health: dict[str, Any]
     metadata: dict[str, Any]
@@ -54,9 +55,10 @@ class Saver:
     """The checkpoints of one run. Everything not called local is collective: all ranks call it in the same order, and
     either all of them return or all raise the same CheckpointError.
 
-    A save has two parts. `begin` copies the state into host memory, and a thread of each rank starts to write it.
-    `finish` waits for the threads, compares their reports, and publishes. A failing disk loses that save only. Failures
-    are counted, and the run may continue until `max_failures` saves in a row have failed.
+    A save has two parts. `begin` copies the state into host memory, and a thread of each rank starts to write it; where
+    saves are not asynchronous it writes at once, one file after the other. `finish` waits for the threads, compares
+    their reports, and publishes. A failing disk loses that save only. Failures are counted, and the run may continue
+    until `max_failures` saves in a row have failed.
 
     The constructor deletes the unfinished saves of a dead run, so only the holder of the run's lock may call it. To
     read a run that may be alive use `reader.newest`.
@@ -70,7 +72,7 @@ class Saver:
         if keep < 2:
             raise CheckpointError(f"checkpoint.keep is {keep}; at least 2 must stay, in case one is damaged")
         self._checkpoints, self._world, self._keep = checkpoints, world, keep
-        self._asynchronous, self._max_failures = asynchronous, max_failures
+        self.asynchronous, self._max_failures = asynchronous, max_failures
         self._copies = HostCopies()
         self._save: _Save | None = None
         self._staging: Path | None = None  # on rank 0: the folder that is not published yet
@@ -116,8 +118,9 @@ class Saver:
         """Starts to save the state after `step` rounds, as it is at this moment.
 
         First finishes the save before, if it is in progress; also finishes this one unless `asynchronous`. files,
-        texts: what this rank holds, by the file names of docs/checkpoint-format.md. Files may come as a stream: each is
-        copied before the next is asked for. Each particle comes from one rank.
+        texts: what this rank holds, by the file names of docs/checkpoint-format.md. Files may come as a stream, each
+        copied before the next is asked for, or `OnDemand`: then a save that is not asynchronous has the tensors of one
+        file in memory at a time. Each particle comes from one rank.
         A `score/` file may come from several: the lowest rank writes it, and different content on another rank is an
         error, which finds drifted replicas. health: JSON by particle id, for the particles in `files`. metadata: rank
         0's is used; config, config_digest, prior_identity, metrics_bytes, and any further JSON. Raises CheckpointError
@@ -144,8 +147,9 @@ class Saver:
             raise
         part, staging = parts[0], self._checkpoints / opened[0]["staging"]
         owned = frozenset(file for file, owner in owners.items() if owner == self._world.rank)
-        self._save = _Save(part, staging, Writer(lambda: write_share(staging, owned, part.files, part.texts)))
-        if not self._asynchronous:
+        writer = Writer(lambda: write_share(staging, owned, part.files, part.texts), beside=self.asynchronous)
+        self._save = _Save(part, staging, writer)
+        if not self.asynchronous:
             self.finish()
 
     def finish(self) -> Path | None:
@@ -216,16 +220,17 @@ class Saver:
         health: Mapping[int, Mapping[str, Any]],
     ) -> _Part:
         """The part of this rank, checked. Overwrites the copies of the save before, which must be finished."""
-        copies = self._copies.take(files.items() if isinstance(files, Mapping) else files)
-        for name in (*copies, *texts):
+        if self.asynchronous or not isinstance(files, OnDemand):
+            files = self._copies.take(files.items() if isinstance(files, Mapping) else files)
+        for name in (*files, *texts):
             if not is_file_name(name) or name.endswith(".json") != (name in texts):
                 raise CheckpointError(
                     f"{name!r:.120} is not the name of a file in a checkpoint; see checkpoint-format.md"
                 )
-        held = [particle for file in copies if (particle := particle_of(file)) is not None]
+        held = [particle for file in files if (particle := particle_of(file)) is not None]
         records = plain({str(particle): health.get(particle, {}) for particle in held}, "the health of particles")
         frozen = frozen_metadata(metadata) if self._world.rank == 0 else {}
-        return _Part(step, copies, dict(texts), records, frozen)
+        return _Part(step, files, dict(texts), records, frozen)
 
     def _stage(self, step: int) -> str | None:
         """Makes the folder of a new checkpoint, on rank 0, and returns its name."""

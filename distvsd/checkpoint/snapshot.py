@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
+
+
+class OnDemand(Mapping[str, Mapping[str, Tensor]]):
+    """Files of a checkpoint by name, whose tensors are fetched when they are asked for and not kept here."""
+
+    def __init__(self, fetch: Mapping[str, Callable[[], Mapping[str, Tensor]]]) -> None:
+        self._fetch = dict(fetch)
+
+    def __getitem__(self, file: str) -> Mapping[str, Tensor]:
+        return self._fetch[file]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fetch)
+
+    def __len__(self) -> int:
+        return len(self._fetch)
 
 
 class HostCopies:

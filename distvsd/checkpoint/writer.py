@@ -17,17 +17,20 @@ from distvsd.errors import CheckpointError
 
 
 class Writer:
-    """Runs a function once in a thread and keeps its result or error.
+    """Runs a function once in a thread, or at once where `beside` is false, and keeps its result or error.
 
     The thread is a daemon: a process that has lost the other ranks must be able to exit although its disk hangs.
     """
 
-    def __init__(self, work: Callable[[], dict[str, Any]]) -> None:
+    def __init__(self, work: Callable[[], dict[str, Any]], beside: bool = True) -> None:
         self._work = work
         self._result: dict[str, Any] | None = None
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)
-        self._thread.start()
+        if beside:
+            self._thread.start()
+        else:
+            self._run()
 
     @property
     def is_busy(self) -> bool:
@@ -36,7 +39,8 @@ class Writer:
 
     def result(self) -> dict[str, Any]:
         """Waits for the function; returns its result or raises its error."""
-        self._thread.join()
+        if self.is_busy:
+            self._thread.join()
         if self._error is not None:
             raise self._error
         if self._result is None:
@@ -56,14 +60,16 @@ def write_share(
     files: Mapping[str, Mapping[str, Tensor]],
     texts: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Writes the files that this rank owns. Returns their entries, and the content digests of all files that it holds.
-    Raises OSError."""
+    """Writes the files that this rank owns, with the tensors of one in memory at a time. Returns their entries, and the
+    content digests of all files that it holds. Raises OSError."""
     entries: dict[str, Any] = {}
     content: dict[str, str] = {}
-    for file, tensors in sorted(files.items()):
+    for file in sorted(files):
+        tensors = {name: tensor.detach().cpu() for name, tensor in files[file].items()}
         content[file] = content_digest(tensors)
         if file in owned:
             entries[file] = astuple(store.write_file(staging, file, encode_tensors(tensors, file)))
+        del tensors
     for file, text in sorted(texts.items()):
         content[file] = hashlib.sha256(text.encode()).hexdigest()
         if file in owned:

@@ -19,6 +19,8 @@ from distvsd.config.stages import StageConfig
 BOOKKEEPING = (
     "run.dir",
     "particles.micro_batch",
+    "particles.host",
+    "particles.page_dir",
     "particles.recompute",
     "score.micro_batch",
     "parallel.timeout_s",

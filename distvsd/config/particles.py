@@ -108,6 +108,14 @@ class ParticlesConfig:
     """Number of particles over all ranks; fewer than ranks is legal."""
     views: Positive = 1
     """Views rendered per particle and round."""
+    resident: Count = 0
+    """Most particles of all ranks that are on the devices at once; 0 is all. With fewer than count, they take turns:
+    each takes part in every n-th round, n = count / resident rounded up, and is in host memory between its turns."""
+    host: Count = 0
+    """Where particles take turns: most particles of all ranks that are kept in host memory, 0 for all; the others are
+    in files. A particle that has a good state is kept twice."""
+    page_dir: str = ""
+    """An existing folder for those files, such as one on a local disk; empty: pages in run.dir."""
     micro_batch: Measured = "auto"
     """Particles that a rank renders and moves in one go; 0 is all of them. auto: of 1, 2, 4, ... what takes the least
     time and fits, measured in the first rounds and noted in the checkpoint. The memory of a round is that of one such
@@ -133,3 +141,18 @@ class ParticlesConfig:
     """Read when kind is mesh."""
     health: HealthConfig = HealthConfig()
     """What happens to particles that stop being finite."""
+
+    @property
+    def turns(self) -> int:
+        """Each particle takes part in every so many-th round."""
+        return -(-self.count // self.resident) if self.resident else 1
+
+    @property
+    def active(self) -> int:
+        """The most particles of all ranks that take part in a round."""
+        return -(-self.count // self.turns)
+
+    @property
+    def in_memory(self) -> int:
+        """Of all ranks, where they take turns, how many are kept in host memory; the others are in files."""
+        return min(self.host, self.count) if self.host else self.count

@@ -60,6 +60,15 @@ def _replay(config: Config) -> str | None:
     )
 
 
+def _resident(config: Config) -> str | None:
+    if config.particles.host == 0 or config.particles.turns > 1:
+        return None
+    return (
+        f"is {config.particles.host}, but all {config.particles.count} particles are on the devices all of the time; "
+        "set particles.resident to fewer than particles.count, or host to 0"
+    )
+
+
 def _latent_size(config: Config) -> str | None:
     if not config.are_latents or len(config.render.resolution.points) == 1:
         return None
@@ -109,7 +118,7 @@ def _strategy_without_score(config: Config) -> str | None:
 
 
 def _exact_rows(config: Config) -> str | None:
-    rows = config.score.rows_a_step(config.particles.count, config.particles.views)
+    rows = config.score.rows_a_step(config.particles.active, config.particles.views)
     if config.parallel.numerics != "exact" or not config.objective.needs_score or rows <= MOST_EXACT_ROWS:
         return None
     return (
@@ -186,12 +195,14 @@ RELATIONS = (
             "parallel.numerics",
             "objective.kind",
             "particles.count",
+            "particles.resident",
             "particles.views",
             "score.replay_share",
             "score.batch_size",
         ),
         _exact_rows,
     ),
+    Relation(("particles.host", "particles.resident", "particles.count"), _resident),
     Relation(("score.micro_batch", "parallel.strategy"), _micro_batch),
     Relation(("cameras.antithetic", "particles.views"), _pairs_of_views),
     Relation(("cameras.kind", "prior.view_dependent", "particles.kind"), _named_views),

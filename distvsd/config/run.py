@@ -26,7 +26,7 @@ class ScheduleConfig:
     """How long the run is."""
 
     rounds: Positive = 1000
-    """Rounds; in each one every particle moves once."""
+    """Rounds; in each one every particle moves once, or with particles.resident those whose turn it is."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class CheckpointConfig:
     keep: Annotated[int, Range(2, 10**9)] = 2
     """Newest complete checkpoints kept on disk; two, so that one is left when the newest is found damaged."""
     asynchronous: bool = True
-    """Files are written while the next rounds run; the run stops only for the copy to the host."""
+    """Files are written while the next rounds run; the run stops only for the copy to the host. With
+    particles.resident the run waits instead: there is no room for copies of all particles."""
     max_failures: Positive = 3
     """Saves that may fail one after another (full disk, I/O errors) before the run ends."""
 

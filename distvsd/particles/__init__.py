@@ -6,6 +6,7 @@ from distvsd.particles.base import (
     Colored,
     Cost,
     Handed,
+    HandedRows,
     Keys,
     Parameters,
     Particle,
@@ -17,7 +18,7 @@ from distvsd.particles.gaussians import GaussianParticle
 from distvsd.particles.image import ImageParticle
 from distvsd.particles.mesh import MeshParticle
 from distvsd.particles.nerf import NerfParticle
-from distvsd.particles.store import ParticleStore, Resident
+from distvsd.particles.store import Paged, Paging, ParticleStore, Resident
 
 __all__ = [
     "Adapted",
@@ -27,10 +28,13 @@ __all__ = [
     "Ensemble",
     "GaussianParticle",
     "Handed",
+    "HandedRows",
     "ImageParticle",
     "Keys",
     "MeshParticle",
     "NerfParticle",
+    "Paged",
+    "Paging",
     "Parameters",
     "Particle",
     "ParticleStore",

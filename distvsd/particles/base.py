@@ -138,6 +138,14 @@ def _size(shape: tuple[int, ...] | None) -> str:
     return "missing" if shape is None else str(list(shape))
 
 
+class HandedRows(Protocol):
+    """What the stage before hands over, of which a part may be read at a time; `Handed` is one in memory."""
+
+    def rows(self, rows: slice) -> Handed:
+        """Some of the particles."""
+        ...
+
+
 class Particle(Protocol):
     """One kind of particle. Every method is local, communicates nothing, and treats particles independently:
 

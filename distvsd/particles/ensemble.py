@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from distvsd.particles.group import Group, without_frozen
 from distvsd.particles.health import Health, Update, judge
 from distvsd.particles.recompute import checkpointed
 from distvsd.particles.store import ParticleStore
-from distvsd.particles.stored import GOOD, read_particle
+from distvsd.particles.stored import GOOD, blank_state, read_particle
 
 __all__ = ["Ensemble", "Group", "Update", "Views"]
 
@@ -55,7 +56,7 @@ class Ensemble:
         self._render = checkpointed(store.particle.render) if config.recompute else store.particle.render
         self._config = config.health
         self._health = {particle_id: Health() for particle_id in store.ids}
-        self._good = GoodStates()
+        self._good = GoodStates(store.copies)
         self._whole = whole
         self.halved = False  # a group did not fit into memory since they were formed
         self._out_of_memory: set[int] = set()  # in this round
@@ -81,8 +82,17 @@ class Ensemble:
 
     @property
     def num_bytes(self) -> int:
-        """Of everything in `stream`."""
-        return sum(tensor.nbytes for _, state in self.stream() for tensor in state.values())
+        """Of everything in `stream`; reads nothing."""
+        present, good = (
+            sum(tensor.nbytes for tensor in of.values()) for of in (self._like, without_frozen(self._like))
+        )
+        beside = sum(self._good.place(particle_id) == "beside" for particle_id in self.ids)
+        return len(self.ids) * present + beside * good
+
+    @cached_property
+    def _like(self) -> dict[str, Tensor]:
+        """The names, dtypes and shapes of a state."""
+        return blank_state(self.particle)
 
     def render(self, step: int, resolution: int) -> Iterator[list[Views]]:
         """The active particles from `num_views` fresh cameras, keyed by (seed, particle, step), part by part.
@@ -160,12 +170,13 @@ class Ensemble:
         good."""
         if (step + 1) % self._config.good_every == 0:
             self.mark_good()
-        return self._update
+        found_again, set_back = self.store.take_losses()
+        return self._update + Update(found_again=found_again, set_back=set_back)
 
     def _move(self, views: list[Views], latents: Tensor, gradient: Tensor, step: int) -> Update:
         groups = [view.group for view in views]
         own = [particle_id for group in groups for particle_id in group.own]
-        self._good.before_moves(own, self.store.state_of)
+        self._good.before_moves(own)
         # The backward pass may swallow a NaN (a ReLU does), so what goes into it is looked at as well.
         finite = latents.detach().flatten(1).isfinite().all(1) & gradient.flatten(1).isfinite().all(1)
         sound = finite.reshape(-1, self.num_views).all(1)
@@ -246,13 +257,17 @@ class Ensemble:
         """Particles `ids` of this shard from given cameras `[len(ids), V]`, nothing random, on a grey background."""
         device = self.store.device
         states = [self.parameters_of(particle_id) for particle_id in ids]
-        stacked = {name: torch.stack([state[name] for state in states]).to(device) for name in states[0]}
+        stacked = {name: torch.stack([state[name].to(device) for state in states]) for name in states[0]}
         return self.particle.view(stacked, cameras.to(device), resolution, background)
 
     def parameters_of(self, particle_id: int) -> Parameters:
         """One particle's parameters, without the leading axis; views of the live tensors."""
         state = self.store.state_of(particle_id)
         return {name.removeprefix("param/"): value for name, value in state.items() if name.startswith("param/")}
+
+    def close(self) -> None:
+        """Nothing may be asked of the ensemble any more."""
+        self.store.close()
 
     def health(self) -> dict[int, dict[str, Any]]:
         """Every particle's record by id, as plain values for the manifest; `good` says where its last good state is."""
@@ -271,11 +286,20 @@ class Ensemble:
         if self.store.device.type == "cuda":
             torch.cuda.synchronize(self.store.device)  # the copies of good states are on the host by now
         for particle_id, state in self.store.stream():
-            good = self._good.kept(particle_id) or {}
-            yield particle_id, state | {GOOD + name: value for name, value in good.items()}
+            yield particle_id, self._with_good(particle_id, state)
+
+    def saved(self, particle_id: int) -> dict[str, Tensor]:
+        """What `stream` gives of one particle."""
+        if self.store.device.type == "cuda":
+            torch.cuda.synchronize(self.store.device)
+        return self._with_good(particle_id, self.store.state_of(particle_id))
+
+    def _with_good(self, particle_id: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        good = self._good.kept(particle_id) or {}
+        return state | {GOOD + name: value for name, value in good.items()}
 
     def state(self) -> dict[int, dict[str, Tensor]]:
-        """All of `stream` at once; only for stores that hold all particles in memory."""
+        """All of `stream` at once, in memory."""
         return dict(self.stream())
 
     @torch.no_grad()
@@ -284,13 +308,11 @@ class Ensemble:
 
         Raises CheckpointError, and changes nothing, where `read_particle` refuses it.
         """
-        targets = self.store.state_of(particle_id)
-        record, place, good = read_particle(particle_id, targets, tensors, health)
-        for name, target in targets.items():
-            target.copy_(tensors[name])
+        record, place, good = read_particle(particle_id, self._like, tensors, health)
+        self.store.put(particle_id, {name: tensors[name] for name in self._like})
         self._health[particle_id] = record
         self._good.forget(particle_id)
         if place == "beside":
-            self._good.keep(particle_id, {name: good[name] for name in without_frozen(targets)})
+            self._good.keep(particle_id, {name: good[name] for name in without_frozen(self._like)})
         elif place == "present":
             self._good.mark([particle_id])

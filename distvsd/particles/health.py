@@ -89,7 +89,8 @@ class Update:
     healthy: moved. unhealthy: kept their state, because something of theirs was not finite or because there was no
     memory. out_of_memory: those of the unhealthy for which there was no memory. restored, quarantined: those of the
     unhealthy that were put back, or quarantined, in this round. absent: all that did not move, which adds those that
-    were quarantined before; they must not train the score network either.
+    were quarantined before; they must not train the score network either. found_again, set_back: whose numbers were
+    lost on the disk and are the same again, or are those of an older state; they may be any of this rank's.
     """
 
     healthy: list[int] = field(default_factory=list)
@@ -98,6 +99,8 @@ class Update:
     restored: list[int] = field(default_factory=list)
     quarantined: list[int] = field(default_factory=list)
     absent: list[int] = field(default_factory=list)
+    found_again: list[int] = field(default_factory=list)
+    set_back: list[int] = field(default_factory=list)
 
     def __add__(self, other: Update) -> Update:
         """What two updates of different particles did."""

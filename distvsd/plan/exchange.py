@@ -56,8 +56,8 @@ def _bytes(config: Config, world: int, mode: Mode, sample: int | None) -> dict[s
     if sample is None:
         return {"round": None, "log": None, "save": None}
     views = config.particles.views
-    renders = config.particles.count * views
-    most = len(share(config.particles.count, world, 0)) * views
+    renders = config.particles.active * views
+    most = len(share(config.particles.active, world, 0)) * views
     agreed = world * _summed(FLOAT_BYTES * renders, world)  # which particles did not move
     sent = agreed + round(_renders(config, world, mode) * sample)
     if mode == "all_gather":
@@ -78,7 +78,7 @@ def _summed(size: int, world: int) -> int:
 
 def _renders(config: Config, world: int, mode: Mode) -> float:
     """Renders that all ranks send in a round."""
-    count, views = config.particles.count, config.particles.views
+    count, views = config.particles.active, config.particles.views
     match mode:
         case "none":
             return 0
@@ -95,8 +95,8 @@ def _busiest(config: Config, world: int, mode: Mode) -> int:
     batch = _batch(config)
     most = -(-batch // world)
     if mode == "none" and world > 1:
-        own = _Count(config, len(share(config.particles.count, world, 0)))
-        ranks = min(world, config.particles.count)
+        own = _Count(config, len(share(config.particles.active, world, 0)))
+        ranks = min(world, config.particles.active)
         far = math.ceil(own.mean + math.sqrt(2 * math.log(ranks) * own.variance) - 1e-9)
         most = min(max(far, most), own.limit)
     return most * config.particles.views * config.score.steps_per_round
@@ -104,12 +104,12 @@ def _busiest(config: Config, world: int, mode: Mode) -> int:
 
 def _batch(config: Config) -> int:
     """Particles of a step, replayed ones with them."""
-    return config.score.rows_a_step(config.particles.count, config.particles.views) // config.particles.views
+    return config.score.rows_a_step(config.particles.active, config.particles.views) // config.particles.views
 
 
 def _shards(config: Config, world: int) -> Iterator[tuple[int, int]]:
     """(ranks, particles that each of them owns), for each size of share."""
-    small, longer = divmod(config.particles.count, world)
+    small, longer = divmod(config.particles.active, world)
     if longer:
         yield longer, small + 1
     yield world - longer, small
@@ -120,7 +120,7 @@ class _Count:
     replayed ones, drawn with replacement."""
 
     def __init__(self, config: Config, own: int) -> None:
-        self._count, self._own = config.particles.count, own
+        self._count, self._own = config.particles.active, own
         self._fresh = config.score.fresh(self._count, config.particles.views)
         self._old = config.score.replayed(self._fresh)
         self._part = part = own / self._count

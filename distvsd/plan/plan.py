@@ -18,7 +18,7 @@ from distvsd.particles.good import most_copies
 from distvsd.plan.cluster import Assumptions, disk_times, failures, strategies
 from distvsd.plan.exchange import exchanges
 from distvsd.plan.floor import Ceilings, Share, Work, compared, floor, works
-from distvsd.plan.needs import FLOAT_BYTES, particle_bytes
+from distvsd.plan.needs import FLOAT_BYTES, particle_bytes, places_of
 from distvsd.plan.prior import PriorSizes
 from distvsd.score.camera import CAMERA_FEATURES
 from distvsd.score.training import kept_rows
@@ -52,6 +52,7 @@ def make_plan(
     assumed = assumed or Assumptions()
     world = nodes * gpus_per_node
     largest_shard = len(share(config.particles.count, world, 0))
+    busiest = -(-largest_shard // config.particles.turns)  # of a rank in one round
     if prior.resolution is not None:
         refuse_small_latents(config, prior.resolution)
     phases = [
@@ -67,14 +68,15 @@ def make_plan(
     chosen = next((row for row in table if row["chosen"]), dict.fromkeys(("base", "trained", "sent_a_round")))
     checkpoint = _checkpoint(config, size, score, phases, world)
     times = disk_times(config, checkpoint["total"], checkpoint["loaded"], assumed)
-    samples = _unet_samples(config, needs, largest_shard, world)
+    samples = _unet_samples(config, needs, busiest, world)
     plan = {
         "world": {"nodes": nodes, "gpus_per_node": gpus_per_node, "ranks": world},
         "owners": _owners(config.particles.count, world),
         "idle_ranks": max(world - config.particles.count, 0),
+        "paging": _paging(config, particle, largest_shard),
         "prior": {name: value for name, value in asdict(prior).items() if name not in _COUNTS},
         "particle": size,
-        "rank_memory": _rank_memory(size, chosen, prior, largest_shard),
+        "rank_memory": _rank_memory(size, chosen, prior, busiest),
         "score": score,
         "strategies": table,
         "unet": samples,
@@ -88,7 +90,7 @@ def make_plan(
         "rounds": config.schedule.rounds,
     }
     if ceilings is not None:
-        shares = _shares(phases, samples, largest_shard, score["parameters"])
+        shares = _shares(phases, samples, busiest, score["parameters"])
         of_round = {share.resolution: works(config, particle, prior, share) for share in shares}
         plan["floor"] = _floor(of_round, ceilings, measured or {})
     return plan
@@ -136,6 +138,31 @@ def _owners(particles: int, world: int) -> list[dict[str, Any]]:
         {"ranks": [longer, world - 1], "first": longer * (small + 1), "each": small},
     ]
     return rows if longer else rows[1:]
+
+
+def _paging(config: Config, particle: Particle | None, largest_shard: int) -> dict[str, Any] | None:
+    """Of particles that take turns: how many updates each gets, and where those of the largest rank are with their
+    bytes, None where the particle's size is not known. None where all are on the devices."""
+    own = config.particles
+    if own.turns == 1:
+        return None
+    plan: dict[str, Any] = {
+        "turns": own.turns,
+        "active": own.active,
+        "updates": config.schedule.rounds / own.turns,
+        "device": -(-largest_shard // own.turns),
+        **dict.fromkeys(("host", "disk", "device_bytes", "host_bytes", "disk_bytes")),
+    }
+    if particle is None:
+        return plan
+    places = places_of(config, particle, largest_shard)
+    return plan | {
+        "host": places.host,
+        "disk": places.disk,
+        "device_bytes": places.device * particle_bytes(particle, config),
+        "host_bytes": places.host * places.page,
+        "disk_bytes": places.disk * places.page,
+    }
 
 
 def _particle(particle: Particle | None, config: Config) -> dict[str, Any]:
@@ -188,13 +215,13 @@ def _rank_memory(
     return {"particles": particles, "score": chosen["trained"], "prior": frozen, "total": total}
 
 
-def _unet_samples(config: Config, needs: Collection[Part], largest_shard: int, world: int) -> dict[str, int]:
+def _unet_samples(config: Config, needs: Collection[Part], busiest: int, world: int) -> dict[str, int]:
     """Samples through the UNet a round on the busiest rank: the prior, the score network, and its training.
 
     The score trains on all ranks' samples and on replayed ones, as `parallel.exchange` distributes them.
     """
     views = config.particles.views
-    local, (prior, score) = largest_shard * views, _passes(config, needs)
+    local, (prior, score) = busiest * views, _passes(config, needs)
     trained = [row["trained"] for row in exchanges(config, world, None) if row["chosen"]]
     return {"prior": local * prior, "score": local * score, "score_training": sum(trained)}
 
@@ -248,7 +275,8 @@ def _checkpoint(
         trained = particle["values"] - frozen + particle["moments"]
         particles = (copies * trained + frozen) * config.particles.count
     network = None if score["parameters"] is None else 3 * score["parameters"] * FLOAT_BYTES
-    rows = kept_rows(config.particles.count * config.particles.views, config.score.replay_share, config.particles.views)
+    views = config.particles.views
+    rows = kept_rows(config.particles.active * views, config.score.replay_share, views)
     replay: int | None = None
     if not config.objective.needs_score:
         replay = 0

@@ -35,6 +35,8 @@ def _lines(plan: Mapping[str, Any]) -> Iterator[str]:
     per_node = world["gpus_per_node"]
     yield f"ranks        {world['ranks']} (nodes {world['nodes']}, ranks a node {per_node}), rounds {plan['rounds']}"
     yield from _owners(plan["owners"], plan["idle_ranks"], per_node)
+    if plan["paging"]:
+        yield from _paging(plan["paging"])
     if plan["prior"]["problem"]:
         yield f"prior        {printable(plan['prior']['problem'], MAX_PROBLEM)}; what depends on it is unknown here"
     elif plan["prior"]["note"]:
@@ -96,6 +98,17 @@ def _owners(owners: Sequence[Mapping[str, Any]], idle: int, per_node: int) -> It
         yield f"  ... and {lines - MAX_LINES} more nodes, the last with {held} particles"
     if idle:
         yield f"  {idle} ranks own no particle and only help to train the score network"
+
+
+def _paging(paging: Mapping[str, Any]) -> Iterator[str]:
+    yield (
+        f"turns        a particle takes part in one of {paging['turns']} rounds, {paging['updates']:.4g} updates "
+        f"in all; at most {paging['active']} particles a round"
+    )
+    yield "  largest rank " + ", ".join(
+        f"{place}: {'?' if paging[place] is None else paging[place]} particles {amount(paging[f'{place}_bytes'])}"
+        for place in ("device", "host", "disk")
+    )
 
 
 def _start(owners: Sequence[Mapping[str, Any]], rank: int) -> int:

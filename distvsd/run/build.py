@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,9 +23,9 @@ from distvsd.parallel.collectives import gather_objects
 from distvsd.parallel.numerics import fix_order_of_sums
 from distvsd.parallel.reduce import reduce_gradients
 from distvsd.parallel.world import World
-from distvsd.particles import Ensemble, Handed
+from distvsd.particles import Ensemble, HandedRows
 from distvsd.plan.exchange import chosen_mode
-from distvsd.plan.needs import refuse_too_large
+from distvsd.plan.needs import particle_bytes, places_of, refuse_too_large, refuse_unpaged
 from distvsd.prior.guidance import ClassifierFree
 from distvsd.prior.load import load_prior
 from distvsd.prior.pipeline import Pipeline
@@ -32,6 +33,7 @@ from distvsd.prior.teacher import Teacher
 from distvsd.run.custom import Custom
 from distvsd.run.encode import Encoder
 from distvsd.run.loop import Loop, Round
+from distvsd.run.paging import paging_of, place_of
 from distvsd.run.parts import Latents, blank_particle, make_ensemble, make_objective
 from distvsd.run.sizes import Sizes
 from distvsd.runtime.memory import host_memory
@@ -86,7 +88,7 @@ def build_run(
     watch: Callable[[Round], bool],
     entered: Callable[[int, str], None] = lambda step, phase: None,
     custom: Custom = Custom(),
-    source: Callable[[Latents, Sequence[int]], Handed] | None = None,
+    source: Callable[[Latents, Sequence[int]], HandedRows] | None = None,
 ) -> Run:
     """Loads the prior and makes this rank's particles. Every rank calls it; it does not communicate.
 
@@ -111,7 +113,9 @@ def build_run(
         prior = replace(prior, denoiser=training.score.without_adapter())
     assigned = owners(config.particles.count, world.size)
     own = assigned[world.rank]
-    ensemble = make_ensemble(config, prior, own, world.device, source and source(prior, own), custom=custom)
+    begun = source and source(prior, own)
+    paging = paging_of(config, world, own)
+    ensemble = make_ensemble(config, prior, own, world.device, begun, custom=custom, paging=paging)
     sizes = Sizes(config, world, ensemble, training)
     loop = Loop(
         ensemble=ensemble,
@@ -192,6 +196,12 @@ def _refuse_unfit(config: Config, world: World, custom: Custom, learns: bool) ->
     else:
         room, where = host_memory(), "machine"
     refuse_too_large(config, particle, latents, own, room, where)
+    together = places_of(config, particle, own * world.local_size)
+    if config.particles.turns > 1:
+        slots = 0 if world.device.type == "cuda" else together.device * particle_bytes(particle, config)
+        disk, _ = place_of(config)
+        there = next(folder for folder in (disk, *disk.resolve().parents) if folder.exists())
+        refuse_unpaged(together, host_memory() - slots, shutil.disk_usage(there).free, disk)
 
 
 def _base_of_score(config: Config, world: World, prior: Pipeline) -> Adaptable:

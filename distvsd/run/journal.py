@@ -29,6 +29,8 @@ EVENTS = {
     "crowded_out": "no memory for its render or its gradients",
     "restored": "went back to its last good state",
     "quarantined": "quarantined",
+    "found_again": "its page on the disk was lost; the same state was read again",
+    "set_back": "its page on the disk was lost; went back to its last saved state",
 }
 
 
@@ -41,11 +43,15 @@ class Journal:
         """first: the round the run begins or continues with. *_bytes: length of each file up to that round."""
         self._config, self._world = config, world
         is_first = world.rank == 0
-        self.progress = Progress(config.schedule.rounds, config.particles.count, config.log.every, is_first)
+        particles = config.particles
+        self.progress = Progress(
+            config.schedule.rounds, particles.count, config.log.every, is_first, turns=particles.turns
+        )
         self._metrics = JsonLines(paths.metrics, metrics_bytes) if is_first else None
         self._health = JsonLines(paths.health, health_bytes) if is_first else None
         self._tracker = self._open_tracker(paths) if is_first else None
         self._stragglers = Stragglers([len(ids) for ids in owners(config.particles.count, world.size)])
+        self._updates_a_round = config.particles.count / config.particles.turns  # on average
         self._events: list[tuple[int, int, str]] = []
         self._seconds: dict[str, float] = {}
         self._stall = 0.0
@@ -60,6 +66,8 @@ class Journal:
             "crowded_out": update.out_of_memory,
             "restored": update.restored,
             "quarantined": update.quarantined,
+            "found_again": update.found_again,
+            "set_back": update.set_back,
         }
         for kind, ids in named.items():
             self._events += [(done.step, particle_id, kind) for particle_id in ids]
@@ -93,7 +101,7 @@ class Journal:
             self.progress.note(f"warning: {warning}")
         completed, now = done.step + 1, time.monotonic()
         rounds = max(completed - self._logged_round, 1)
-        rate = rounds * self._config.particles.count / max(now - self._logged_at, 1e-9)
+        rate = rounds * self._updates_a_round / max(now - self._logged_at, 1e-9)
         loss = done.fit.loss if done.fit else None
         healthy = self._config.particles.count - absent - len(unwell)
         record: dict[str, Any] = {

@@ -18,11 +18,14 @@ from distvsd.errors import BackendError
 from distvsd.particles import (
     Ensemble,
     GaussianParticle,
-    Handed,
+    HandedRows,
     ImageParticle,
     MeshParticle,
     NerfParticle,
+    Paged,
+    Paging,
     Particle,
+    ParticleStore,
     Resident,
 )
 from distvsd.particles.encode import encode_plain
@@ -57,12 +60,14 @@ def make_ensemble(
     prior: Latents | None,
     ids: Sequence[int],
     device: torch.device | str,
-    source: Handed | None = None,
+    source: HandedRows | None = None,
     blank: bool = False,
     custom: Custom = Custom(),
+    paging: Paging | None = None,
 ) -> Ensemble:
     """Fresh particles `ids` of this configuration. prior: needed for latent particles only. source: what the stage
-    before hands over, rows in the order of `ids`. blank: see `Resident`.
+    before hands over, rows in the order of `ids`. blank: see `Resident`. paging: of particles that take turns; without
+    it all are on the device and active.
 
     Raises ConfigError where the particles cannot begin from the source.
     """
@@ -75,7 +80,12 @@ def make_ensemble(
             f"parallel.numerics is exact, but a {type(particle).__name__} does not give the same bits every time on "
             f"{device}; set parallel.numerics=fast"
         )
-    store = Resident(particle, ids, particles, seed=config.run.seed, device=device, source=source, blank=blank)
+    seed = config.run.seed
+    store: ParticleStore
+    if paging is None:
+        store = Resident(particle, ids, particles, seed=seed, device=device, source=source, blank=blank)
+    else:
+        store = Paged(particle, ids, particles, seed=seed, paging=paging, device=device, source=source)
     # Where a network is split, all ranks must call it equally often, and shards differ in size.
     whole = config.parallel.strategy != "flat"
     return Ensemble(store, custom.cameras or make_cameras(config.cameras), particles, whole)

@@ -16,7 +16,7 @@ from distvsd.errors import CheckpointError, ConfigError
 from distvsd.networks.folder import open_folder
 from distvsd.parallel.collectives import agreed
 from distvsd.parallel.world import World
-from distvsd.particles.base import Handed, Particle
+from distvsd.particles.base import Handed, HandedRows, Particle
 from distvsd.particles.good import most_copies
 from distvsd.run.build import Run
 from distvsd.run.contents import Contents, refuse_other_particles
@@ -24,11 +24,11 @@ from distvsd.run.custom import Custom
 from distvsd.run.parts import Latents, blank_particle, make_particle
 from distvsd.score.stored import CAMERA_FILE
 from distvsd.score.training import kept_rows
-from distvsd.stages import Stage, hand_over, stage_before, stages_of
+from distvsd.stages import HandOver, Stage, stage_before, stages_of
 
 _log = logging.getLogger("distvsd")
 
-Source = Callable[[Latents, Sequence[int]], Handed]
+Source = Callable[[Latents, Sequence[int]], HandedRows]
 
 
 def refuse_impossible_hand_overs(config: Config, custom: Custom) -> None:
@@ -71,9 +71,9 @@ def source_of(stage: Stage, world: World, custom: Custom) -> Source | None:
         )
     refuse_other_particles(checkpoint.manifest, stage.config.particles.count)
 
-    def source(prior: Latents, ids: Sequence[int]) -> Handed:
+    def source(prior: Latents, ids: Sequence[int]) -> HandedRows:
         particle = custom.particle or make_particle(before.config, prior, world.device)
-        return hand_over(checkpoint, particle, ids)
+        return HandOver(checkpoint, particle, ids)
 
     return source
 
@@ -149,7 +149,7 @@ def largest_part(parts: Run) -> int:
         return total
     trained = 4 * sum(parts.training.score.num_parameters)
     row = max(_row_bytes(parts, resolution) for resolution in config.render.corners(rounds))
-    samples = config.particles.count * config.particles.views
+    samples = config.particles.active * config.particles.views
     rows = config.score.replay_rounds * kept_rows(samples, config.score.replay_share, config.particles.views)
     return total + 3 * trained + rows * row
 

@@ -71,8 +71,8 @@ class Sizes:
         self._views = config.particles.views
         # Where the network is split over ranks, a round is one group.
         measured = config.parallel.numerics == "fast" and config.parallel.strategy == "flat"
-        share = math.ceil(config.particles.count / world.size)
-        trained = math.ceil(config.score.rows_a_step(config.particles.count, self._views) / self._views / world.size)
+        share = math.ceil(config.particles.active / world.size)
+        trained = math.ceil(config.score.rows_a_step(config.particles.active, self._views) / self._views / world.size)
         find_particles = measured and config.particles.micro_batch == "auto"
         find_samples = measured and config.score.micro_batch == "auto" and training is not None
         self.particles = Search(share) if find_particles else None

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import functools
 import gc
-import itertools
 import logging
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from distvsd import __version__
 from distvsd.checkpoint.format import particle_file
 from distvsd.checkpoint.saver import Saver
+from distvsd.checkpoint.snapshot import OnDemand
 from distvsd.config import digest, to_dict, to_yaml
 from distvsd.errors import CheckpointError, DivergedError, RunError
 from distvsd.faults import fault
@@ -65,7 +68,9 @@ class Trainer:
         self.parts = agreed(world, lambda: self._load(source, custom))
         self._refuse_unlike_ranks()
         checkpoint = config.checkpoint
-        self.saver = Saver(paths.checkpoints, world, checkpoint.keep, checkpoint.asynchronous, checkpoint.max_failures)
+        # Copies of all particles in host memory are what paging avoids.
+        beside = checkpoint.asynchronous and config.particles.turns == 1
+        self.saver = Saver(paths.checkpoints, world, checkpoint.keep, beside, checkpoint.max_failures)
         self.saver.preflight(largest_part(self.parts))
         self.first, metrics_bytes, health_bytes = resume(self.parts, self.saver)
         self.journal = agreed(world, lambda: Journal(config, world, paths, self.first, metrics_bytes, health_bytes))
@@ -127,6 +132,7 @@ class Trainer:
         finally:
             self.profile.close()
             self.journal.close(outcome)
+            self.parts.ensemble.close()
             gc.unfreeze()
             gc.enable()
         return not self.was_preempted
@@ -157,10 +163,14 @@ class Trainer:
             self._finish()
         every = self.config.checkpoint.every
         ends = last or Order.PREEMPTED in orders
-        if ends:  # ranks take very different times to write, and wait for each other: a slow disk is no dead rank
-            set_timeout(self.world, self.patience_s, self.heartbeat.refuse_lost)
+        # Ranks take very different times to write, and wait for each other: a slow disk is no dead rank.
+        waits = ends or not self.saver.asynchronous
         if ends or (every and completed % every == 0):
+            if waits:
+                set_timeout(self.world, self.patience_s, self.heartbeat.refuse_lost)
             self._save(completed)
+            if not ends:
+                set_timeout(self.world, self.config.parallel.timeout_s)
         if self.config.log.images_every and completed % self.config.log.images_every == 0:
             draw_round(self.parts, self.paths, self.journal, completed)
         self.was_preempted = Order.PREEMPTED in orders and not last
@@ -193,7 +203,6 @@ class Trainer:
         self.journal.settle()  # before the length of its file is noted
         began = time.perf_counter()
         ensemble = self.parts.ensemble
-        particles = ((particle_file(particle_id), state) for particle_id, state in ensemble.stream())
         metadata = {
             "config": to_dict(self.config),
             "config_digest": digest(self.config),
@@ -205,8 +214,12 @@ class Trainer:
             metadata["sizes"] = sizes
         training = self.parts.training
         texts = training.score.texts() if training else {}
-        score = training.state().items() if training else ()
-        self.saver.begin(completed, itertools.chain(particles, score), texts, metadata, ensemble.health())
+        files: dict[str, Callable[[], Mapping[str, Tensor]]] = {
+            particle_file(own): functools.partial(ensemble.saved, own) for own in ensemble.ids
+        }
+        for file, tensors in (training.state() if training else {}).items():
+            files[file] = functools.partial(dict, tensors)
+        self.saver.begin(completed, OnDemand(files), texts, metadata, ensemble.health())
         self.saved = completed
         self.journal.stalled(time.perf_counter() - began)
         if self.saver.pending is None:

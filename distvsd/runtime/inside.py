@@ -47,6 +47,15 @@ def read(root: Path, name: str) -> bytes | None:
             return stream.read()
 
 
+def read_into(root: Path, name: str, data: memoryview) -> int:
+    """Reads a file into memory; returns how many bytes came, at most the length of `data`. Raises RunError also where
+    there is no file."""
+    with _told(root / name, "read", _TO_READ), _parent(root, name) as (parent, last):
+        handle = _open(parent, last, root / name, os.O_RDONLY)
+        with os.fdopen(handle, "rb") as stream:
+            return stream.readinto(data)
+
+
 def open_file(root: Path, name: str, flags: int = 0) -> int:
     """A descriptor of a file for reading and writing; makes the file if missing. flags: further `os.O_*` flags."""
     with _told(root / name, "opened for writing", _TO_WRITE), _parent(root, name) as (parent, last):
@@ -104,6 +113,18 @@ def make_folder(root: Path, name: str) -> None:
     """Makes a folder and its parents below `root`, if they are missing."""
     with _told(root / name, "made", _TO_WRITE), _folder(root, name, make=True):
         pass
+
+
+def remove_folder(root: Path, name: str) -> None:
+    """Deletes a folder of files, if there is one; a link in it is deleted and not followed."""
+    for entry in names(root, name):
+        delete(root, f"{name}/{entry}")
+    with (
+        _told(root / name, "deleted", _TO_WRITE),
+        contextlib.suppress(FileNotFoundError),
+        _parent(root, name) as (parent, last),
+    ):
+        os.rmdir(last, dir_fd=parent)
 
 
 def names(root: Path, name: str) -> list[str]:

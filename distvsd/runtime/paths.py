@@ -60,6 +60,10 @@ class RunPaths:
         return self.root / "checkpoints"
 
     @property
+    def pages(self) -> Path:
+        return self.root / "pages"
+
+    @property
     def renders(self) -> Path:
         return self.root / "renders"
 
@@ -91,7 +95,7 @@ class RunPaths:
         self.prove_writable()
         for file in (self.status, self.config, self.metrics, self.health, self.lock, self.evaluation):
             inside.expect_file(self.root, file.name)
-        for folder in (self.heartbeats, self.checkpoints, self.renders, self.profile, self.wandb):
+        for folder in (self.heartbeats, self.checkpoints, self.pages, self.renders, self.profile, self.wandb):
             inside.expect_folder(self.root, folder.name)
         for name in inside.names(self.root, self.heartbeats.name):
             inside.expect_file(self.root, f"{self.heartbeats.name}/{name}")

@@ -25,8 +25,12 @@ class Progress:
         is_shown: bool = True,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        turns: int = 1,
     ) -> None:
-        """rounds: of the whole run. particles: of all ranks. is_shown: pass `rank == 0`. clock: seconds."""
+        """rounds: of the whole run. particles: of all ranks. is_shown: pass `rank == 0`. clock: seconds. turns: a
+        particle takes part in every so many-th round."""
+        self._turns = turns
         self._rounds, self._particles, self._every, self._clock = rounds, particles, max(every, 1), clock
         self._stream = (stream or sys.stderr) if is_shown else None
         self._is_live = self._stream is not None and self._stream.isatty()
@@ -42,6 +46,8 @@ class Progress:
             f"round {round}/{self._rounds}  {updates_per_s:.3g} updates/s  ETA {self._eta(round, now)}  "
             f"score loss {score_loss:.4g}  healthy {healthy}/{self._particles}"
         )
+        if self._turns > 1:
+            line += f"  {round / self._turns:.4g} updates a particle"
         is_last = round >= self._rounds
         if not self._is_live:
             if is_last or round % self._every == 0:

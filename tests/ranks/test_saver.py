@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import random
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from distvsd.checkpoint import Saver, particle_file, store, verify_run
 from distvsd.checkpoint.format import FileEntry
+from distvsd.checkpoint.snapshot import OnDemand
 from distvsd.faults import injected
 from distvsd.parallel.world import World
 from distvsd.testing.ranks import run_ranks
@@ -229,3 +232,26 @@ def test_an_unfinished_save_of_a_dead_run_is_cleared_away_by_the_next(tmp_path: 
     store.stage(tmp_path / "checkpoints", 5)
     run_ranks(save, 2, tmp_path / "checkpoints", 5)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000004", "step-00000005"]
+
+
+def test_a_save_on_demand_holds_the_tensors_of_one_file_at_a_time(tmp_path: Path) -> None:
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
+
+    def fetched(particle: int) -> dict[str, Tensor]:
+        nonlocal most
+        state = {"param/grid0": torch.full((8,), float(particle))}
+        alive.append(weakref.ref(state["param/grid0"]))
+        most = max(most, sum(tensor() is not None for tensor in alive))
+        return state
+
+    for count in (4, 40):
+        alive.clear()
+        most = 0
+        files = OnDemand({particle_file(own): functools.partial(fetched, own) for own in range(count)})
+        saver = Saver(tmp_path / str(count), World(0, 1, 0, 1, torch.device("cpu")))
+        saver.begin(1, files, {}, METADATA)
+        assert len(alive) == count and most == 1
+        checkpoint = saver.load()
+        assert checkpoint is not None
+        assert (checkpoint.read(particle_file(3))["param/grid0"] == 3).all()

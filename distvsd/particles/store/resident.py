@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from distvsd.config import ParticlesConfig
-from distvsd.particles.base import Handed, Parameters, Particle, blank_parameters
+from distvsd.particles.base import Handed, HandedRows, Parameters, Particle, blank_parameters
+from distvsd.particles.good import Copies, HostCopies
 from distvsd.particles.group import Group
 from distvsd.vsd.samples import slices
 
 FIRST_GROUP = 8  # particles of a group until its size has been measured
+
+
+def group_size(config: ParticlesConfig) -> int:
+    """Particles of a group at first; 0 for one group."""
+    return FIRST_GROUP if config.micro_batch == "auto" else config.micro_batch
 
 
 class Resident:
@@ -26,7 +32,7 @@ class Resident:
         *,
         seed: int,
         device: torch.device | str = "cpu",
-        source: Handed | None = None,
+        source: HandedRows | None = None,
         blank: bool = False,
     ) -> None:
         """Fresh particles. config: `micro_batch` is the size of a group, 0 for one group; `betas` and `eps` are Adam's.
@@ -36,8 +42,9 @@ class Resident:
         """
         self.particle, self.seed, self.ids = particle, seed, list(ids)
         self.device = torch.device(device)
-        self._source = source
-        size = FIRST_GROUP if config.micro_batch == "auto" else config.micro_batch
+        self._source = None if source is None else source.rows(slice(None))
+        self.copies: Copies = HostCopies(self.state_of)
+        size = group_size(config)
         chosen = torch.tensor(self.ids, dtype=torch.int64, device=device)
         parameters = blank_parameters(particle, chosen) if blank else self._fresh(chosen, size)
         self._all = Group.of(particle, self.ids, chosen, parameters, config.betas, config.eps)
@@ -84,6 +91,17 @@ class Resident:
             if particle_id in group.own:
                 return group.state_of(group.own.index(particle_id))
         raise KeyError(f"particle {particle_id} is not on this rank, which owns {self.ids}")
+
+    @torch.no_grad()
+    def put(self, particle_id: int, state: Mapping[str, Tensor]) -> None:
+        for name, target in self.state_of(particle_id).items():
+            target.copy_(state[name])
+
+    def take_losses(self) -> tuple[list[int], list[int]]:
+        return [], []
+
+    def close(self) -> None:
+        """There is nothing to end."""
 
     def stream(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
         for group in self.groups:

@@ -12,7 +12,15 @@ import torch
 
 from distvsd.config import Config, Schedule, load_config
 from distvsd.errors import ConfigError
-from distvsd.plan.needs import least_memory, refuse_too_large
+from distvsd.plan.needs import (
+    Places,
+    least_memory,
+    page_bytes,
+    particle_bytes,
+    places_of,
+    refuse_too_large,
+    refuse_unpaged,
+)
 from distvsd.run.parts import blank_particle, make_ensemble
 from distvsd.runtime.memory import host_memory
 from distvsd.vsd.samples import Samples
@@ -108,3 +116,50 @@ def test_an_image_of_latents_has_no_pictures() -> None:
         "pictures of a call": 0,
         "latents of a round": needs["latents of a round"],
     }
+
+
+TURNS = ("particles.count=20", "particles.resident=6", "particles.host=5", "particles.nerf.log2_table_size=10")
+
+
+def test_of_particles_that_take_turns_only_those_of_a_turn_need_the_device() -> None:
+    """20 of which 6 fit: 4 turns of 5. Of a rank with 10 at most 3 are in one turn."""
+    config, particle = load_config(SMOKE, list(TURNS)), blank_particle(load_config(SMOKE, list(TURNS)), None)
+    assert needs_of(config, 10)["particles"] == 3 * particle_bytes(particle, config)
+    assert needs_of(config, 10)["latents of a round"] == 5 * config.particles.views * LATENTS * 4
+    places = places_of(config, particle, 10)
+    assert (places.device, places.host, places.disk) == (3, 2, 8)
+    assert places_of(load_config(SMOKE, list(TURNS[:1])), particle, 10).device == 10
+
+
+def test_a_page_holds_values_and_moments_and_twice_those_where_there_are_good_states() -> None:
+    config = load_config(SMOKE, [*TURNS, "schedule.rounds=9", "particles.health.good_every=9"])
+    particle = blank_particle(config, None)
+    state = dict(make_ensemble(config, None, [3], "cpu").stream())[3]
+    size = sum(value.nbytes for name, value in state.items() if name != "adam_step")
+    assert page_bytes(particle, config) == size
+    longer = load_config(SMOKE, [*TURNS, "schedule.rounds=10", "particles.health.good_every=9"])
+    assert page_bytes(particle, longer) == 2 * size
+
+
+@pytest.mark.parametrize(
+    ("places", "said"),
+    [
+        (Places(4, 11, 0, 100), r"11 particles .* in host memory need .* enough for 10; lower particles\.host"),
+        (Places(4, 10, 31, 100), r"31 particles .* in files need .* disk of /pages .* enough for 30; .*page_dir"),
+    ],
+)
+def test_pages_that_do_not_fit_are_refused_with_what_would(places: Places, said: str) -> None:
+    refuse_unpaged(replace(places, host=10, disk=30), 1000, 3000, Path("/pages"))
+    with pytest.raises(ConfigError, match=said):
+        refuse_unpaged(places, 1000, 3000, Path("/pages"))
+
+
+def test_where_fewer_would_fit_the_refusal_says_how_many() -> None:
+    config = load_config(SMOKE, ["particles.count=8"])
+    particle = blank_particle(config, None)
+    others = sum(needs_of(config, 4).values()) - needs_of(config, 4)["particles"]
+    room = others + 3 * particle_bytes(particle, config)
+    with pytest.raises(ConfigError, match=r"3 of its 4 particles would fit at a time, .* particles\.resident=6"):
+        refuse_too_large(config, particle, LATENTS, 4, room, "GPU")
+    fitting = load_config(SMOKE, ["particles.count=8", "particles.resident=6"])
+    refuse_too_large(fitting, particle, LATENTS, 4, room, "GPU")

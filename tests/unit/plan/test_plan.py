@@ -459,3 +459,18 @@ def test_a_base_of_the_scores_own_is_a_second_network_in_memory(prior: str) -> N
     shared, apart = (plan_run(config(prior, score={"base": base}, **split), nodes=2) for base in ("", prior))
     # The shared network is held in halves; with a base of its own the teacher's is whole beside that.
     assert apart["rank_memory"]["prior"] == shared["rank_memory"]["prior"] + network
+
+
+def test_of_particles_that_take_turns_it_says_how_many_updates_each_gets_and_where_they_are(prior: str) -> None:
+    """20 of which 6 fit: 4 turns of 5. Of the 10 of a rank 3 are in one turn, and 2 in host memory."""
+    run = config(prior, particles={"count": 20, "resident": 6, "host": 5}, schedule={"rounds": 10})
+    plan = plan_run(run, gpus_per_node=2)
+    paging = plan["paging"]
+    assert (paging["turns"], paging["active"], paging["updates"]) == (4, 5, 2.5)
+    assert (paging["device"], paging["host"], paging["disk"]) == (3, 2, 8)
+    one = plan["particle"]
+    assert paging["device_bytes"] == 3 * one["training"] == plan["rank_memory"]["particles"]
+    assert paging["disk_bytes"] == 8 * (one["values"] + one["moments"])
+    assert plan["unet"]["score"] == 3 * run.particles.views
+    assert "one of 4 rounds, 2.5 updates in all; at most 5 particles a round" in draw(plan)
+    assert plan_run(config(prior))["paging"] is None

@@ -112,3 +112,9 @@ def test_a_resumed_run_estimates_from_the_rounds_it_did_itself() -> None:
 )
 def test_durations_read_as_people_write_them(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_where_particles_take_turns_the_line_says_how_often_each_moved() -> None:
+    stream = io.StringIO()
+    Progress(100, 8, every=1, stream=stream, clock=lambda: 0.0, turns=4).update(6, 1.0, 0.5, 8)
+    assert stream.getvalue().rstrip().endswith("healthy 8/8  1.5 updates a particle")
