@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,20 +13,21 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from distvsd.config import HealthConfig, ParticlesConfig
+from distvsd.config import HealthConfig, OccupancyConfig, ParticlesConfig
 from distvsd.errors import RunError
 from distvsd.faults import begin_round, injected
 from distvsd.particles import Adapted, Ensemble, Handed, Paged, Paging, Particle, Resident
 from distvsd.particles.store import at_home_in_memory
 from distvsd.particles.store.image import Layout
 from distvsd.runtime.pages import PageFiles
-from tests.unit.particles.shards import FIXED, image, nerf, one_round, poisoned
+from tests.unit.particles.shards import FIXED, SMALL, image, nerf, one_round, poisoned
 from tests.unit.particles.test_frozen import VOXELS, source
 
 IDS = (0, 1, 2, 3, 4, 5, 6)
 TURNS = 3
 ROUNDS = 9
-KINDS = {"image": image, "nerf": nerf, "frozen": lambda: VOXELS}
+GRID = dataclasses.replace(SMALL, occupancy=OccupancyConfig(resolution=8, every=2, threshold=0.01))
+KINDS = {"image": image, "nerf": nerf, "frozen": lambda: VOXELS, "changes what is frozen": lambda: nerf(GRID)}
 HOMES = ("memory", "disk", "both")
 
 
