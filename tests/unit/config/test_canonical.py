@@ -126,6 +126,7 @@ def configs(draw: st.DrawFn) -> Config:
             config.particles,
             count=count,
             views=2 * min(config.particles.views, 500),
+            host=config.particles.host if 0 < config.particles.resident < count else 0,
             nerf=nerf,
             gaussians=replace(gaussians, min_opacity=least, init_opacity=first),
             image=replace(config.particles.image, space="pixel"),

@@ -123,6 +123,7 @@ BAD = [
     ),
     ("score: {micro_batch: 4}\nparallel: {strategy: ddp}", 1, ["score.micro_batch is 4", "is ddp", "allowed: 0"]),
     ("parallel: {strategy: fsdp2, numerics: exact}", 1, ["parallel.strategy is fsdp2", "exact; allowed: flat"]),
+    ("particles: {count: 8, resident: 8, host: 2}", 1, ["particles.host is 2", "all 8 particles are on the devices"]),
     ("objective: {kind: sds}\nparallel: {strategy: ddp}", 2, ["parallel.strategy is ddp", "kind is sds"]),
     ("parallel: {numerics: exact}\nrender: {backend: nerfacc}", 2, ["render.backend is nerfacc", "exact", "torch"]),
     ("parallel: {numerics: exact}\nrender: {grid_backend: triton}", 2, ["grid_backend is triton", "exact", "torch"]),
