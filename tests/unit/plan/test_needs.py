@@ -54,7 +54,7 @@ def needs_of(config: Config, particles: int) -> dict[str, int]:
 
 
 def test_no_more_is_asked_for_than_a_rank_really_takes() -> None:
-    config = load_config(SMOKE, ["particles.views=3", "particles.nerf.log2_table_size=10"])
+    config = load_config(SMOKE, ["particles.views=3", "particles.nerf.log2_table_size=10", "particles.micro_batch=0"])
     needs = needs_of(config, 4)
     ensemble = make_ensemble(config, None, range(4), "cpu")
     values = sum(tensor.nbytes for i in ensemble.ids for tensor in ensemble.parameters_of(i).values())
