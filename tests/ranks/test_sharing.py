@@ -121,8 +121,8 @@ def trained(world: World, config: Config) -> tuple[State, list[float | None]]:
     for step in range(5):
         begin_round(step)
         resolution = run.loop.resolution(step)
-        samples = run.loop.encode(run.ensemble.render(step, resolution), resolution).detached()
-        union = run.loop.exchange(samples, step).wait()
+        drawn = [run.loop.encode(views, resolution).detached() for views in run.ensemble.render(step, resolution)]
+        union = run.loop.exchange(Samples.cat(drawn), step)
         union = run.loop.exclude(union, [STRUCK] if step == 2 and STRUCK in run.ensemble.ids else [])
         lags.append(training.lag(union, step))
         training.round(union, step)
