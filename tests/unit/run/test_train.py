@@ -123,7 +123,7 @@ def test_every_objective_moves_every_kind_of_particle(
     lines = lines_of(config)
     assert [line["round"] for line in lines] == [1, 2]
     assert all(line.keys() >= METRICS and line["healthy"] == 2 for line in lines)
-    expected = PHASES if objective == "sds" else PHASES | {"score"}
+    expected = PHASES - {"exchange"} if objective == "sds" else PHASES | {"score"}
     assert all(line["phase_s"].keys() == expected for line in lines)
     assert all((line["score_loss"] is None) == (objective == "sds") for line in lines)
     assert [line["lag"] is None for line in lines] == [True, objective == "sds"]
