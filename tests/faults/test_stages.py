@@ -97,6 +97,7 @@ def test_a_rank_that_dies_in_any_stage_is_named_and_the_run_goes_on_to_the_same_
 
 @pytest.mark.guarantee("G20")
 def test_a_rank_that_hangs_while_it_draws_meshes_is_named(tmp_path: Path, prior: Path) -> None:
+    """In the geometry stage: the other rank ends with its name after parallel.timeout_s."""
     run = config(tmp_path / "run", prior, "parallel.timeout_s=4")
 
     def attempt(world: World) -> None:
@@ -114,6 +115,7 @@ def test_a_rank_that_hangs_while_it_draws_meshes_is_named(tmp_path: Path, prior:
 
 @pytest.mark.guarantee("G5")
 def test_a_disk_that_fails_once_in_every_stage_changes_no_bit(tmp_path: Path, prior: Path, undisturbed: str) -> None:
+    """A save fails in each of the three stages; the run ends with the bits of an undisturbed one."""
     run = config(tmp_path / "run", prior)
     faults = "; ".join(f"enospc@save.write:rank=1:{when}" for when in ("step=1:nth=1", "step=2:nth=1", "step=3:nth=1"))
     assert trained(run, 2, faults) == [0, 0]
