@@ -172,7 +172,7 @@ def distil(mixture: Mixture, settings: Settings, watch: Callable[[int, Tensor], 
     latents = ImageConfig(space="latent", init_scale=settings.init_scale)
     rate = cosine(settings.learning_rate, rounds)
     particle = ImageParticle(config=latents, shape=(2, 1, 1), learning_rate=rate)
-    shard = ParticlesConfig(betas=BETAS, eps=ADAM_EPS)
+    shard = ParticlesConfig(betas=BETAS, eps=ADAM_EPS, micro_batch=0)
     store = Resident(particle, range(count), shard, seed=seed)
     cameras = CamerasConfig(elevation=(0.0, 0.0), distance=(1.0, 1.0), fovy=(40.0, 40.0))
     ensemble = Ensemble(store, OrbitSampler(cameras), shard)

@@ -62,10 +62,7 @@ def make_plan(
     ]
     size = _particle(particle, config)
     score = _score(config, prior)
-    network = prior.score_base_bytes or prior.unet_bytes
-    passes = 1 + _passes(config, needs)[1]
-    table = strategies(config, network, score["parameters"], score["gradient"], passes, world)
-    chosen = next((row for row in table if row["chosen"]), dict.fromkeys(("base", "trained", "sent_a_round")))
+    table, chosen = _strategies(config, prior, score, needs, world)
     checkpoint = _checkpoint(config, size, score, phases, world)
     times = disk_times(config, checkpoint["total"], checkpoint["loaded"], assumed)
     samples = _unet_samples(config, needs, busiest, world)
@@ -89,11 +86,21 @@ def make_plan(
         "schedules": {key: _schedule(schedule, config.schedule.rounds) for key, schedule in _schedules(config)},
         "rounds": config.schedule.rounds,
     }
-    if ceilings is not None:
-        shares = _shares(phases, samples, busiest, score["parameters"])
-        of_round = {share.resolution: works(config, particle, prior, share) for share in shares}
-        plan["floor"] = _floor(of_round, ceilings, measured or {})
-    return plan
+    if ceilings is None:
+        return plan
+    shares = _shares(phases, samples, busiest, score["parameters"])
+    of_round = {share.resolution: works(config, particle, prior, share) for share in shares}
+    return plan | {"floor": _floor(of_round, ceilings, measured or {})}
+
+
+def _strategies(
+    config: Config, prior: PriorSizes, score: Mapping[str, Any], needs: Collection[Part], world: int
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """A row for each strategy, and the chosen one; its values are None where something is unknown."""
+    network = prior.score_base_bytes or prior.unet_bytes
+    passes = 1 + _passes(config, needs)[1]
+    table = strategies(config, network, score["parameters"], score["gradient"], passes, world)
+    return table, next((row for row in table if row["chosen"]), dict.fromkeys(("base", "trained", "sent_a_round")))
 
 
 def _shares(

@@ -67,10 +67,10 @@ def positions(views):
 
 def test_the_ensemble_gives_each_particle_its_own_present_field_without_a_graph():
     particles = shard(NERF, [4, 9], sampler=FreeSpaceSampler(), views=3)
-    [before] = particles.render(0, 4)
+    [[before]] = particles.render(0, 4)
     # The density at the centre is 10 in both; this lowers it to at most softplus(10 - 30) in particle 9.
     particles.parameters_of(9)["decoder_bias"][0] -= 30.0
-    [after] = particles.render(0, 4)
+    [[after]] = particles.render(0, 4)
     assert not after.cameras.extrinsics.requires_grad
     assert torch.equal(positions(after)[0], positions(before)[0])
     assert not torch.equal(positions(after)[1], positions(before)[1])
@@ -80,11 +80,11 @@ def test_the_ensemble_gives_each_particle_its_own_present_field_without_a_graph(
 
 def test_grouping_does_not_change_which_field_is_read():
     together, alone = (shard(NERF, [4, 9, 2], sampler=FreeSpaceSampler(), views=2, micro_batch=size) for size in (0, 1))
-    [whole] = together.render(3, 4)
-    parts = torch.cat([positions(views) for views in alone.render(3, 4)])
+    [[whole]] = together.render(3, 4)
+    parts = torch.cat([positions(views) for [views] in alone.render(3, 4)])
     torch.testing.assert_close(positions(whole), parts, rtol=0, atol=1e-6)
 
 
 def test_particles_without_a_volume_are_refused():
     with pytest.raises(ConfigError, match="volume"):
-        shard(image(), [0], sampler=FreeSpaceSampler()).render(0, 4)
+        list(shard(image(), [0], sampler=FreeSpaceSampler()).render(0, 4))

@@ -14,7 +14,7 @@ from distvsd.render import HashGrid
 from distvsd.render.packed import march
 from distvsd.testing import check_particle
 from distvsd.vsd.rng import Purpose, uniform
-from tests.unit.particles.shards import AROUND, SMALL, nerf, shard
+from tests.unit.particles.shards import AROUND, SMALL, nerf, one_round, shard
 
 GRID = OccupancyConfig(resolution=8, every=2, threshold=0.01)
 # A ball of radius 0.25 that fades to nothing within a tenth: raw densities of -60 and below leave no light to stop.
@@ -192,9 +192,7 @@ def test_a_nan_is_seen_in_its_own_particle_and_in_no_other(broken):
 
 
 def move(particles, step, poison=False):
-    views = particles.render(step, 8)
-    latents = torch.cat([view.rendered.images.flatten(0, 1) for view in views])
-    return particles.update(views, latents, latents.detach() * (math.nan if poison else 1), step)
+    return one_round(particles, step, 8, lambda latents, ids: latents * (math.nan if poison else 1))
 
 
 def copies(particles):

@@ -125,7 +125,9 @@ def test_of_particles_that_take_turns_only_those_of_a_turn_need_the_device() -> 
     """20 of which 6 fit: 4 turns of 5. Of a rank with 10 at most 3 are in one turn."""
     config, particle = load_config(SMOKE, list(TURNS)), blank_particle(load_config(SMOKE, list(TURNS)), None)
     assert needs_of(config, 10)["particles"] == 3 * particle_bytes(particle, config)
-    assert needs_of(config, 10)["latents of a round"] == 5 * config.particles.views * LATENTS * 4
+    assert needs_of(config, 10)["latents of a round"] == 3 * config.particles.views * LATENTS * 4
+    gathered = load_config(SMOKE, [*TURNS, "parallel.exchange=all_gather"])
+    assert needs_of(gathered, 10)["latents of a round"] == 5 * config.particles.views * LATENTS * 4
     places = places_of(config, particle, 10)
     assert (places.device, places.host, places.disk) == (3, 2, 8)
     assert places_of(load_config(SMOKE, list(TURNS[:1])), particle, 10).device == 10
