@@ -146,9 +146,7 @@ def _strategies(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     if rows:
         yield "strategies   a rank: frozen UNet, what is trained and its optimiser, sent a round"
     for row in rows:
-        mark = "*" if row["chosen"] else " "
-        sizes = "  ".join(f"{amount(row[key]):>9}" for key in ("base", "trained", "sent_a_round"))
-        yield f"  {row['strategy']:<12}{mark}{sizes}"
+        yield _choice(row["strategy"], row, ("base", "trained", "sent_a_round"))
 
 
 def _exchanges(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -156,9 +154,13 @@ def _exchanges(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     if rows:
         yield "exchanges    busiest rank trains on, all ranks send a round; more in a logged round; more in a save"
     for row in rows:
-        mark = "*" if row["chosen"] else " "
-        sizes = "  ".join(f"{amount(row[key]):>9}" for key in ("round", "log", "save"))
-        yield f"  {row['mode']:<12}{mark}{row['trained']:>9} samples  {sizes}"
+        yield _choice(row["mode"], row, ("round", "log", "save"), f"{row['trained']:>9} samples  ")
+
+
+def _choice(name: str, row: Mapping[str, Any], sizes: Sequence[str], before: str = "") -> str:
+    """One of several ways, with its bytes; the chosen one is marked."""
+    mark = "*" if row["chosen"] else " "
+    return f"  {name:<12}{mark}{before}" + "  ".join(f"{amount(row[key]):>9}" for key in sizes)
 
 
 def _phases(phases: Sequence[Mapping[str, Any]]) -> Iterator[str]:
